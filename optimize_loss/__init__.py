@@ -3,6 +3,7 @@
 from optimize_loss import optimizers as optimizers
 from optimize_loss import schedules as schedules
 from optimize_loss import transforms as transforms
+from optimize_loss._checks import CheckpointMismatch as CheckpointMismatch
 from optimize_loss._checks import InvalidType as InvalidType
 from optimize_loss._checks import TreeMismatch as TreeMismatch
 from optimize_loss._loss import Aux as Aux
@@ -12,15 +13,18 @@ from optimize_loss._state import TrainState as TrainState
 from optimize_loss._train_step import TrainStep as TrainStep
 from optimize_loss._train_step import optimize_loss as optimize_loss
 from optimize_loss.optimizers._tf1 import OPTIMIZER_CLS_NAMES as OPTIMIZER_CLS_NAMES
+from optimize_loss.optimizers._variable import Variable as Variable
 
 __all__ = [
     "OPTIMIZER_CLS_NAMES",
     "OPTIMIZER_SUMMARIES",
     "Aux",
+    "CheckpointMismatch",
     "InvalidType",
     "TrainState",
     "TrainStep",
     "TreeMismatch",
+    "Variable",
     "adaptive_clipping_fn",
     "optimize_loss",
     "optimizers",

@@ -25,6 +25,10 @@ class TreeMismatch(ValueError):
     """Two trees that must have the same leaves differ; the message names the paths."""
 
 
+class CheckpointMismatch(ValueError):
+    """A file or state is not of what it is loaded into; the message says what differs."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """What a hyperparameter must satisfy, and how it is kept in the state.
@@ -56,6 +60,8 @@ NOT_NEGATIVE = Rule("at least 0", lambda x: x >= 0)
 NOT_POSITIVE = Rule("at most 0", lambda x: x <= 0)
 FRACTION = Rule("in [0, 1]", lambda x: (x >= 0) & (x <= 1))
 DECAY = Rule("in [0, 1)", lambda x: (x >= 0) & (x < 1), kind="decay")
+INNER_DECAY = Rule("in (0, 1)", lambda x: (x > 0) & (x < 1), kind="decay")
+FULL_DECAY = Rule("in [0, 1]", lambda x: (x >= 0) & (x <= 1), kind="decay")
 COUNT = Rule(
     "an integer of at least 1 and below 2**31", lambda x: (x >= 1) & (x < 2**31), kind="count"
 )

@@ -108,6 +108,31 @@ def matching(pattern: Pattern, names: Sequence[str]) -> list[bool]:
     return [expression.fullmatch(name) is not None for name in names]
 
 
+def any_matches(argument: str, patterns: Iterable[Pattern], names: Sequence[str]) -> list[bool]:
+    """Return for each name whether one of the patterns matches it.
+
+    Raises:
+      ValueError: a pattern matches no parameter.
+
+    Example:
+      >>> any_matches("exclude", ["**/bias", "head/**"], ["head/bias", "body/bias", "body/kernel"])
+      [True, True, False]
+    """
+    found = [matching(pattern, names) for pattern in patterns]
+    for pattern, of_pattern in zip(patterns, found, strict=True):
+        if not any(of_pattern):
+            raise _matches_nothing(argument, pattern, names)
+    return [any(marks) for marks in zip(*found, strict=True)] if found else [False] * len(names)
+
+
+def _matches_nothing(argument: str, pattern: Pattern, names: Sequence[str]) -> ValueError:
+    text = pattern_text(pattern)
+    near = ", ".join(map(repr, nearest(text, names))) or "there are no parameters"
+    return ValueError(
+        f"`{argument}` has a pattern that matches no parameter: {text!r}. Nearest names: {near}."
+    )
+
+
 def first_matches(
     argument: str, patterns: Iterable[Pattern], names: Sequence[str]
 ) -> list[Pattern | None]:
@@ -138,11 +163,7 @@ Nearest names: 'head/bias', 'body/bias'.
                 f"`{argument}` has a pattern that never decides: {text!r}. Earlier patterns "
                 f"match all its parameters: {', '.join(map(repr, taken[:3]))}."
             )
-        near = ", ".join(map(repr, nearest(text, names))) or "there are no parameters"
-        raise ValueError(
-            f"`{argument}` has a pattern that matches no parameter: {text!r}. "
-            f"Nearest names: {near}."
-        )
+        raise _matches_nothing(argument, pattern, names)
     return chosen
 
 

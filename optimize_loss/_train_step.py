@@ -262,7 +262,9 @@ class TrainStep:
             key = jax.random.fold_in(key, state.optimizer["step"])
         trainable = find_trainable(state.params, self.variables)
         loss, aux, grads = gradients(
-            lambda params: self.loss(params, batch, model_state, key), trainable
+            lambda params: self.loss(params, batch, model_state, key),
+            trainable,
+            self.chain.loss_scale(state.optimizer),
         )
         if shardings is not None:
             grads = colocated(grads, shardings)

@@ -65,7 +65,28 @@ def find_trainable(params: Any, variables: tuple[Pattern, ...] | None) -> Traina
 
 
 def gradients(
-    loss: Callable[[Any], tuple[jax.Array, Any]], trainable: Trainable
+    loss: Callable[[Any], tuple[jax.Array, Any]], trainable: Trainable, scale: Any = None
+) -> tuple[jax.Array, Any, list[Any]]:
+    """Return what `derivatives` does, if the loss depends on a parameter.
+
+    Raises:
+      ValueError: the loss depends on no parameter. If it depends on some, there is a warning.
+    """
+    value, aux, grads = derivatives(loss, trainable, scale)
+    unused = [name for name, g in zip(trainable.names, grads, strict=True) if g is None]
+    if len(unused) == len(grads):
+        raise ValueError(f"No gradients: the loss depends on none of the parameters {unused}.")
+    if unused:
+        warnings.warn(
+            f"The loss does not depend on the parameters {unused}: they get no gradient and no "
+            "update. If that is meant, leave them out with `variables`.",
+            stacklevel=2,
+        )
+    return value, aux, grads
+
+
+def derivatives(
+    loss: Callable[[Any], tuple[jax.Array, Any]], trainable: Trainable, scale: Any = None
 ) -> tuple[jax.Array, Any, list[Any]]:
     """Return the loss, what came beside it, and the gradient of each trained leaf.
 
@@ -75,9 +96,8 @@ def gradients(
     Args:
       loss: from all parameters to a real scalar and something beside it.
       trainable: the parameters, and which are trained.
-
-    Raises:
-      ValueError: the loss depends on no parameter. If it depends on some, there is a warning.
+      scale: where given, a factor of the gradients, present on their whole way back through the
+        loss; the loss itself is returned as it is.
     """
 
     def loss_of(leaves: list[Any]) -> tuple[jax.Array, Any]:
@@ -87,16 +107,8 @@ def gradients(
     # What jax.grad does, in two parts: between them the derivative tells what it depends on.
     value, derivative, aux = jax.linearize(loss_of, leaves, has_aux=True)
     _, used = partial_eval.dce_jaxpr(jax.make_jaxpr(derivative)(leaves).jaxpr, [True])
-    unused = [name for name, u in zip(trainable.names, used, strict=True) if not u]
-    if not any(used):
-        raise ValueError(f"No gradients: the loss depends on none of the parameters {unused}.")
-    if unused:
-        warnings.warn(
-            f"The loss does not depend on the parameters {unused}: they get no gradient and no "
-            "update. If that is meant, leave them out with `variables`.",
-            stacklevel=2,
-        )
-    (grads,) = jax.linear_transpose(derivative, leaves)(jnp.ones_like(value))
+    cotangent = jnp.ones_like(value) if scale is None else scale.astype(value.dtype)
+    (grads,) = jax.linear_transpose(derivative, leaves)(cotangent)
     return value, aux, [g.conj() if u else None for g, u in zip(grads, used, strict=True)]
 
 

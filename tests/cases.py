@@ -39,6 +39,7 @@ class Case:
     is_value: bool = True  # equals its copies and can be pickled
     keeps_slots: bool = True  # leaves slots alone where the gradient is None
     all_float64: bool = True  # computes in nothing narrower where parameters are float64
+    rank: int = 0  # takes no arrays of fewer axes: shapes get axes of length 1
 
     @property
     def numbers(self) -> dict[str, tuple[Any, Any]]:
@@ -47,18 +48,34 @@ class Case:
         assert first.keys() == second.keys()
         return {name: (first[name], second[name]) for name in first}
 
+    def random_like(self, shapes: Any, seed: int, dtype: Any = jnp.float32) -> Any:
+        """Return what the function of this name does, with no fewer axes than the links take."""
+
+        def fitted(shape: tuple[int, ...]) -> tuple[int, ...]:
+            return shape + (1,) * (self.rank - len(shape))
+
+        shapes = jax.tree.map(fitted, shapes, is_leaf=lambda x: isinstance(x, tuple))
+        return random_like(shapes, seed, dtype)
+
+    def params(self) -> Any:
+        return self.random_like(SHAPES, 0)
+
+    def grads(self, t: int) -> Any:
+        """Return the gradients of step t = 0, 1, …"""
+        return self.random_like(SHAPES, 1 + t)
+
 
 def numbers_of(tx: T.Chain) -> dict[str, Any]:
     return {
         f"{name}/{number}": value
-        for name, link in tx.links
-        if isinstance(link, T.Link)
+        for name, _ in tx.links
+        if isinstance(link := tx.link(name), T.Link)
         for number, value in link.numbers().items()
         if not callable(value)
     }
 
 
-def case(name: str, first: Any, second: Any, **columns: bool) -> Case:
+def case(name: str, first: Any, second: Any, **columns: Any) -> Case:
     """A row for a link, which is called `link` in its chain, for an optimizer, or for a chain."""
 
     def as_chain(tx: Any) -> T.Chain:
@@ -117,6 +134,81 @@ def around_optax(clip, rate):
     return T.chain(clip=T.ClipByGlobalNorm(clip), trace=TRACE, rate=rate)
 
 
+def accumulated(every, clip, adam, decay, rate, average):
+    """All behind a gate, with a decay that comes first."""
+    return T.chain(
+        accumulate=T.Accumulate(every),
+        clip=T.ClipByGlobalNorm(clip),
+        weight_decay=T.ShrinkParams(decay, exclude=("**/bias",)),
+        adam=T.ScaleByAdam(*adam),
+        rate=T.ScaleByLearningRate(rate),
+        average=T.AverageParams(average),
+    )
+
+
+def scaled(initial_scale, growth_steps, decay, ftrl):
+    """A gate, a move, and a rule that sees the parameter moved."""
+    return T.chain(
+        unscale=T.DivideByDynamicLossScale(initial_scale, growth_steps),
+        weight_decay=T.ShrinkParams(decay),
+        ftrl=T.StepByFtrl(*ftrl),
+    )
+
+
+def gates(initial_scale, growth_steps, every, rate):
+    """A gate behind a gate, the second one last."""
+    return T.chain(
+        rate=T.ScaleByLearningRate(rate),
+        unscale=T.DivideByDynamicLossScale(initial_scale, growth_steps),
+        accumulate=T.Accumulate(every),
+    )
+
+
+def is_no_bias(name, param):
+    return not name.endswith("bias")
+
+
+def in_groups(clip, bias_clip, momentum, adam, decay, rates):
+    """Two rules, each with a decay and a rate of its own; a clip over all, and one over some."""
+    return T.chain(
+        clip_bias=T.ForParameters("**/bias", T.ClipByGlobalNorm(bias_clip)),
+        clip=T.ClipByGlobalNorm(clip),
+        decay_bias=T.ForParameters("**/bias", T.ShrinkParams(decay)),
+        momentum=T.ForParameters("**/bias", T.ScaleByMomentum(momentum)),
+        rate_bias=T.ForParameters("**/bias", T.ScaleByLearningRate(rates[0])),
+        adam=T.ForParameters(is_no_bias, T.ScaleByAdam(*adam)),
+        rate=T.ForParameters(is_no_bias, T.ScaleByLearningRate(rates[1])),
+        average=T.AverageParams(0.5 + decay),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class SubtractMean(T.TreeLink):
+    """Subtract a share of the mean of all gradients, and keep the sum of each: a user's link."""
+
+    share: float
+
+    def init(self, params):
+        return {"sum": {name: jnp.zeros((), p.dtype) for name, p in params.items()}}
+
+    def run(self, updates, slots, params, k):
+        sums = {name: jnp.sum(u) for name, u in updates.items()}
+        size = max(sum(u.size for u in updates.values()), 1)
+        shift = k["share"] * sum(s.astype(k["share"].dtype) for s in sums.values()) / size
+        new = {name: u - shift.astype(u.dtype) for name, u in updates.items()}
+        return new, {"sum": slots["sum"] | sums}
+
+
+def around_a_tree_link(share, clip, rate):
+    """A link of a user, which sees the whole tree, between others."""
+    return T.chain(
+        clip=T.ClipByGlobalNorm(clip),
+        mean=SubtractMean(share),
+        momentum=T.ScaleByMomentum(share),
+        rate=T.ScaleByLearningRate(rate),
+    )
+
+
 CASES = [
     case("clip-value", T.ClipByValue(0.3), T.ClipByValue(0.7)),
     case("clip-norm", T.ClipByNorm(0.5), T.ClipByNorm(0.25)),
@@ -148,11 +240,28 @@ CASES = [
         T.AddWeightDecay(0.2, exclude=("**/bias",)),
         empty_ok=False,
     ),
+    case(
+        "shrink-params",
+        T.chain(link=T.ShrinkParams(0.1), rate=T.ScaleByLearningRate(0.1)),
+        T.chain(link=T.ShrinkParams(0.2), rate=T.ScaleByLearningRate(0.2)),
+    ),
+    case("accumulate", T.Accumulate(1), T.Accumulate(2)),
+    case("sum-over-axis", T.SumOverAxis(()), T.SumOverAxis(())),  # of no mapped axis
+    case("loss-scale", T.DivideByLossScale(4.0), T.DivideByLossScale(5.0)),
+    case(
+        "loss-scale-dynamic",
+        T.DivideByDynamicLossScale(4.0, 1),
+        T.DivideByDynamicLossScale(5.0, 2),
+    ),
     case("rate", T.ScaleByLearningRate(0.1), T.ScaleByLearningRate(0.2)),
     case("momentum", T.ScaleByMomentum(0.9), T.ScaleByMomentum(0.5)),
     case("nesterov", T.ScaleByMomentum(0.9, nesterov=True), T.ScaleByMomentum(0.5, nesterov=True)),
     case("adam", T.ScaleByAdam(), T.ScaleByAdam(0.8, 0.99, 1e-4)),
     case("amsgrad", T.ScaleByAdam(amsgrad=True), T.ScaleByAdam(0.8, 0.99, 1e-4, amsgrad=True)),
+    case("adamax", T.ScaleByAdamax(), T.ScaleByAdamax(0.8, 0.99, 1e-4)),
+    case("nadam", T.ScaleByNadam(), T.ScaleByNadam(0.8, 0.99, 1e-4)),
+    case("lion", T.ScaleByLion(), T.ScaleByLion(0.8, 0.9)),
+    case("lamb", T.ScaleByLamb(), T.ScaleByLamb(0.8, 0.99, 1e-4)),
     case(
         "rms",
         T.ScaleByRMS(0.9, 1e-7),
@@ -178,6 +287,33 @@ CASES = [
         T.StepByFtrl(0.2, -0.4, 0.0, 0.02, 0.02, 0.02, 0.2),
         smooth_at_zero=False,
         complex_ok=False,
+    ),
+    case(
+        "adafactor",
+        T.StepByAdafactor(0.5),
+        T.StepByAdafactor(0.2, -0.5, 1e-20, 1e-2, 0.5),
+    ),
+    case(
+        "adafactor-absolute",
+        T.StepByAdafactor(0.5, relative_step=False),
+        T.StepByAdafactor(0.2, -0.5, 1e-20, 1e-2, 0.5, relative_step=False),
+    ),
+    case(
+        "muon",
+        T.ScaleByMuon(),
+        T.ScaleByMuon(0.9, linear=3.0, cubic=-3.2, quintic=1.2, rms_rate=0.1),
+        rank=2,
+    ),
+    case(
+        "muon-plain",
+        T.ScaleByMuon(nesterov=False, ns_steps=2, rms_rate=None),
+        T.ScaleByMuon(0.9, False, 2, 3.0, -3.2, 1.2, None),
+        rank=2,
+    ),
+    case(
+        "schedule-free",
+        T.StepByScheduleFree(0.1),
+        T.StepByScheduleFree(0.2, 0.8, 0.99, 1e-4, 3),
     ),
     case(
         "proximal-gradient",
@@ -224,6 +360,31 @@ CASES = [
         "chain-adaptive",
         adaptive(2.0, 0.9, 1e-8, 0.9, 0.1),
         adaptive(1.0, 0.5, 1e-6, 0.5, 0.2),
+    ),
+    case(
+        "chain-accumulate",
+        accumulated(2, 0.5, (0.9, 0.999, 1e-8), 0.1, 0.1, 0.9),
+        accumulated(3, 0.25, (0.8, 0.99, 1e-4), 0.2, 0.2, 0.5),
+        empty_ok=False,
+    ),
+    case(
+        "chain-loss-scale",
+        scaled(4.0, 1, 0.1, (0.1, -0.5, 0.1, 0.01, 0.01, 0.01, 0.1)),
+        scaled(5.0, 2, 0.2, (0.2, -0.4, 0.2, 0.02, 0.02, 0.02, 0.2)),
+        complex_ok=False,
+    ),
+    case("chain-gates", gates(4.0, 1, 1, 0.1), gates(5.0, 2, 2, 0.2)),
+    case(
+        "chain-groups",
+        in_groups(0.5, 0.25, 0.9, (0.9, 0.999, 1e-8), 0.1, (0.1, 0.2)),
+        in_groups(0.25, 0.5, 0.5, (0.8, 0.99, 1e-4), 0.2, (0.2, 0.1)),
+        empty_ok=False,
+    ),
+    case(
+        "chain-around-tree-link",
+        around_a_tree_link(0.5, 0.5, 0.1),
+        around_a_tree_link(0.25, 0.25, 0.2),
+        complex_ok=False,
     ),
     case("chain-schedules", scheduled(), scheduled(), all_float64=False),
     case(

@@ -417,10 +417,13 @@ ROWS: dict[str, Row] = {
     "16-decay-bool": Row(lambda: T.AddWeightDecay(True), KIND, ("`weight_decay`", "True")),
     **{
         f"17-average-decay-{value}": Row(
-            functools.partial(T.AverageParams, value), VALUE, ("`decay`", "[0, 1)", str(value))
+            functools.partial(T.AverageParams, value), VALUE, ("`decay`", "[0, 1]", str(value))
         )
-        for value in (1.0, 1.5, -0.1, math.nan)
+        for value in (1.5, -0.1, math.nan)
     },
+    "17-average-decay-1-bias-free": Row(
+        lambda: T.AverageParams(1.0, bias_free=True), VALUE, ("`decay`", "[0, 1)", "1.0")
+    ),
     **{
         f"17-moving-average-decay-{value}": Row(
             functools.partial(build, moving_average_decay=value),
@@ -1189,7 +1192,7 @@ ROWS: dict[str, Row] = {
     "contrib-optimizer-unknown": Row(
         lambda: build(optimizer="blah"),
         VALUE,
-        ("`optimizer`", "'blah'", "['Adagrad', 'Adam', 'Ftrl', 'Momentum', 'RMSProp', 'SGD']"),
+        ("`optimizer`", "'blah'", "'Adagrad', 'Adam', ", "'Momentum', ", "'RMSProp', 'RMSprop'"),
     ),
     "contrib-optimizer-object": Row(
         lambda: build(optimizer=object()), KIND, ("`optimizer`", "object")

@@ -19,8 +19,10 @@ def adamw(**first):
     return T.chain(**first, adam=T.ScaleByAdam(), decay=decay, rate=RATE)
 
 
-def compiled(tx, params):
+def compiled(tx, params, how="update"):
     def step(grads, params, state):
+        if how == "apply":
+            return tx.apply(grads, state, params)
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
@@ -42,15 +44,57 @@ BEFORE_THE_RULE = {
     "adaptive": {"clip": T.ClipByAdaptiveNorm()},
     "multiplied": {"multiply": T.MultiplyGradients({"*": 0.5}), "clip": CLIP},
 }
+ADAM = {"adam": T.ScaleByAdam(), "rate": RATE}
+FIRST = T.ShrinkParams(1e-2)
+CHAINS = {name: adamw(**first) for name, first in BEFORE_THE_RULE.items()} | {
+    "decay-first": T.chain(clip=CLIP, decay=FIRST, **ADAM),
+    "decay-before-the-clip": T.chain(decay=FIRST, clip=CLIP, **ADAM),
+    "groups": T.chain(
+        clip=CLIP,
+        one=T.ForParameters("p0", T.ClipByGlobalNorm(0.5)),
+        decay=T.ForParameters("p0", FIRST),
+        **ADAM,
+    ),
+    "loss-scale": T.chain(unscale=T.DivideByLossScale(8.0), clip=CLIP, **ADAM),
+}
+
+
+def assert_in_place(program, bytes_of_a_parameter):
+    """What is donated is written over, and there is no temporary the size of the model."""
+    memory = program.memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes < 0.05 * SIZE
+    assert memory.alias_size_in_bytes >= bytes_of_a_parameter * SIZE
 
 
 @pytest.mark.parametrize("leaves", [1, 4])
-@pytest.mark.parametrize("name", BEFORE_THE_RULE)
+@pytest.mark.parametrize("name", CHAINS)
 def test_the_update_makes_no_temporary_the_size_of_the_model(name, leaves):
-    memory = compiled(adamw(**BEFORE_THE_RULE[name]), shapes(leaves)).memory_analysis()
-    assert memory is not None
-    assert memory.temp_size_in_bytes < 0.05 * SIZE
-    assert memory.alias_size_in_bytes >= 12 * SIZE  # parameters, m and v are updated in place
+    assert_in_place(compiled(CHAINS[name], shapes(leaves)), 12)  # the parameters, m and v
+
+
+SCALE, ACCUMULATE = T.DivideByDynamicLossScale(), T.Accumulate(4)
+BEHIND_GATES = {
+    "accumulate": (T.chain(gate=ACCUMULATE, **ADAM), 16),  # the sum, too
+    "accumulate-and-clip": (T.chain(gate=ACCUMULATE, clip=CLIP, decay=FIRST, **ADAM), 16),
+    "loss-scale": (T.chain(gate=SCALE, **ADAM), 12),
+    "loss-scale-and-clip": (T.chain(gate=SCALE, clip=CLIP, decay=FIRST, **ADAM), 12),
+    "both": (T.chain(scale=SCALE, gate=ACCUMULATE, clip=CLIP, **ADAM), 16),
+    "average": (T.chain(gate=ACCUMULATE, **ADAM, average=T.AverageParams()), 20),
+}
+
+
+@pytest.mark.parametrize("leaves", [1, 4])
+@pytest.mark.parametrize("name", BEHIND_GATES)
+def test_a_gate_makes_no_temporary_the_size_of_the_model(name, leaves):
+    """With `apply`; `update` has the updates to return from behind the gate."""
+    tx, bytes_of_a_parameter = BEHIND_GATES[name]
+    assert_in_place(compiled(tx, shapes(leaves), "apply"), bytes_of_a_parameter)
+
+
+def test_accumulation_keeps_four_bytes_a_parameter():
+    state = jax.eval_shape(T.chain(gate=ACCUMULATE).init, shapes(4))
+    assert sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)) == 4 * SIZE + 3 * 4
 
 
 def test_all_norms_around_a_clip_cost_one_pass():

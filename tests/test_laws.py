@@ -49,7 +49,7 @@ TRACES = collections.Counter()
 
 @functools.cache
 def step_of(tx):
-    """Return the jitted step of a chain, shared by all laws: only for trees like `params()`."""
+    """Return the jitted step of a chain, shared by all laws: only for trees like its case's."""
 
     def step(params, state, grads):
         TRACES[tx] += 1
@@ -71,11 +71,11 @@ def nothing_compiles():
     assert len(LOWERED) == before, "a program was compiled again"
 
 
-def run(tx, state, steps):
+def run(case, state, steps):
     """Return parameters and state after some steps in a Python loop."""
-    p = params()
+    p = case.params()
     for t in range(steps):
-        p, state = step_of(tx)(p, state, grads(t))
+        p, state = step_of(case.chain)(p, state, case.grads(t))
     return p, state
 
 
@@ -123,7 +123,7 @@ def test_every_link_has_a_row():
     exported = {x for x in vars(transforms).values() if isinstance(x, type)}
     wanted = {x for x in exported if hasattr(x, "init") or issubclass(x, transforms.Link)}
     covered = {type(link) for case in CASES for _, link in case.chain.links}
-    assert wanted - {transforms.Link, transforms.Chain} <= covered
+    assert wanted - {transforms.Link, transforms.TreeLink, transforms.Chain} <= covered
 
 
 @law_where("numbers")
@@ -158,11 +158,11 @@ def test_equals_its_copies(case, copied):
 
 @law
 def test_state_is_keyed_by_link_then_slot_then_parameter(case):
-    state = jax.eval_shape(case.chain.init, params())
+    state = jax.eval_shape(case.chain.init, case.params())
     wanted = {"step"}
     for name, link in case.chain.links:
-        if isinstance(link, transforms.Link):
-            slots = jax.eval_shape(link.slots, params()["scale"])
+        if isinstance(link, transforms.Link) and not isinstance(link, transforms.TreeLink):
+            slots = jax.eval_shape(link.slots, case.params()["scale"])
             wanted |= {f"{name}/{key}" for key in {**link.numbers(), **link.memory()}}
             wanted |= {f"{name}/{slot}/{param}" for slot in slots for param in NAMES}
         else:
@@ -178,7 +178,7 @@ def test_names_of_adam():
 @law
 def test_inserting_a_link_renames_nothing(case):
     longer = transforms.chain(before=transforms.ObserveNorms(), **dict(case.chain.links))
-    was, now = (jax.eval_shape(tx.init, params()) for tx in (case.chain, longer))
+    was, now = (jax.eval_shape(tx.init, case.params()) for tx in (case.chain, longer))
     added = {name for name in leaf_names(now) if name.startswith("before/")}
     assert set(leaf_names(was)) == set(leaf_names(now)) - added
     assert avals({**now, **was}) == avals(now)
@@ -190,7 +190,7 @@ def test_inserting_a_link_renames_nothing(case):
 @pytest.mark.parametrize(("param_dtype", "grad_dtype"), PAIRS)
 @law
 def test_avals_do_not_change(case, param_dtype, grad_dtype):
-    p, g = random_like(SHAPES, 0, param_dtype), random_like(SHAPES, 1, grad_dtype)
+    p, g = case.random_like(SHAPES, 0, param_dtype), case.random_like(SHAPES, 1, grad_dtype)
     state = jax.eval_shape(case.chain.init, p)
     updates, new = jax.eval_shape(functools.partial(case.chain.update, value=LOSS), g, state, p)
     assert avals(new) == avals(state)
@@ -203,8 +203,10 @@ def test_every_dtype_stays_finite(case):
     """Run three steps on a tree that has a parameter for every pair of dtypes."""
 
     def tree(seed, which):
-        pairs = {f"{a}-{b}": random_like({"bias": (3,)}, seed, (a, b)[which]) for a, b in PAIRS}
-        return pairs | {"scale": jnp.ones(())}
+        pairs = {
+            f"{a}-{b}": case.random_like({"bias": (3,)}, seed, (a, b)[which]) for a, b in PAIRS
+        }
+        return pairs | jax.tree.map(jnp.ones_like, case.random_like({"scale": ()}, seed))
 
     p = tree(0, which=0)
     state = case.chain.init(p)
@@ -219,7 +221,7 @@ def test_every_dtype_stays_finite(case):
 def program_in_x64_mode(case, dtype):
     """Return the state's avals, and the update's program as text."""
     with jax.enable_x64(True):
-        p, g = random_like(SHAPES, 0, dtype), random_like(SHAPES, 1, dtype)
+        p, g = case.random_like(SHAPES, 0, dtype), case.random_like(SHAPES, 1, dtype)
         state = jax.eval_shape(case.chain.init, p)
         update = functools.partial(case.chain.update, value=LOSS.astype(dtype))
         jaxpr, (updates, new) = jax.make_jaxpr(update, return_shape=True)(g, state, p)
@@ -231,7 +233,7 @@ def program_in_x64_mode(case, dtype):
 @law
 def test_float32_stays_float32_in_x64_mode(case):
     state, program = program_in_x64_mode(case, "float32")
-    assert avals(state) == avals(jax.eval_shape(case.chain.init, params()))
+    assert avals(state) == avals(jax.eval_shape(case.chain.init, case.params()))
     assert "f64[2" not in program  # no array; Python's numbers are float64 scalars
     assert "f64[8" not in program
 
@@ -258,25 +260,25 @@ def test_float64_is_accurate():
 
 @law
 def test_jit_equals_eager(case):
-    p, state = params(), case.chain.init(params())
+    p, state = case.params(), case.chain.init(case.params())
     for t in range(2):
-        p, state = case.chain.apply(grads(t), state, p, value=LOSS)
-    assert_close(run(case.chain, case.chain.init(params()), steps=2), (p, state))
+        p, state = case.chain.apply(case.grads(t), state, p, value=LOSS)
+    assert_close(run(case, case.chain.init(case.params()), steps=2), (p, state))
 
 
 @law
 def test_update_and_apply_agree(case):
-    p, state = params(), case.chain.init(params())
-    updates, after = jax.jit(case.chain.update)(grads(0), state, p, value=LOSS)
-    assert_close((optax.apply_updates(p, updates), after), run(case.chain, state, steps=1))
+    p, state = case.params(), case.chain.init(case.params())
+    updates, after = jax.jit(case.chain.update)(case.grads(0), state, p, value=LOSS)
+    assert_close((optax.apply_updates(p, updates), after), run(case, state, steps=1))
 
 
 @law
 def test_traces_once(case):
-    p, state = run(case.chain, case.chain.init(params()), steps=1)
+    p, state = run(case, case.chain.init(case.params()), steps=1)
     with nothing_compiles():
         for t in range(1, 5):
-            p, state = step_of(case.chain)(p, state, grads(t))
+            p, state = step_of(case.chain)(p, state, case.grads(t))
     assert TRACES[case.chain] == 1
 
 
@@ -286,39 +288,41 @@ def test_scan_equals_loop(case):
         p, state = carry
         return case.chain.apply(g, state, p, value=LOSS), None
 
-    first = params(), case.chain.init(params())
-    got, _ = jax.jit(functools.partial(jax.lax.scan, body))(first, stacked(*map(grads, range(3))))
-    assert_close(got, run(case.chain, first[1], steps=3))
+    first = case.params(), case.chain.init(case.params())
+    every = stacked(*map(case.grads, range(3)))
+    got, _ = jax.jit(functools.partial(jax.lax.scan, body))(first, every)
+    assert_close(got, run(case, first[1], steps=3))
 
 
 @law
 def test_vmap_equals_separate_runs(case):
     """Over states that differ in every hyperparameter, and over gradients."""
-    states = case.chain.init(params()), set_all(case, case.chain.init(params()))
+    states = case.chain.init(case.params()), set_all(case, case.chain.init(case.params()))
     step = jax.jit(jax.vmap(lambda p, s, g: case.chain.apply(g, s, p, value=LOSS)))
-    got = step(stacked(params(), params()), stacked(*states), stacked(grads(0), grads(1)))
-    wanted = [step_of(case.chain)(params(), s, grads(t)) for t, s in enumerate(states)]
+    p, g = stacked(case.params(), case.params()), stacked(*map(case.grads, range(2)))
+    got = step(p, stacked(*states), g)
+    wanted = [step_of(case.chain)(case.params(), s, case.grads(t)) for t, s in enumerate(states)]
     assert_close(got, stacked(*wanted))
 
 
 # Numbers are state.
 
 
-def lowered(tx, state):
+def lowered(case, tx, state):
     update = functools.partial(tx.update, value=LOSS)
-    return jax.jit(update).lower(grads(0), state, params()).as_text()
+    return jax.jit(update).lower(case.grads(0), state, case.params()).as_text()
 
 
 @law_where("numbers")
 def test_numbers_are_not_in_the_program(case):
-    text = lowered(case.chain, case.chain.init(params()))
-    assert lowered(case.other, case.other.init(params())) == text
-    assert lowered(case.chain, set_all(case, case.chain.init(params()))) == text
+    text = lowered(case, case.chain, case.chain.init(case.params()))
+    assert lowered(case, case.other, case.other.init(case.params())) == text
+    assert lowered(case, case.chain, set_all(case, case.chain.init(case.params()))) == text
 
 
 @law_where("numbers")
 def test_setting_all_numbers_equals_building_with_them(case):
-    state, wanted = set_all(case, case.chain.init(params())), case.other.init(params())
+    state, wanted = set_all(case, case.chain.init(case.params())), case.other.init(case.params())
     for name in case.numbers:
         link, number = name.split("/", 1)
         assert_same(state[link][number], wanted[link][number])
@@ -348,8 +352,8 @@ def changes(case):
 
 @law_where("numbers")
 def test_a_hundred_changes_compile_nothing(case):
-    step, state = step_of(case.chain), case.chain.init(params())
-    p, g, every = params(), grads(0), list(changes(case))
+    step, state = step_of(case.chain), case.chain.init(case.params())
+    p, g, every = case.params(), case.grads(0), list(changes(case))
     _, state = step(p, state, g)
     with nothing_compiles():
         for name, value, stored in itertools.islice(itertools.cycle(every), 100):
@@ -362,14 +366,14 @@ def test_a_hundred_changes_compile_nothing(case):
 
 def test_none_gives_back_the_schedule():
     (case,) = (case for case in CASES if case.name == "chain-schedules")
-    state, g = case.chain.init(params()), grads(0)
-    follows, _ = step_of(case.chain)(params(), state, g)
+    state, g = case.chain.init(case.params()), case.grads(0)
+    follows, _ = step_of(case.chain)(case.params(), state, g)
     halted = case.chain.set(state, learning_rate=0.0, decay=0.5)
-    stands, _ = step_of(case.chain)(params(), halted, g)
+    stands, _ = step_of(case.chain)(case.params(), halted, g)
     again, _ = step_of(case.chain)(
-        params(), case.chain.set(halted, learning_rate=None, decay=None), g
+        case.params(), case.chain.set(halted, learning_rate=None, decay=None), g
     )
-    assert_same(stands, params())
+    assert_same(stands, case.params())
     assert_same(again, follows)
     assert not np.array_equal(follows["scale"], stands["scale"])
     assert TRACES[case.chain] == 1
@@ -381,7 +385,7 @@ def test_none_gives_back_the_schedule():
 @law_where("smooth_at_zero")
 def test_derivatives_at_zero_are_finite(case):
     """With respect to the gradients, and to the numbers in the state that are real."""
-    p = random_like(SMALL_SHAPES, 0)
+    p = case.random_like(SMALL_SHAPES, 0)
     state = case.chain.init(p)
     numbers = {
         tuple(name.split("/", 1)): value
@@ -403,8 +407,8 @@ def test_derivatives_at_zero_are_finite(case):
 
 def step_without_kernel(case):
     """Return what comes before and after a step in which the kernel has no gradient."""
-    before = run(case.chain, case.chain.init(params()), steps=1)
-    g = grads(1)
+    before = run(case, case.chain.init(case.params()), steps=1)
+    g = case.grads(1)
     g["encoder"]["layer_0"]["kernel"] = None
     return before, jax.jit(lambda p, s: case.chain.apply(g, s, p, value=LOSS))(*before)
 
@@ -428,10 +432,11 @@ def test_gradient_of_none_leaves_slots_alone(case):
 
 @law
 def test_update_of_none_is_none(case):
-    state = jax.eval_shape(case.chain.init, params())
-    g = {**grads(0), "encoder": {"layer_0": {"bias": jnp.ones(2), "kernel": None}}}
+    state = jax.eval_shape(case.chain.init, case.params())
+    g = case.grads(0)
+    g["encoder"]["layer_0"]["kernel"] = None
     update = functools.partial(case.chain.update, value=LOSS)
-    updates, _ = jax.eval_shape(update, g, state, params())
+    updates, _ = jax.eval_shape(update, g, state, case.params())
     assert avals(updates) == avals(jax.eval_shape(lambda: g))
 
 
@@ -445,12 +450,12 @@ INTEGER_GRADS = {
 @pytest.mark.parametrize("grad", INTEGER_GRADS.values(), ids=INTEGER_GRADS)
 @law_where("integers_ok")
 def test_integer_parameter_is_left_alone(case, grad):
-    p = {**params(), "table": jnp.array([3, 4])}
+    p = {**case.params(), "table": jnp.array([3, 4])}
     state = case.chain.init(p)
-    new, after = case.chain.apply({**grads(0), "table": grad}, state, p, value=LOSS)
+    new, after = case.chain.apply({**case.grads(0), "table": grad}, state, p, value=LOSS)
     assert_same(new["table"], jnp.array([3, 4]))
     assert avals((new, after)) == avals((p, state))
-    without, _ = run(case.chain, case.chain.init(params()), steps=1)
+    without, _ = run(case, case.chain.init(case.params()), steps=1)
     assert_close({k: new[k] for k in without}, without)
 
 
@@ -466,17 +471,17 @@ def test_empty_tree(case):
 
 @law
 def test_leaf_without_entries(case):
-    p = {**params(), "none": jnp.zeros((0, 3))}
+    p = {**case.params(), "none": jnp.zeros((0, 3))}
     state = case.chain.init(p)
-    new, after = case.chain.apply({**grads(0), "none": p["none"]}, state, p, value=LOSS)
+    new, after = case.chain.apply({**case.grads(0), "none": p["none"]}, state, p, value=LOSS)
     assert avals((new, after)) == avals((p, state))
     assert_finite((new, after))
 
 
 @law
 def test_tree_of_one_array(case):
-    """A 0-d leaf that is the whole tree; where a pattern wants a name, in a dict with a bias."""
-    bare = jnp.float32(2.0)
+    """A leaf of one entry that is the whole tree; where a pattern wants a name, in a dict."""
+    bare = jnp.full_like(case.random_like((), 0), 2.0)
     p = bare if case.empty_ok else {"scale": bare, "layer": {"bias": bare}}
     state = case.chain.init(p)
     new, after = case.chain.apply(p, state, p, value=LOSS)
@@ -489,12 +494,13 @@ def test_tree_of_one_array(case):
 
 @law_where("complex_ok")
 def test_complex_parameters(case):
-    p = {**params(), "phase": random_like((3,), 0, "complex64")}
+    p = {**case.params(), "phase": case.random_like((3,), 0, "complex64")}
     state = case.chain.init(p)
     before = avals((p, state))
     step = jax.jit(lambda p, state, g: case.chain.apply(g, state, p, value=LOSS))
     for t in range(3):
-        p, state = step(p, state, {**grads(t), "phase": random_like((3,), t, "complex64")})
+        phase = case.random_like((3,), t, "complex64")
+        p, state = step(p, state, {**case.grads(t), "phase": phase})
     assert avals((p, state)) == before
     assert_finite((p, state))
 
@@ -537,12 +543,12 @@ def test_complex_norms():
 # Many devices.
 
 
-def sharded(axis_type):
-    """Return parameters whose kernel is split over eight devices, and the sharding of each."""
+def sharded(p, axis_type):
+    """Return parameters with the kernel split over eight devices, and the sharding of each."""
     mesh = jax.make_mesh((8,), ("data",), (axis_type,))
-    shardings = jax.tree.map(lambda _: NamedSharding(mesh, P()), params())
+    shardings = jax.tree.map(lambda _: NamedSharding(mesh, P()), p)
     shardings["encoder"]["layer_0"]["kernel"] = NamedSharding(mesh, P("data"))
-    return jax.device_put(params(), shardings), shardings
+    return jax.device_put(p, shardings), shardings
 
 
 def partition(x):
@@ -552,28 +558,28 @@ def partition(x):
 
 def on_a_mesh(case):
     """Three steps are those of one device, and everything stays as it is split."""
-    p, shardings = sharded(AxisType.Auto)
+    p, shardings = sharded(case.params(), AxisType.Auto)
     state = case.chain.init(p)
     before = jax.tree.map(partition, (p, state))
     step = jax.jit(lambda p, state, g: case.chain.apply(g, state, p, value=LOSS))
     for t in range(3):
-        p, state = step(p, state, jax.device_put(grads(t), shardings))
+        p, state = step(p, state, jax.device_put(case.grads(t), shardings))
     assert jax.tree.map(partition, (p, state)) == before
-    assert_close((p, state), run(case.chain, case.chain.init(params()), steps=3), 5e-6)
+    assert_close((p, state), run(case, case.chain.init(case.params()), steps=3), 5e-6)
 
 
 def with_shardings_in_types(case):
     """Parameters and slots stay as they are split, by the types, which say so."""
-    p, shardings = sharded(AxisType.Explicit)
+    p, shardings = sharded(case.params(), AxisType.Explicit)
     state = case.chain.init(p)
     apply = functools.partial(case.chain.apply, value=LOSS)
-    new = jax.eval_shape(apply, jax.device_put(grads(0), shardings), state, p)
+    new = jax.eval_shape(apply, jax.device_put(case.grads(0), shardings), state, p)
     assert jax.tree.map(partition, new) == jax.tree.map(partition, (p, state))
 
 
 def in_shard_map(case):
     """With one gradient on each device, a step with their mean is that of one device."""
-    every = stacked(*map(grads, range(8)))
+    every = stacked(*map(case.grads, range(8)))
 
     def step(p, state, g):
         g = jax.tree.map(lambda x: jax.lax.pmean(x[0], "data"), g)
@@ -581,7 +587,7 @@ def in_shard_map(case):
 
     mesh = jax.make_mesh((8,), ("data",), (AxisType.Auto,))
     mapped = jax.shard_map(step, mesh=mesh, in_specs=(P(), P(), P("data")), out_specs=P())
-    first = params(), case.chain.init(params())
+    first = case.params(), case.chain.init(case.params())
     mean = jax.tree.map(lambda x: jnp.mean(x, 0), every)
     assert_close(jax.jit(mapped)(*first, every), step_of(case.chain)(*first, mean), 5e-6)
 
@@ -611,7 +617,7 @@ def report_on_many_devices():
         f"{way}/{case.name}": functools.partial(function, case)
         for (way, function), case in itertools.product(MANY_DEVICES.items(), CASES)
     }
-    calls["compiles-once"] = lambda: compiles_once(sharded(AxisType.Auto)[1])
+    calls["compiles-once"] = lambda: compiles_once(sharded(params(), AxisType.Auto)[1])
     report = {}
     for name, call in calls.items():
         try:

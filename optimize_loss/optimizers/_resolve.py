@@ -5,6 +5,8 @@ from typing import Any
 
 from optimize_loss._checks import InvalidType, check_choice, check_takes, received
 from optimize_loss.optimizers._base import Optimizer
+from optimize_loss.optimizers._get import names
+from optimize_loss.optimizers._options import CLASSES
 from optimize_loss.optimizers._tf1 import OPTIMIZER_CLS_NAMES
 from optimize_loss.transforms import Chain, Link, ScaleByLearningRate
 from optimize_loss.transforms._base import is_transformation
@@ -23,8 +25,9 @@ def resolve(optimizer: Any, learning_rate: Any) -> dict[str, Any]:
       ValueError: the name is unknown, or there is no learning rate, or there are two.
     """
     if isinstance(optimizer, str):
-        check_choice("optimizer", optimizer, sorted(OPTIMIZER_CLS_NAMES))
-        made = OPTIMIZER_CLS_NAMES[optimizer](_required(learning_rate, f"a name ({optimizer!r})"))
+        known = {**_KERAS, **OPTIMIZER_CLS_NAMES}
+        check_choice("optimizer", optimizer, sorted(known))
+        made = known[optimizer](_required(learning_rate, f"a name ({optimizer!r})"))
     elif isinstance(optimizer, type):
         if not issubclass(optimizer, Optimizer):
             raise InvalidType(f"`optimizer` {_KINDS} {received('optimizer', optimizer)}")
@@ -42,6 +45,9 @@ def resolve(optimizer: Any, learning_rate: Any) -> dict[str, Any]:
         raise InvalidType(f"`optimizer` {_KINDS} {received('optimizer', optimizer)}")
     return _with_rate(_links(made), None)
 
+
+# Where TensorFlow 1 and Keras share a name, contrib's meaning is the one of `optimize_loss`.
+_KERAS = {name: CLASSES[name] for name in names() if not name.endswith("Optimizer")}
 
 _KINDS = (
     "must be a name, a subclass of `Optimizer`, a function of the learning rate, an `Optimizer`, "

@@ -1,6 +1,5 @@
 """TensorFlow 1's optimizers, with its names, defaults and numbers."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +9,7 @@ import numpy as np
 from optimize_loss import transforms
 from optimize_loss._checks import received
 from optimize_loss.optimizers._base import Optimizer
+from optimize_loss.optimizers._options import PositiveRate, Rate
 from optimize_loss.transforms import (
     Decay,
     Fraction,
@@ -32,11 +32,10 @@ def _single(name: str, decay: Any) -> Any:
     return rounded
 
 
-def _values(optimizer: Optimizer) -> list[Any]:
-    return [getattr(optimizer, field.name) for field in dataclasses.fields(optimizer)]
+def _regularization(optimizer: Any) -> tuple[float, float]:
+    return optimizer.l1_regularization_strength, optimizer.l2_regularization_strength
 
 
-@dataclasses.dataclass(frozen=True)
 class GradientDescentOptimizer(Optimizer):
     """Gradient descent: p ← p - learning_rate · g.
 
@@ -53,14 +52,13 @@ class GradientDescentOptimizer(Optimizer):
       `tf.compat.v1.train.GradientDescentOptimizer`.
     """
 
-    learning_rate: NotNegative
+    learning_rate: Rate
 
     def links(self):
         """Return the rate."""
-        return {"rate": ScaleByLearningRate(self.learning_rate)}
+        return {"rate": ScaleByLearningRate(self.rate)}
 
 
-@dataclasses.dataclass(frozen=True)
 class MomentumOptimizer(Optimizer):
     """Momentum, with the rate outside the accumulator: a ← momentum · a + g, p ← p - rate · a.
 
@@ -82,17 +80,16 @@ class MomentumOptimizer(Optimizer):
       `tf.compat.v1.train.MomentumOptimizer`; `ScaleByMomentum` has the paper.
     """
 
-    learning_rate: NotNegative
+    learning_rate: Rate
     momentum: Fraction
     use_nesterov: bool = False
 
     def links(self):
         """Return the accumulator, then the rate."""
         momentum = transforms.ScaleByMomentum(self.momentum, self.use_nesterov)
-        return {"momentum": momentum, "rate": ScaleByLearningRate(self.learning_rate)}
+        return {"momentum": momentum, "rate": ScaleByLearningRate(self.rate)}
 
 
-@dataclasses.dataclass(frozen=True)
 class AdamOptimizer(Optimizer):
     """Adam, with epsilon added to the root that is not corrected: `ScaleByAdam`.
 
@@ -112,7 +109,7 @@ class AdamOptimizer(Optimizer):
       `tf.compat.v1.train.AdamOptimizer`; `ScaleByAdam` has the paper.
     """
 
-    learning_rate: NotNegative = 0.001
+    learning_rate: Rate = 0.001
     beta1: Decay = 0.9
     beta2: Decay = 0.999
     epsilon: Positive = 1e-8
@@ -122,10 +119,9 @@ class AdamOptimizer(Optimizer):
         adam = transforms.ScaleByAdam(
             _single("beta1", self.beta1), _single("beta2", self.beta2), self.epsilon
         )
-        return {"adam": adam, "rate": ScaleByLearningRate(self.learning_rate)}
+        return {"adam": adam, "rate": ScaleByLearningRate(self.rate)}
 
 
-@dataclasses.dataclass(frozen=True)
 class AdagradOptimizer(Optimizer):
     """Adagrad without epsilon: n ← n + g², p ← p - learning_rate · g / √n.
 
@@ -146,16 +142,15 @@ class AdagradOptimizer(Optimizer):
       `tf.compat.v1.train.AdagradOptimizer`; `ScaleByAdagrad` has the paper.
     """
 
-    learning_rate: NotNegative
+    learning_rate: Rate
     initial_accumulator_value: PositiveStart = 0.1
 
     def links(self):
         """Return the rule, then the rate."""
         adagrad = transforms.ScaleByAdagrad(self.initial_accumulator_value, epsilon=0.0)
-        return {"adagrad": adagrad, "rate": ScaleByLearningRate(self.learning_rate)}
+        return {"adagrad": adagrad, "rate": ScaleByLearningRate(self.rate)}
 
 
-@dataclasses.dataclass(frozen=True)
 class AdadeltaOptimizer(Optimizer):
     """Adadelta: `ScaleByAdadelta`, multiplied by the rate.
 
@@ -174,17 +169,16 @@ class AdadeltaOptimizer(Optimizer):
       `tf.compat.v1.train.AdadeltaOptimizer`; `ScaleByAdadelta` has the paper.
     """
 
-    learning_rate: NotNegative = 0.001
+    learning_rate: Rate = 0.001
     rho: Decay = 0.95
     epsilon: Positive = 1e-8
 
     def links(self):
         """Return the rule, then the rate."""
         adadelta = transforms.ScaleByAdadelta(_single("rho", self.rho), self.epsilon)
-        return {"adadelta": adadelta, "rate": ScaleByLearningRate(self.learning_rate)}
+        return {"adadelta": adadelta, "rate": ScaleByLearningRate(self.rate)}
 
 
-@dataclasses.dataclass(frozen=True)
 class RMSPropOptimizer(Optimizer):
     """RMSprop whose mean of squares starts at 1, with the rate inside the momentum.
 
@@ -208,7 +202,7 @@ class RMSPropOptimizer(Optimizer):
       `tf.compat.v1.train.RMSPropOptimizer`; `ScaleByRMS` has the papers.
     """
 
-    learning_rate: NotNegative
+    learning_rate: Rate
     decay: Decay = 0.9
     momentum: Fraction = 0.0
     epsilon: Positive = 1e-10
@@ -220,12 +214,11 @@ class RMSPropOptimizer(Optimizer):
             "rms": transforms.ScaleByRMS(
                 _single("decay", self.decay), self.epsilon, self.centered, 1.0
             ),
-            "rate": ScaleByLearningRate(self.learning_rate),
+            "rate": ScaleByLearningRate(self.rate),
             "momentum": transforms.ScaleByMomentum(self.momentum),
         }
 
 
-@dataclasses.dataclass(frozen=True)
 class FtrlOptimizer(Optimizer):
     """Follow the regularised leader: `StepByFtrl`.
 
@@ -248,7 +241,7 @@ class FtrlOptimizer(Optimizer):
       `tf.compat.v1.train.FtrlOptimizer`; `StepByFtrl` has the paper.
     """
 
-    learning_rate: Positive
+    learning_rate: PositiveRate
     learning_rate_power: NotPositive = -0.5
     initial_accumulator_value: Start = 0.1
     l1_regularization_strength: NotNegative = 0.0
@@ -258,10 +251,18 @@ class FtrlOptimizer(Optimizer):
 
     def links(self):
         """Return the rule, which contains the rate."""
-        return {"ftrl": transforms.StepByFtrl(*_values(self))}
+        return {
+            "ftrl": transforms.StepByFtrl(
+                self.rate,
+                self.learning_rate_power,
+                self.initial_accumulator_value,
+                *_regularization(self),
+                self.l2_shrinkage_regularization_strength,
+                self.beta,
+            )
+        }
 
 
-@dataclasses.dataclass(frozen=True)
 class ProximalGradientDescentOptimizer(Optimizer):
     """Gradient descent that meets an L1 and an L2 penalty exactly: `StepByProximalGradient`.
 
@@ -280,16 +281,15 @@ class ProximalGradientDescentOptimizer(Optimizer):
       `tf.compat.v1.train.ProximalGradientDescentOptimizer`.
     """
 
-    learning_rate: NotNegative
+    learning_rate: Rate
     l1_regularization_strength: NotNegative = 0.0
     l2_regularization_strength: NotNegative = 0.0
 
     def links(self):
         """Return the rule, which contains the rate."""
-        return {"proximal": transforms.StepByProximalGradient(*_values(self))}
+        return {"proximal": transforms.StepByProximalGradient(self.rate, *_regularization(self))}
 
 
-@dataclasses.dataclass(frozen=True)
 class ProximalAdagradOptimizer(Optimizer):
     """Adagrad that meets an L1 and an L2 penalty exactly: `StepByProximalAdagrad`.
 
@@ -309,17 +309,20 @@ class ProximalAdagradOptimizer(Optimizer):
       `tf.compat.v1.train.ProximalAdagradOptimizer`.
     """
 
-    learning_rate: NotNegative
+    learning_rate: Rate
     initial_accumulator_value: PositiveStart = 0.1
     l1_regularization_strength: NotNegative = 0.0
     l2_regularization_strength: NotNegative = 0.0
 
     def links(self):
         """Return the rule, which contains the rate."""
-        return {"proximal": transforms.StepByProximalAdagrad(*_values(self))}
+        return {
+            "proximal": transforms.StepByProximalAdagrad(
+                self.rate, self.initial_accumulator_value, *_regularization(self)
+            )
+        }
 
 
-@dataclasses.dataclass(frozen=True)
 class AdagradDAOptimizer(Optimizer):
     """Adagrad with dual averaging: `StepByDualAveraging`.
 
@@ -341,14 +344,20 @@ class AdagradDAOptimizer(Optimizer):
       `tf.compat.v1.train.AdagradDAOptimizer`; `StepByDualAveraging` has the paper.
     """
 
-    learning_rate: NotNegative
+    learning_rate: Rate
     initial_gradient_squared_accumulator_value: PositiveStart = 0.1
     l1_regularization_strength: NotNegative = 0.0
     l2_regularization_strength: NotNegative = 0.0
 
     def links(self):
         """Return the rule, which contains the rate."""
-        return {"dual_averaging": transforms.StepByDualAveraging(*_values(self))}
+        return {
+            "dual_averaging": transforms.StepByDualAveraging(
+                self.rate,
+                self.initial_gradient_squared_accumulator_value,
+                *_regularization(self),
+            )
+        }
 
 
 OPTIMIZER_CLS_NAMES: dict[str, Callable[..., Optimizer]] = {

@@ -4,7 +4,8 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from optimize_loss.transforms._base import Count, Decay, Link, compute_dtype, count
+from optimize_loss._checks import DECAY
+from optimize_loss.transforms._base import Count, Decay, FullDecay, Link, compute_dtype, count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +19,7 @@ class AverageParams(Link):
     weight of the newest is (1-β) / (1-βᵗ) in place of (1-β).
 
     Args:
-      decay: β, in [0, 1).
+      decay: β, in [0, 1]; below 1 if `bias_free`. At 1 the average stays at its start.
       overwrite_every: where given, every so many updates the parameter becomes the average.
       bias_free: whether to leave the initial parameters out of the average.
 
@@ -35,11 +36,20 @@ class AverageParams(Link):
       Keras 2.15, `Optimizer(use_ema=True, ema_momentum=..., ema_overwrite_frequency=...)`.
     """
 
-    decay: Decay = 0.999
+    decay: FullDecay = 0.999
     overwrite_every: Count | None = None
     bias_free: bool = False
     reads_params = True
     needs_stored = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not callable(self.decay):
+            self.rule("decay").check("decay", self.decay)
+
+    def rule(self, name):
+        """Return what the number must satisfy: a decay of 1 leaves nothing to correct."""
+        return DECAY if name == "decay" and self.bias_free else super().rule(name)
 
     def slots(self, param):
         """Return a copy of the parameter."""
@@ -55,6 +65,10 @@ class AverageParams(Link):
             every = numbers["overwrite_every"]
             k["overwrite"] = step % every == every - 1
         return k, memory
+
+    def averaged(self, param, slots, numbers):
+        """Return the average."""
+        return slots["average"]
 
     def leaf(self, update, slots, param, k):
         """Update one average, and overwrite the parameter with it when its time has come."""

@@ -10,6 +10,7 @@ A link is one transformation of the gradients, written as a few small functions:
     for_each(names, k)                     what differs from parameter to parameter, as data
     leaf(update, slots, param, k)          one array in, one array and the new slots out
     factor(k)                              in place of `leaf`, if all it does is multiply
+    move(param, k)                         what the parameter moves by before the links behind
 
 Most links need two or three. `chain` computes the totals, then the scalars, then runs the leaf
 functions of all its links in one pass over the parameters.
@@ -38,6 +39,7 @@ NotNegative = Annotated[Number, _checks.NOT_NEGATIVE]
 NotPositive = Annotated[Number, _checks.NOT_POSITIVE]
 Fraction = Annotated[Number, _checks.FRACTION]
 Decay = Annotated[Number, _checks.DECAY]
+FullDecay = Annotated[Number, _checks.FULL_DECAY]
 Count = Annotated[int, _checks.COUNT]
 Seed = Annotated[int, _checks.SEED]
 Start = Annotated[float, dataclasses.replace(_checks.NOT_NEGATIVE, initial=True)]
@@ -95,9 +97,10 @@ class Link:
         for_each(names, k)                     what differs from parameter to parameter
         leaf(update, slots, param, k)          one array in, one array and the new slots out
         factor(k)                              in place of `leaf`, if all it does is multiply
+        move(param, k)                         what the parameter moves by before the links behind
 
-    and set the class attributes `needs`, `observes`, `needs_stored`, `reads_params` where they
-    differ from the defaults below.
+    and set the class attributes `needs`, `borrows`, `observes`, `gates`, `needs_stored`,
+    `reads_params` where they differ from the defaults below.
 
     Example:
       A link that takes the sign of the gradient where it is large, and sends zero elsewhere:
@@ -119,8 +122,15 @@ class Link:
     """What `scalars` receives as `total` where there is no `measure`: the L2 norm of all updates
     at this place in the chain, safe from overflow, or the loss of this step."""
 
+    borrows: ClassVar[tuple[str, ...]] = ()
+    """Numbers of other links that `scalars` receives with its own, such as `learning_rate`."""
+
     observes: ClassVar[bool] = False
     """True where `leaf` returns the update as it came."""
+
+    gates: ClassVar[bool] = False
+    """True where `scalars` returns `open`, a bool, among what `leaf` needs. Unless it is true, the
+    links behind do not run: parameters, their slots and the count of updates stay as they are."""
 
     needs_stored: ClassVar[bool] = False
     """True where `leaf` must see an update after which the parameter is as it will be stored,
@@ -148,7 +158,10 @@ class Link:
         return {}
 
     def memory(self) -> dict[str, float]:
-        """Return the memory for the whole tree: numbers, as they are before the first step."""
+        """Return the memory for the whole tree: numbers, as they are before the first step.
+
+        Integers are kept as int32, all others as the floats of the hyperparameters are.
+        """
         return {}
 
     def measure(self, update: jax.Array) -> jax.Array:
@@ -179,6 +192,8 @@ class Link:
         """Return the scalar that multiplies the update, for links that do nothing else.
 
         It takes the place of `leaf`, and spares a pass where the norm after the link is needed.
+        Of a gate it multiplies what `leaf` returns, and only behind it, where it is open: no copy
+        of all updates is made for the links there.
         """
         raise NotImplementedError
 
@@ -186,7 +201,16 @@ class Link:
         self, update: jax.Array, slots: Slots, param: jax.Array, k: Numbers
     ) -> tuple[jax.Array, Slots]:
         """Return the new update and the new slots of one parameter, in float32 or wider."""
-        return (update * self.factor(k) if self.multiplies else update), slots
+        multiplies = self.multiplies and not self.gates
+        return (update * self.factor(k) if multiplies else update), slots
+
+    def move(self, param: jax.Array, k: Numbers) -> jax.Array:
+        """Return what is added to the parameter before the links behind see it."""
+        raise NotImplementedError
+
+    def averaged(self, param: jax.Array, slots: Slots, numbers: Numbers) -> jax.Array:
+        """Return the parameter to use after training, where the link keeps a better one."""
+        raise NotImplementedError
 
     @property
     def multiplies(self) -> bool:
@@ -197,6 +221,48 @@ class Link:
     def measures(self) -> bool:
         """Whether this class or a base of it defines `measure`."""
         return type(self).measure is not Link.measure
+
+    @property
+    def moves(self) -> bool:
+        """Whether this class or a base of it defines `move`."""
+        return type(self).move is not Link.move
+
+    @property
+    def averages(self) -> bool:
+        """Whether this class or a base of it defines `averaged`."""
+        return type(self).averaged is not Link.averaged
+
+
+@dataclasses.dataclass(frozen=True)
+class TreeLink(Link):
+    """A link that sees all parameters at once, by name, outside the one pass.
+
+    Subclass it where a parameter's update depends on other parameters in a way that no total
+    tells. Write `init` and `run` in place of `slots` and `leaf`; the rest is as in `Link`.
+    """
+
+    reads_params = True
+
+    def init(self, params: Mapping[str, jax.Array]) -> dict[str, Any]:
+        """Return the memory before the first step, any tree of arrays for each name in it."""
+        return {}
+
+    def run(
+        self,
+        updates: Mapping[str, jax.Array],
+        slots: Mapping[str, Any],
+        params: Mapping[str, jax.Array],
+        k: Numbers,
+    ) -> tuple[Mapping[str, jax.Array], Mapping[str, Any]]:
+        """Return the new updates and the new memory.
+
+        Args:
+          updates: for each parameter that has a gradient, in float32 or wider.
+          slots: the memory.
+          params: the parameters by name, in float32 or wider.
+          k: what `scalars` returned.
+        """
+        raise NotImplementedError
 
 
 def is_transformation(made: Any) -> bool:
@@ -231,8 +297,8 @@ def abs_squared(x: jax.Array) -> jax.Array:
 
 
 def sqrt(x: jax.Array) -> jax.Array:
-    """Return √x of numbers of at least 0, with derivative 0 at 0 in place of infinity."""
-    return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), 0)
+    """Return √x, with derivative 0 at 0 in place of infinity; NaN of NaN and below 0."""
+    return jnp.where(x == 0, 0, jnp.sqrt(jnp.where(x == 0, 1, x)))
 
 
 def norm(x: jax.Array) -> jax.Array:

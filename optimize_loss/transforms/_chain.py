@@ -1,7 +1,8 @@
 """Links in a row, by name: one optax transformation whose state is a dict."""
 
 import dataclasses
-import itertools
+import functools
+import operator
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,13 +11,12 @@ import jax.numpy as jnp
 import optax
 
 from optimize_loss._checks import InvalidType, TreeMismatch, nearest
-from optimize_loss._names import same_leaves
 from optimize_loss.transforms import _numbers
-from optimize_loss.transforms._base import Link, is_transformation, number_rules
-from optimize_loss.transforms._fused import Leaf, Settings, prepare, run_leaf
+from optimize_loss.transforms._base import Link, TreeLink, is_transformation, number_rules
+from optimize_loss.transforms._for_parameters import ForParameters
+from optimize_loss.transforms._fused import Wanted
 from optimize_loss.transforms._params import Params, is_inexact, placed_like, take_apart
-
-State = dict[str, Any]
+from optimize_loss.transforms._run import Call, Place, State, averaged, run
 
 
 @jax.tree_util.register_static
@@ -46,8 +46,8 @@ class Chain(optax.GradientTransformationExtraArgs):
         return (self.links,)
 
     def link(self, name: str) -> Any:
-        """Return the link of this name."""
-        return dict(self.links)[name]
+        """Return the link of this name; of one for some parameters, the link itself."""
+        return dict(self._linked())[name]
 
     def init(self, params: Any) -> State:
         """Return the state before the first update.
@@ -58,8 +58,11 @@ class Chain(optax.GradientTransformationExtraArgs):
         """
         taken = take_apart(params)
         state: State = {"step": jnp.zeros((), jnp.int32)}
-        for name, link in self.links:
-            state[name] = _init_link(link, taken) if isinstance(link, Link) else link.init(params)
+        places = self._places(taken)
+        _check_last(places)
+        for place in places:
+            ours = isinstance(place.link, Link)
+            state[place.name] = _init_link(place, taken) if ours else place.link.init(params)
         return placed_like(params, state)
 
     def update(
@@ -80,7 +83,7 @@ class Chain(optax.GradientTransformationExtraArgs):
         Raises:
           TreeMismatch: the trees have different leaves or shapes; or the state is another chain's.
         """
-        return self._run(updates, state, params, apply=False, **extra)
+        return self._run(updates, state, params, "updates", **extra)
 
     def apply(
         self, grads: Any, state: State, params: Any, *, schedule_step: Any = None, **extra: Any
@@ -97,7 +100,7 @@ class Chain(optax.GradientTransformationExtraArgs):
           schedule_step: the step that schedules see; `state["step"]` unless given.
           **extra: as for `update`.
         """
-        return self._run(grads, state, params, apply=True, schedule_step=schedule_step, **extra)
+        return self._run(grads, state, params, "params", schedule_step=schedule_step, **extra)
 
     def numbers_named(self, name: str, state: State, schedule_step: Any = None) -> State:
         """Return the hyperparameter `name` of every link that has it, at this step, by link."""
@@ -140,7 +143,7 @@ class Chain(optax.GradientTransformationExtraArgs):
         return state
 
     def _numbers(self) -> Iterator[tuple[str, str]]:
-        for name, link in self.links:
+        for name, link in self._linked():
             if isinstance(link, Link):
                 yield from ((name, number) for number in link.numbers())
 
@@ -163,35 +166,126 @@ class Chain(optax.GradientTransformationExtraArgs):
         near = nearest(name, [*full, *(number for _, number in known)])
         raise ValueError(f"No link has a number `{name}`. Nearest: {near}. All: {full}.")
 
+    def averaged(self, state: State, params: Any) -> Any:
+        """Return the parameters to use after training: an average, where a link keeps one.
+
+        Raises:
+          TreeMismatch: the state is another chain's, or of other parameters.
+
+        Example:
+          >>> import optimize_loss as ol
+          >>> tx = ol.transforms.chain(
+          ...     rate=ol.transforms.ScaleByLearningRate(1.0), ema=ol.transforms.AverageParams(0.5))
+          >>> params, state = tx.apply({"w": 1.0}, tx.init({"w": 2.0}), {"w": 2.0})
+          >>> print(params["w"], tx.averaged(state, params)["w"])
+          1.0 1.5
+        """
+        _check_state(self, state)
+        taken = take_apart(params)
+        return taken.unflatten(averaged(self._places(taken), state, taken))
+
+    def loss_scale(self, state: State, schedule_step: Any = None) -> jax.Array | None:
+        """Return what the loss must be multiplied by before its gradients come here, or None."""
+        scales = list(self.numbers_named("loss_scale", state, schedule_step).values())
+        scales += [
+            state[name]["loss_scale"]
+            for name, link in self._linked()
+            if isinstance(link, Link) and "loss_scale" in link.memory()
+        ]
+        return functools.reduce(jnp.multiply, scales) if scales else None
+
+    def with_numbers_of(self, other: "Chain", state: State) -> tuple["Chain", State]:
+        """Return the chain and the state that go on from `state` with the numbers of `other`.
+
+        The chain is this one, so that nothing is traced anew, unless a schedule comes or goes.
+
+        Raises:
+          ValueError: `other` has other links than this chain, or differs in more than numbers.
+        """
+        state = dict(state)
+        if [name for name, _ in self.links] != [name for name, _ in other.links]:
+            raise ValueError(
+                f"The links must stay {[name for name, _ in self.links]}. "
+                f"Received: {[name for name, _ in other.links]}."
+            )
+        retraced = False
+        for (name, old), (_, new) in zip(self.links, other.links, strict=True):
+            if old == new:
+                continue
+            if _structure(old) != _structure(new):
+                raise ValueError(
+                    f"The link {name!r} must stay {old!r} but for its numbers. Received: {new!r}."
+                )
+            link, numbers = other.link(name), self.link(name).numbers()
+            for number, value in link.numbers().items():
+                before = numbers[number]
+                if value != before:
+                    retraced = retraced or callable(value) or callable(before)
+                    changed = _numbers.replaced(
+                        number, None, value, link.rule(number), state[name][number]
+                    )
+                    state[name] = {**state[name], number: changed}
+        return (other if retraced else self), state
+
+    def _linked(self) -> Iterator[tuple[str, Any]]:
+        """Return the links by name, those for some parameters without telling which."""
+        return ((n, x.link if isinstance(x, ForParameters) else x) for n, x in self.links)
+
+    def _places(self, params: Params) -> list[Place]:
+        """Return the links with the parameters that they are for."""
+        marks = [is_inexact(p) for p in params.leaves]
+        return [
+            Place(name, link, _takes(name, dict(self.links)[name], params, marks))
+            for name, link in self._linked()
+        ]
+
+    def _numbers_at(self, state: State, step: Any) -> dict[str, dict[str, jax.Array]]:
+        """Return for each link of ours its numbers at this step, with those that it borrows."""
+        own = {
+            name: _numbers.all_at_step(name, link, state[name], step)
+            for name, link in self._linked()
+            if isinstance(link, Link)
+        }
+        borrowed = {
+            name: {number: own[_lender(self, name, number)][number] for number in link.borrows}
+            for name, link in self._linked()
+            if isinstance(link, Link)
+        }
+        return {name: {**own[name], **borrowed[name]} for name in own}
+
     def _run(
         self,
         updates: Any,
         state: State,
         params: Any,
+        wanted: Wanted,
         *,
-        apply: bool,
         schedule_step: Any = None,
         **extra: Any,
     ) -> tuple[Any, State]:
         _check_state(self, state)
         if params is None:
-            for name, link in self.links:
-                if isinstance(link, Link) and link.reads_params:
+            for name, link in self._linked():
+                if isinstance(link, Link) and (link.reads_params or link.moves):
                     raise ValueError(f"`params` must be given: the link {name!r} reads them.")
             params = jax.tree.map(_unknown, updates)
         taken = take_apart(params)
         flat = taken.check_updates(updates)
-        clock = state["step"] if schedule_step is None else schedule_step
-        new_state: State = {"step": optax.safe_increment(state["step"])}
-        groups = [(ours, dict(group)) for ours, group in itertools.groupby(self.links, _is_ours)]
-        for i, (ours, group) in enumerate(groups):
-            last = apply and i == len(groups) - 1
-            if ours:
-                flat, new = _run_links(group, state, taken, flat, clock, extra.get("value"), last)
-            else:
-                flat, new = _run_foreign(group, state, taken, flat, extra, last)
-            new_state.update(new)
-        return taken.unflatten(flat), new_state
+        call = Call(
+            params=taken,
+            state=state,
+            numbers=self._numbers_at(
+                state, state["step"] if schedule_step is None else schedule_step
+            ),
+            live=[j for j, p in enumerate(taken.leaves) if flat[j] is not None and is_inexact(p)],
+            wanted=wanted,
+            extra=extra,
+        )
+        results, new_state = run(self._places(taken), call, [flat[j] for j in call.live])
+        outputs = list(taken.leaves if wanted == "params" else flat)
+        for j, result in zip(call.live, results, strict=True):
+            outputs[j] = result
+        return taken.unflatten(outputs), new_state
 
 
 def _unknown(update: Any) -> Any:
@@ -200,8 +294,66 @@ def _unknown(update: Any) -> Any:
     return jnp.full_like(update, jnp.nan) if inexact else update
 
 
-def _is_ours(pair: tuple[str, Any]) -> bool:
-    return isinstance(pair[1], Link)
+def _takes(name: str, entry: Any, params: Params, marks: list[bool]) -> tuple[bool, ...]:
+    """Return for each parameter whether a link is for it; integers are no link's."""
+    if not isinstance(entry, ForParameters):
+        return tuple(marks)
+    takes = [a and b for a, b in zip(entry.takes(params.names, params.leaves), marks, strict=True)]
+    if not any(takes) and not entry.optional:
+        raise ValueError(
+            f"The link {name!r} must be for a parameter. Received: {entry!r}, for the parameters "
+            f"{params.names}."
+        )
+    return tuple(takes)
+
+
+def _structure(entry: Any) -> Any:
+    """Return what of a link of ours is not a number in its state."""
+    if isinstance(entry, ForParameters):
+        return {**_fields(entry), "link": _structure(entry.link)}
+    if not isinstance(entry, Link):
+        return entry
+    numbers, rules = entry.numbers(), number_rules(type(entry))
+    inside = [value for name, value in numbers.items() if name not in rules]
+    rest = {n: _without(inside, x) for n, x in _fields(entry).items() if n not in numbers}
+    return type(entry), rest, [*numbers]
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+
+
+def _without(numbers: list[Any], field: Any) -> Any:
+    """Return a field without the numbers that stand inside it, as multipliers do."""
+    if isinstance(field, tuple):
+        return tuple(_without(numbers, part) for part in field)
+    return None if any(field is number for number in numbers) else field
+
+
+def _lender(links: Chain, borrower: str, number: str) -> str:
+    """Return the name of the one link whose number another one borrows.
+
+    Raises:
+      ValueError: no link has such a number, or more than one.
+    """
+    entries = dict(links.links)
+    others = [
+        owner
+        for owner, found in links._numbers()
+        if found == number and owner != borrower and links._is_declared(owner, found)
+    ]
+    suited = [n for n in others if _where(entries[n]) in (_where(entries[borrower]), None)]
+    if len(suited) != 1:
+        raise ValueError(
+            f"The link {borrower!r} needs the `{number}` of one other link, which is for all "
+            f"parameters or for the same ones. Links that have one: {others}."
+        )
+    return suited[0]
+
+
+def _where(entry: Any) -> Any:
+    """Return which parameters a link is for; None for all."""
+    return entry.where if isinstance(entry, ForParameters) else None
 
 
 def chain(*unnamed: Any, **links: Any) -> Chain:
@@ -236,21 +388,44 @@ def chain(*unnamed: Any, **links: Any) -> Chain:
             f"Received: {len(unnamed)} without a name, {len(links)} with one."
         )
     for name, link in links.items():
-        if not is_transformation(link):
+        if not (isinstance(link, ForParameters) or is_transformation(link)):
             raise InvalidType(
                 f"The link {name!r} must be an instance of `Link`, or have optax's `init` and "
                 f"`update`. Received: {link!r}."
             )
         if "/" in name or name == "step":
             raise ValueError(f"A link's name has no '/' and is not 'step'. Received: {name!r}.")
-    changing = [n for n, x in links.items() if not (isinstance(x, Link) and x.observes)]
-    for name in changing[:-1]:
-        if getattr(links[name], "needs_stored", False):
-            raise ValueError(
-                f"The link {name!r} must stand last, as it averages what is stored. "
-                f"Received: {list(links)}."
+    made = Chain(tuple(links.items()))
+    _check_order(made)
+    return made
+
+
+def _check_order(made: Chain) -> None:
+    """Raise if a link lacks its lender, or one for all parameters does not stand where it must."""
+    entries = dict(made.links)
+    _check_last([Place(n, x, (_where(entries[n]) is None,)) for n, x in made._linked()])
+    for name, link in made._linked():
+        if isinstance(link, TreeLink) and (link.gates or link.moves or link.needs_stored):
+            raise InvalidType(
+                f"The link {name!r} must be a `Link` and no `TreeLink`, as it is a gate, moves "
+                f"parameters or needs them as they are stored. Received: {link!r}."
             )
-    return Chain(tuple(links.items()))
+        for number in getattr(link, "borrows", ()):
+            _lender(made, name, number)
+
+
+def _check_last(places: list[Place]) -> None:
+    """Raise if a link that averages what is stored has one behind it that changes it."""
+    for i, place in enumerate(places):
+        if not getattr(place.link, "needs_stored", False):
+            continue
+        for other in places[i + 1 :]:
+            changes = other.gates or not getattr(other.link, "observes", False)
+            if changes and any(map(operator.and_, place.takes, other.takes)):
+                raise ValueError(
+                    f"The link {place.name!r} must stand last, as it averages what is stored. "
+                    f"Received: {[p.name for p in places]}."
+                )
 
 
 def _check_state(links: Chain, state: Any) -> None:
@@ -261,7 +436,7 @@ def _check_state(links: Chain, state: Any) -> None:
             f"`state` must come from this chain's `init`, with the keys {sorted(wanted)}. "
             f"Received: {got}."
         )
-    for name, link in links.links:
+    for name, link in links._linked():
         if isinstance(link, Link):
             own = {*link.numbers(), *link.memory()}
             if not isinstance(state[name], Mapping) or own - set(state[name]):
@@ -271,16 +446,22 @@ def _check_state(links: Chain, state: Any) -> None:
                 )
 
 
-def _init_link(link: Link, params: Params) -> State:
-    link.check_names([n for n, p in zip(params.names, params.leaves, strict=True) if is_inexact(p)])
+def _init_link(place: Place, params: Params) -> State:
+    link = place.link
+    names = [n for n, takes in zip(params.names, place.takes, strict=True) if takes]
+    link.check_names(names)
     arrays = {
         name: _numbers.to_array(name, value, link.rule(name), params.dtype)
         for name, value in link.numbers().items()
     }
-    memory = {name: jnp.asarray(value, params.dtype) for name, value in link.memory().items()}
-    slots = [link.slots(p) if is_inexact(p) else None for p in params.leaves]
-    names = next((list(s) for s in slots if s is not None), [])
-    trees = {n: params.unflatten([None if s is None else s[n] for s in slots]) for n in names}
+    memory = {name: _memory(value, params.dtype) for name, value in link.memory().items()}
+    pairs = list(zip(params.leaves, place.takes, strict=True))
+    if isinstance(link, TreeLink):
+        trees = link.init(dict(zip(names, (p for p, takes in pairs if takes), strict=True)))
+    else:
+        slots = [link.slots(p) if takes else None for p, takes in pairs]
+        kinds = next((list(s) for s in slots if s is not None), [])
+        trees = {n: params.unflatten([None if s is None else s[n] for s in slots]) for n in kinds}
     if len({**arrays, **memory, **trees}) < len(arrays) + len(memory) + len(trees):
         raise ValueError(
             f"Numbers, memory and slots of a link must have different names: {link!r}."
@@ -288,95 +469,5 @@ def _init_link(link: Link, params: Params) -> State:
     return {**arrays, **memory, **trees}
 
 
-def _slot_leaves(name: str, link: Link, state: State, params: Params) -> dict[str, list[Any]]:
-    other = {*link.numbers(), *link.memory()}
-    return {
-        slot: same_leaves(f"{name}/{slot}", tree, "params", params.tree)
-        for slot, tree in state.items()
-        if slot not in other
-    }
-
-
-def _gather(
-    links: dict[str, Link],
-    slots: list[dict[str, list[Any]]],
-    params: Params,
-    updates: list[Any],
-    live: list[int],
-) -> list[Leaf]:
-    """Put together what belongs to each parameter that has a gradient."""
-    for (name, mine), j in itertools.product(zip(links, slots, strict=True), live):
-        if missing := [slot for slot, x in mine.items() if x[j] is None]:
-            raise TreeMismatch(
-                f"`state` has no {missing} for the parameter {params.names[j]!r} in the link "
-                f"{name!r}: it was made for other parameters."
-            )
-    own = [tuple({slot: x[j] for slot, x in mine.items()} for mine in slots) for j in live]
-    return [Leaf(updates[j], params.leaves[j], s) for j, s in zip(live, own, strict=True)]
-
-
-def _run_links(
-    links: dict[str, Link],
-    state: State,
-    params: Params,
-    updates: list[Any],
-    clock: Any,
-    loss: Any,
-    apply: bool,
-) -> tuple[list[Any], State]:
-    """Run neighbouring links over the leaves that have a gradient; with `apply`, add the result."""
-    every = tuple(links.values())
-    slots = [_slot_leaves(name, link, state[name], params) for name, link in links.items()]
-    live = [j for j, p in enumerate(params.leaves) if updates[j] is not None and is_inexact(p)]
-    leaves = _gather(links, slots, params, updates, live)
-    settings = Settings(
-        numbers=[
-            _numbers.all_at_step(name, link, state[name], clock) for name, link in links.items()
-        ],
-        memories=[{m: state[name][m] for m in link.memory()} for name, link in links.items()],
-        step=state["step"],
-        loss=loss,
-        dtype=params.dtype,
-    )
-    ks, memories = prepare(every, [params.names[j] for j in live], leaves, settings)
-    outputs = list(params.leaves if apply else updates)
-    for j, leaf, k in zip(live, leaves, ks, strict=True):
-        try:
-            outputs[j], new_slots = run_leaf(every, apply, leaf, k)
-        except Exception as error:
-            error.add_note(f"This is about the parameter {params.names[j]!r}, in {links}.")
-            raise
-        for mine, new in zip(slots, new_slots, strict=True):
-            for slot, value in new.items():
-                mine[slot][j] = value
-    trees = [{slot: params.unflatten(x) for slot, x in mine.items()} for mine in slots]
-    new_state = {
-        name: {**state[name], **memory, **tree}
-        for name, memory, tree in zip(links, memories, trees, strict=True)
-    }
-    return outputs, new_state
-
-
-def _run_foreign(
-    links: dict[str, Any],
-    state: State,
-    params: Params,
-    updates: list[Any],
-    extra: dict[str, Any],
-    apply: bool,
-) -> tuple[list[Any], State]:
-    """Run optax transformations over the whole tree; for a gradient of None they see zeros."""
-    live = [u is not None and is_inexact(p) for u, p in zip(updates, params.leaves, strict=True)]
-    flat = [
-        u.astype(p.dtype) if alive else jnp.zeros_like(p)
-        for u, p, alive in zip(updates, params.leaves, live, strict=True)
-    ]
-    new_state = {}
-    for name, link in links.items():
-        update = optax.with_extra_args_support(link).update
-        tree, new_state[name] = update(params.unflatten(flat), state[name], params.tree, **extra)
-        flat = same_leaves(f"the updates from {name}", tree, "params", params.tree)
-    if apply:
-        flat = [p + u.astype(p.dtype) for p, u in zip(params.leaves, flat, strict=True)]
-    kept = params.leaves if apply else updates
-    return [u if alive else k for u, k, alive in zip(flat, kept, live, strict=True)], new_state
+def _memory(value: float, dtype: Any) -> jax.Array:
+    return jnp.asarray(value, jnp.int32 if isinstance(value, int) else dtype)

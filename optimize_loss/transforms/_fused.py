@@ -5,9 +5,10 @@ links before it are computed once for the norm and once again for the update.
 """
 
 import contextlib
+import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,88 +20,169 @@ Slots = dict[str, jax.Array]
 Links = tuple[Link, ...]
 
 
+Wanted = Literal["params", "updates", "rest"]
+
+
 class Leaf(NamedTuple):
     """One parameter on its way through the links."""
 
     update: jax.Array  # its gradient
-    param: jax.Array
+    param: jax.Array  # as the first of the links sees it
+    start: jax.Array | None  # as it is stored, if links of an earlier pass have moved it
     slots: tuple[Slots, ...]  # for each link
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype in which the parameter is stored."""
+        return (self.param if self.start is None else self.start).dtype
 
 
 class Settings(NamedTuple):
     """What is the same for all parameters."""
 
-    numbers: list[dict[str, jax.Array]]  # for each link, its hyperparameters at this step
+    numbers: list[dict[str, jax.Array]]  # for each link, what its `scalars` receives
     memories: list[dict[str, jax.Array]]  # for each link, its memory for the whole tree
     step: jax.Array  # number of updates made before this one, an int32
     loss: jax.Array | None
     dtype: Any  # of numbers that are not one parameter's
 
 
+@dataclasses.dataclass(frozen=True)
+class Pass(Link):
+    """Stands in the place of a link that is not for this parameter."""
+
+    observes = True
+
+
+PASS = Pass()
+
+
+@dataclasses.dataclass(frozen=True)
+class Behind(Link):
+    """Stands at the head of the pass behind a gate, and multiplies by the gate's factor there."""
+
+    gate: Link
+
+    def factor(self, k):
+        """Return the factor of the gate."""
+        return self.gate.factor(k)
+
+
 def prepare(
-    links: Links, names: Sequence[str], leaves: Sequence[Leaf], settings: Settings
-) -> tuple[list[tuple[Numbers, ...]], list[dict[str, jax.Array]]]:
+    links: Links,
+    own: Sequence[Links],
+    names: Sequence[str],
+    meant: Sequence[Sequence[str]],
+    leaves: Sequence[Leaf],
+    settings: Settings,
+) -> tuple[list[tuple[Numbers, ...]], list[Numbers], list[dict[str, jax.Array]]]:
     """Compute the totals and the scalars, link after link.
 
+    Args:
+      links: the links.
+      own: for each leaf the same, with `PASS` in the place of those that are not for it.
+      names: the names of the leaves.
+      meant: for each link the names of all parameters that it is for, also without gradient.
+      leaves: the leaves.
+      settings: what is the same for all.
+
     Returns:
-      For each leaf, what the leaf function of each link needs; for each link, its new memory.
+      For each leaf, what the leaf function of each link needs; for each link, what all its
+      leaves need, and its new memory.
     """
     ks: list[tuple[Numbers, ...]] = [() for _ in leaves]
-    memories = []
-    norms = _Norms(links, leaves, settings.dtype)
+    shared, memories = [], []
+    norms = _Norms(links, own, leaves, settings.dtype)
     for i, link in enumerate(links):
+        here = [j for j, mine in enumerate(own) if mine[i] is not PASS]
         total = None
         if link.measures:
-            parts = (
-                _measure(link, *_pick(links, *each, range(i)))
-                for each in zip(leaves, ks, strict=True)
-            )
+            parts = (_measure(link, *_pick(own[j], leaves[j], ks[j], range(i))) for j in here)
             total = _sum(parts, settings.dtype)
         elif link.needs == "global_norm":
-            total = norms.before(i, ks)
+            total = norms.before(i, here, ks)
         elif link.needs == "loss":
             if settings.loss is None:
                 raise ValueError(f"{link!r} needs the loss: pass `value=loss` to `update`.")
             total = jnp.asarray(settings.loss, settings.dtype)
         k, memory = link.scalars(settings.numbers[i], settings.memories[i], total, settings.step)
         memories.append({m: memory[m].astype(old.dtype) for m, old in settings.memories[i].items()})
-        own = link.for_each(names, k)
-        ks = [(*earlier, {**k, **mine}) for earlier, mine in zip(ks, own, strict=True)]
-    return ks, memories
+        shared.append(k)
+        each = dict(zip(meant[i], link.for_each(meant[i], k), strict=True))
+        mine = {j: {**k, **each[names[j]]} for j in here}
+        ks = [(*old, mine.get(j, {})) for j, old in enumerate(ks)]
+    return ks, shared, memories
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def run_leaf(
-    links: Links, apply: bool, leaf: Leaf, ks: tuple[Numbers, ...]
-) -> tuple[jax.Array, list[Slots]]:
+    links: Links, wanted: Wanted, leaf: Leaf, ks: tuple[Numbers, ...]
+) -> tuple[jax.Array, jax.Array | None, list[Slots]]:
     """Run all links over one parameter; traced once per distinct shape.
 
     Returns:
-      The update, or with `apply` the new parameter, in the parameter's dtype; the new slots.
+      What is wanted: for `params` the new parameter, for `updates` what to add to it as it was
+      before any link moved it, for `rest` the update so far, as it came or in float32 or wider.
+      Then the parameter as the links behind see it, in float32 or wider, if a link of these has
+      moved it for them; and the new slots.
     """
-    param, update, slots = _run(links, leaf, ks)
-    return (param + update if apply else update).astype(leaf.param.dtype), slots
+    moved, update, slots = _run(links, leaf, ks, more=wanted == "rest")
+    if wanted == "rest":
+        is_same = all(link.observes for link in links)
+        was_moved = any(link.moves for link in links)
+        return leaf.update if is_same else update, moved if was_moved else None, slots
+    if wanted == "params":
+        update = moved + update
+    elif leaf.start is not None or any(_moved(links)):
+        start = leaf.param if leaf.start is None else leaf.start
+        update = update + (moved - start.astype(update.dtype))
+    return update.astype(leaf.dtype), None, slots
+
+
+def averaged_leaf(link: Link, param: jax.Array, slots: Slots, state: Numbers) -> jax.Array:
+    """Return one parameter as `link` averages it, in the parameter's dtype."""
+    _check_slots(link, slots, param)
+    dtype = compute_dtype(param.dtype)
+    numbers = _widened({name: state[name] for name in link.numbers()}, dtype)
+    return link.averaged(param.astype(dtype), _widened(slots, dtype), numbers).astype(param.dtype)
 
 
 def _run(
-    links: Links, leaf: Leaf, ks: tuple[Numbers, ...]
+    links: Links, leaf: Leaf, ks: tuple[Numbers, ...], more: bool = False
 ) -> tuple[jax.Array, jax.Array, list[Slots]]:
+    """Return the parameter as it was moved, its update, and the new slots.
+
+    Where no link behind reads the parameter, a move is kept apart and added to the update: the
+    sum is then rounded once. `more` tells that links follow which are not among these.
+    """
     dtype = compute_dtype(leaf.param.dtype)
     update, param = leaf.update.astype(dtype), leaf.param.astype(dtype)
-    new_slots = []
-    for link, old, k in zip(links, leaf.slots, ks, strict=True):
+    moved, move, new_slots = _moved(links), None, []
+    for i, (link, old, given) in enumerate(zip(links, leaf.slots, ks, strict=True)):
+        k = _widened(given, dtype)
         try:
             _check_slots(link, old, leaf.param)
             if link.needs_stored:
-                update = (param + update).astype(leaf.param.dtype).astype(dtype) - param
+                update, move = update if move is None else update + move, None
+                update = (param + update).astype(leaf.dtype).astype(dtype) - param
             with _promotion(dtype):
-                result = link.leaf(update, _widened(old, dtype), param, _widened(k, dtype))
+                result = link.leaf(update, _widened(old, dtype), param, k)
+                if link.moves:
+                    move = link.move(param, k)
             update, new = _check_result(result, param, old)
+            if move is not None and (more or moved[i]):
+                param, move = param + move, None
         except Exception as error:
             error.add_note(f"This happened in the link {link!r}.")
             raise
         new_slots.append(new)
-    return param, update.astype(dtype), new_slots
+    return param, (update if move is None else update + move).astype(dtype), new_slots
+
+
+def _moved(links: Links) -> list[bool]:
+    """Return for each link whether it moves the parameter before a link that reads it."""
+    reads = [(link.reads_params or link.moves) and not link.needs_stored for link in links]
+    return [link.moves and any(reads[i + 1 :]) for i, link in enumerate(links)]
 
 
 def _promotion(dtype: Any) -> contextlib.AbstractContextManager[Any]:
@@ -152,10 +234,15 @@ def _widened(values: Numbers, dtype: Any) -> dict[str, Any]:
     return {name: jax.tree.map(cast, value) for name, value in values.items()}
 
 
-def _pick(links: Links, leaf: Leaf, ks: tuple[Numbers, ...], which: Iterable[int]) -> Any:
+def _pick(links: Links, leaf: Leaf, ks: tuple[Numbers, ...], which: Sequence[int]) -> Any:
     """Return the arguments of `_run` for some of the links."""
     slots = tuple(leaf.slots[j] for j in which)
     return tuple(links[j] for j in which), leaf._replace(slots=slots), tuple(ks[j] for j in which)
+
+
+def _update_behind(links: Links, leaf: Leaf, ks: tuple[Numbers, ...]) -> jax.Array:
+    """Return the update as a link behind these sees it, without what they move."""
+    return _run(links, leaf, ks, more=True)[1]
 
 
 def _sum(parts: Any, dtype: Any) -> jax.Array:
@@ -164,13 +251,13 @@ def _sum(parts: Any, dtype: Any) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _measure(link: Link, links: Links, leaf: Leaf, ks: tuple[Numbers, ...]) -> jax.Array:
-    return link.measure(_run(links, leaf, ks)[1])
+    return link.measure(_update_behind(links, leaf, ks))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _squares(links: Links, dtype: Any, leaf: Leaf, ks: tuple[Numbers, ...]) -> jax.Array:
     """Return Σ|u|² of one leaf, of shape (1,)."""
-    return jnp.sum(abs_squared(_run(links, leaf, ks)[1])).astype(dtype)[None]
+    return jnp.sum(abs_squared(_update_behind(links, leaf, ks))).astype(dtype)[None]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -178,7 +265,7 @@ def _scaled_norm(
     links: Links, dtype: Any, leaf: Leaf, ks: tuple[Numbers, ...], squares: jax.Array
 ) -> jax.Array:
     """Return √Σ|u|² of one leaf, of shape (1,), where Σ|u|² itself may leave the dtype's range."""
-    update = _run(links, leaf, ks)[1]
+    update = _update_behind(links, leaf, ks)
     real = jnp.finfo(update.dtype).dtype
     # A scale of its own for each leaf: XLA on CPU would write a shared one out as an array.
     big = _safe_power(real)
@@ -199,24 +286,33 @@ class _Norms:
     follows from the norms of the leaves before them.
     """
 
-    def __init__(self, links: Links, leaves: Sequence[Leaf], dtype: Any):
-        self.links, self.leaves, self.dtype = links, leaves, dtype
-        self.squares: dict[tuple[int, ...], jax.Array] = {}  # by the links before; one a leaf
+    def __init__(
+        self, links: Links, own: Sequence[Links], leaves: Sequence[Leaf], dtype: Any
+    ) -> None:
+        self.links, self.own, self.leaves, self.dtype = links, own, leaves, dtype
+        self.squares: dict[tuple[tuple[int, ...], ...], jax.Array] = {}
 
-    def before(self, place: int, ks: Sequence[tuple[Numbers, ...]]) -> jax.Array:
+    def before(
+        self, place: int, here: Sequence[int], ks: Sequence[tuple[Numbers, ...]]
+    ) -> jax.Array:
         """Return √Σ|u|² of the updates that reach the link at `place`.
 
         Where the sum of squares leaves the range of the dtype, as for float32 entries of 1e20 or
         1e-25, it is taken again of entries scaled by a power of two, and only then.
+
+        Args:
+          place: the number of the link.
+          here: the numbers of the leaves that it is for.
+          ks: for each leaf, what the links before it need.
         """
-        if not self.leaves:
+        if not here:
             return jnp.zeros((), self.dtype)
         changing = [j for j in range(place) if not self.links[j].observes]
         factor = jnp.ones((), self.dtype)
         while changing and self.links[changing[-1]].multiplies:
-            factor = factor * self._factor(changing.pop(), ks)
-        key = tuple(changing)
-        prefixes = [_pick(self.links, *each, key) for each in zip(self.leaves, ks, strict=True)]
+            factor = factor * self._factor(changing.pop(), here, ks)
+        prefixes = [_pick(self.own[i], self.leaves[i], ks[i], changing) for i in here]
+        key = (tuple(changing), tuple(here))
         if key not in self.squares:
             parts = [_squares(links, self.dtype, *rest) for links, *rest in prefixes]
             self.squares[key] = jnp.concatenate(parts)
@@ -234,9 +330,14 @@ class _Norms:
         in_range = (low > 1 / _safe_power(self.dtype)) & (high < jnp.inf)
         return jax.lax.cond(in_range, lambda: sqrt(total), rescaled)
 
-    def _factor(self, j: int, ks: Sequence[tuple[Numbers, ...]]) -> jax.Array:
+    def _factor(self, j: int, here: Sequence[int], ks: Sequence[tuple[Numbers, ...]]) -> jax.Array:
         """Return what the link at `j` multiplies by: one number, or one for each leaf."""
-        link = self.links[j]
-        if type(link).for_each is Link.for_each:
-            return jnp.abs(link.factor(ks[0][j])).astype(self.dtype)
-        return jnp.stack([jnp.abs(link.factor(k[j])).astype(self.dtype) for k in ks])
+        link, own = self.links[j], [self.own[i][j] for i in here]
+        if type(link).for_each is Link.for_each and PASS not in own:
+            return jnp.abs(link.factor(ks[here[0]][j])).astype(self.dtype)
+        one = jnp.ones((), self.dtype)
+        factors = [
+            one if mine is PASS else jnp.abs(link.factor(ks[i][j])).astype(self.dtype)
+            for i, mine in zip(here, own, strict=True)
+        ]
+        return jnp.stack(factors)

@@ -4,12 +4,35 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from optimize_loss._names import Pattern, check_patterns, first_matches
+from optimize_loss._names import Pattern, any_matches, check_patterns
 from optimize_loss.transforms._base import Link, NotNegative
 
 
 @dataclasses.dataclass(frozen=True)
-class AddWeightDecay(Link):
+class _WeightDecay(Link):
+    """What the ways to decay have in common: a decay for each parameter."""
+
+    weight_decay: NotNegative
+    exclude: tuple[Pattern, ...] = ()
+    reads_params = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "exclude", check_patterns("exclude", self.exclude))
+
+    def check_names(self, names):
+        """Raise if a pattern of `exclude` matches no parameter."""
+        any_matches("exclude", self.exclude, names)
+
+    def for_each(self, names, k):
+        """Return the decay of each parameter."""
+        rate = k["weight_decay"]
+        for excluded in any_matches("exclude", self.exclude, names):
+            yield {"weight_decay": jnp.zeros_like(rate) if excluded else rate}
+
+
+@dataclasses.dataclass(frozen=True)
+class AddWeightDecay(_WeightDecay):
     """Add a multiple of each parameter to its update.
 
         u ← u + weight_decay · p
@@ -20,7 +43,7 @@ class AddWeightDecay(Link):
 
     Args:
       weight_decay: at least 0; per unit of the learning rate when decoupled.
-      exclude: names or patterns of parameters that are not decayed. A pattern that decides for
+      exclude: names or patterns of parameters that are not decayed. A pattern that matches
         no parameter raises a `ValueError`.
 
     Example:
@@ -37,24 +60,41 @@ class AddWeightDecay(Link):
       the decay is multiplied by the whole learning rate.
     """
 
-    weight_decay: NotNegative
-    exclude: tuple[Pattern, ...] = ()
-    reads_params = True
-
-    def __post_init__(self):
-        super().__post_init__()
-        object.__setattr__(self, "exclude", check_patterns("exclude", self.exclude))
-
-    def check_names(self, names):
-        """Raise if a pattern of `exclude` decides for no parameter."""
-        first_matches("exclude", self.exclude, names)
-
-    def for_each(self, names, k):
-        """Return the decay of each parameter."""
-        rate = k["weight_decay"]
-        for pattern in first_matches("exclude", self.exclude, names):
-            yield {"weight_decay": rate if pattern is None else jnp.zeros_like(rate)}
-
     def leaf(self, update, slots, param, k):
         """Add the decay to one update."""
         return update + k["weight_decay"] * param, slots
+
+
+@dataclasses.dataclass(frozen=True)
+class ShrinkParams(_WeightDecay):
+    """Shrink each parameter before the links behind see it; stands before the rule.
+
+        p ← p - learning_rate · weight_decay · p
+
+    The learning rate is that of the one link that has one. Behind a rule that does not read the
+    parameter, such as Adam, this is decoupled decay whatever the rule does with its rate; a rule
+    that does, such as `StepByFtrl`, sees the parameter already decayed. Where none reads it, the
+    decay is added to the update, and the new parameter is rounded once.
+
+    Args:
+      weight_decay: at least 0; per unit of the learning rate.
+      exclude: names or patterns of parameters that are not decayed. A pattern that matches
+        no parameter raises a `ValueError`.
+
+    Example:
+      >>> import jax.numpy as jnp, optimize_loss as ol
+      >>> tx = ol.transforms.chain(decay=ol.transforms.ShrinkParams(0.5),
+      ...                          rate=ol.transforms.ScaleByLearningRate(0.5))
+      >>> p = {"w": jnp.array([4.0])}
+      >>> print(tx.apply({"w": jnp.array([1.0])}, tx.init(p), p)[0]["w"])
+      [2.5]
+
+    References:
+      `weight_decay` of Keras 2.15's and Keras 3's `Optimizer`, which apply it first.
+    """
+
+    borrows = ("learning_rate",)
+
+    def move(self, param, k):
+        """Return the decay of one parameter."""
+        return -(k["learning_rate"] * k["weight_decay"]) * param

@@ -1,0 +1,59 @@
+"""Optimizers by name."""
+
+import fnmatch
+from collections.abc import Mapping
+from typing import Any
+
+from optimize_loss._checks import InvalidType, nearest, received
+from optimize_loss.optimizers._base import Optimizer
+from optimize_loss.optimizers._config import deserialize
+from optimize_loss.optimizers._options import CLASSES
+
+
+def names(pattern: str = "*") -> list[str]:
+    """Return the names of all optimizers that match a pattern, whatever the case.
+
+    Args:
+      pattern: `*` stands for any text, `?` for one letter.
+
+    Example:
+      >>> import optimize_loss as ol
+      >>> ol.optimizers.names("ada*w")
+      ['AdamW']
+    """
+    return sorted(name for name in CLASSES if fnmatch.fnmatch(name.lower(), pattern.lower()))
+
+
+def get(identifier: Any, custom_objects: Mapping[str, type[Optimizer]] | None = None) -> Any:
+    """Return an optimizer by its name, with its defaults; from its configuration; or as it is.
+
+    Args:
+      identifier: a name, in any case; a dict as `serialize` returns it; or an `Optimizer`.
+      custom_objects: classes by name, beside those of this package.
+
+    Raises:
+      InvalidType: it is none of these.
+      ValueError: the name is unknown.
+
+    Example:
+      >>> import optimize_loss as ol
+      >>> ol.optimizers.get("adamw")
+      AdamW(learning_rate=0.001)
+    """
+    if isinstance(identifier, Optimizer):
+        return identifier
+    if isinstance(identifier, Mapping):
+        return deserialize(identifier, custom_objects)
+    if not isinstance(identifier, str):
+        raise InvalidType(
+            "`identifier` must be a name, a configuration or an optimizer. "
+            f"{received('identifier', identifier)}"
+        )
+    known: dict[str, Any] = {**CLASSES, **(custom_objects or {})}
+    by_lower = {name.lower(): made for name, made in known.items()}
+    if identifier.lower() not in by_lower:
+        raise ValueError(
+            f"`identifier` must be one of {sorted(known)}. {received('identifier', identifier)} "
+            f"Nearest: {nearest(identifier, known, most=1)[0]!r}."
+        )
+    return by_lower[identifier.lower()]()

@@ -1,0 +1,104 @@
+"""Gather the gradients of several batches, and sum them over devices."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from optimize_loss._checks import InvalidType, received
+from optimize_loss.transforms._base import Count, Link, TreeLink, zeros
+
+
+@dataclasses.dataclass(frozen=True)
+class Accumulate(Link):
+    """Let the links behind run once in `every` calls, on the mean of the gradients since.
+
+        s ← s + g,   and in every `every`-th call:  u = s / every;  the next one begins with s ← g
+
+    In all other calls parameters, the slots of the links behind and the count of updates stay as
+    they are: schedules, Adam's correction and averages go by updates. The sum is kept in float32
+    or wider. Which parameters have no gradient must be the same in all calls of one update.
+
+    Args:
+      every: how many gradients make one update, an integer of at least 1.
+
+    Example:
+      >>> import optimize_loss as ol
+      >>> tx = ol.transforms.chain(
+      ...     accumulate=ol.transforms.Accumulate(2), rate=ol.transforms.ScaleByLearningRate(1.0))
+      >>> first, state = tx.update({"w": 1.0}, tx.init({"w": 0.0}), {"w": 0.0})
+      >>> second, state = tx.update({"w": 3.0}, state, {"w": 0.0})
+      >>> print(first["w"], second["w"], state["step"])
+      0.0 -2.0 1
+
+    References:
+      Keras 3, `gradient_accumulation_steps`, and `optax.MultiSteps`. In Keras, schedules and
+      averages go by calls.
+    """
+
+    every: Count
+    gates = True
+
+    def slots(self, param):
+        """Return the sum."""
+        return {"sum": zeros(param)}
+
+    def memory(self):
+        """Return how many gradients are in the sum."""
+        return {"gathered": 0}
+
+    def scalars(self, numbers, memory, total, step):
+        """Count one gradient, and open when they are enough."""
+        gathered = memory["gathered"] + 1
+        enough = gathered >= numbers["every"]
+        # The count, not `every`, divides: `every` may have been set lower in between.
+        share = 1 / gathered.astype(float)
+        k = {"open": enough, "is_first": gathered == 1, "share": share}
+        return k, {"gathered": jnp.where(enough, 0, gathered)}
+
+    def leaf(self, update, slots, param, k):
+        """Add one gradient to the sum."""
+        total = jnp.where(k["is_first"], update, slots["sum"] + update)
+        return total, {"sum": total}
+
+    def factor(self, k):
+        """Return what makes the sum a mean."""
+        return k["share"]
+
+
+@dataclasses.dataclass(frozen=True)
+class SumOverAxis(TreeLink):
+    """Sum each gradient over a mapped axis of devices, as `jax.lax.psum` does.
+
+    For use inside `jax.shard_map`, `jax.pmap` or `jax.vmap` with that axis. Gradients of a loss
+    that is a mean over the local batch must be divided by the number of devices, or the loss be.
+
+    Args:
+      axis_name: name of the axis, or names of several.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optimize_loss as ol
+      >>> tx = ol.transforms.chain(sum=ol.transforms.SumOverAxis("data"))
+      >>> step = lambda g: tx.update(g, tx.init(g), g)[0]["w"]
+      >>> print(jax.vmap(step, axis_name="data")({"w": jnp.array([1.0, 2.0])}))
+      [3. 3.]
+
+    References:
+      Keras 2.15, `Optimizer.aggregate_gradients`.
+    """
+
+    axis_name: str | tuple[str, ...]
+    reads_params = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        axes = self.axis_name if isinstance(self.axis_name, tuple) else (self.axis_name,)
+        if not all(isinstance(axis, str) for axis in axes):
+            raise InvalidType(
+                "`axis_name` must be the name of an axis, or a tuple of names. "
+                f"{received('axis_name', self.axis_name)}"
+            )
+
+    def run(self, updates, slots, params, k):
+        """Return the sums."""
+        return jax.lax.psum(dict(updates), self.axis_name), slots

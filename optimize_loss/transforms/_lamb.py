@@ -1,0 +1,77 @@
+"""LAMB: Adam's direction, as long as the parameter."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from optimize_loss.transforms._base import (
+    Decay,
+    Link,
+    Positive,
+    abs_squared,
+    count,
+    full,
+    norm,
+    sqrt,
+    zeros,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaleByLamb(Link):
+    """Give Adam's update of each parameter the norm of that parameter.
+
+        m ← m + (1-β₁)(g - m),   v ← v + (1-β₂)(g² - v),   t = 1, 2, …
+        u = m / (1-β₁ᵗ) / (√(v / (1-β₂ᵗ)) + ε)
+        update = r · u,   r = ‖p‖ / ‖u‖, or 1 where ‖p‖ or ‖u‖ is 0
+
+    So the learning rate is the relative change of a parameter: 0.01 moves each by 1% of its norm.
+    Norms are L2, of a whole parameter, and do not overflow. Where u has a NaN, r is 1. Weight
+    decay stands outside r, as a link of its own. Complex numbers: |g|² for g².
+
+    Args:
+      beta_1: β₁, in [0, 1).
+      beta_2: β₂, in [0, 1).
+      epsilon: ε, above 0, in the unit of the gradients.
+
+    Example:
+      Adam's first step is (0, -1); it becomes as long as (3, 4):
+
+      >>> import jax.numpy as jnp, optimize_loss as ol
+      >>> tx = ol.transforms.chain(lamb=ol.transforms.ScaleByLamb())
+      >>> p, g = {"w": jnp.array([3.0, 4.0])}, {"w": jnp.array([0.0, -7.0])}
+      >>> print(tx.update(g, tx.init(p), p)[0]["w"].round(5))
+      [ 0. -5.]
+
+    References:
+      Y. You et al., "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes",
+      2020, https://arxiv.org/abs/1904.00962, algorithm 2, with φ(x) = x; matches Keras 3 `Lamb`,
+      which decays p before it takes ‖p‖. In the paper and in `optax.lamb` weight decay is part of
+      u, and so of r; without it optax gives the same.
+    """
+
+    beta_1: Decay = 0.9
+    beta_2: Decay = 0.999
+    epsilon: Positive = 1e-7
+    reads_params = True
+
+    def slots(self, param):
+        """Return the running means."""
+        return {"m": zeros(param), "v": full(param)}
+
+    def scalars(self, numbers, memory, total, step):
+        """Return the corrections for the start at zero."""
+        (b1, one_minus_b1), (b2, one_minus_b2) = numbers["beta_1"], numbers["beta_2"]
+        t = count(step, b1)
+        k = {"c1": one_minus_b1, "c2": one_minus_b2, "epsilon": numbers["epsilon"]}
+        return {**k, "of_m": 1 / (1 - b1**t), "of_v": 1 / (1 - b2**t)}, memory
+
+    def leaf(self, update, slots, param, k):
+        """Update m and v of one parameter, and take its norm."""
+        m = slots["m"] + (update - slots["m"]) * k["c1"]
+        v = slots["v"] + (abs_squared(update) - slots["v"]) * k["c2"]
+        u = k["of_m"] * m / (sqrt(k["of_v"] * v) + k["epsilon"])
+        p_norm, u_norm = norm(param), norm(u)
+        both = (p_norm > 0) & (u_norm > 0)
+        ratio = jnp.where(both, p_norm / jnp.where(both, u_norm, 1), 1)
+        return ratio * u, {"m": m, "v": v}

@@ -1,0 +1,53 @@
+"""Lion: the sign of a momentum."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from optimize_loss.transforms._base import Decay, Link, zeros
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaleByLion(Link):
+    """Keep only the sign of a mean of the gradients: every entry moves by the same amount.
+
+        u = sign(β₁ m + (1-β₁) g),   m ← β₂ m + (1-β₂) g
+
+    The newest gradient counts more in u than in what is kept of it, where β₁ < β₂. As all entries
+    have size 1, rates are 3 to 10 times smaller than Adam's. Where the mean is 0, so is the
+    update. NaN stays NaN. Complex entries keep their phase, z / |z|, and so move by the same
+    amount too.
+
+    Args:
+      beta_1: β₁, in [0, 1); 0 takes the sign of the gradient alone.
+      beta_2: β₂, in [0, 1).
+
+    Example:
+      The gradient -1 is outweighed by the momentum of the 4 before it:
+
+      >>> import jax.numpy as jnp, optimize_loss as ol
+      >>> tx = ol.transforms.chain(lion=ol.transforms.ScaleByLion(beta_1=0.5, beta_2=0.5))
+      >>> first, state = tx.update({"w": jnp.array([4.0, 0.0])}, tx.init({"w": jnp.zeros(2)}))
+      >>> second, state = tx.update({"w": jnp.array([-1.0, -0.1])}, state)
+      >>> print(first["w"], second["w"], state["lion"]["m"]["w"])
+      [1. 0.] [ 1. -1.] [ 0.5  -0.05]
+
+    References:
+      X. Chen et al., "Symbolic Discovery of Optimization Algorithms", 2023,
+      https://arxiv.org/abs/2302.06675, algorithm 2, whose weight decay is `AddWeightDecay` between
+      this link and the rate; matches `optax.scale_by_lion` and Keras 2.15 and 3 `Lion`, which
+      refuse β₁ = 0 and take β₁ = 1.
+    """
+
+    beta_1: Decay = 0.9
+    beta_2: Decay = 0.99
+
+    def slots(self, param):
+        """Return the momentum."""
+        return {"m": zeros(param)}
+
+    def leaf(self, update, slots, param, k):
+        """Update the momentum of one parameter."""
+        (b1, c1), (b2, c2) = k["beta_1"], k["beta_2"]
+        m = slots["m"]
+        return jnp.sign(b1 * m + c1 * update), {"m": b2 * m + c2 * update}

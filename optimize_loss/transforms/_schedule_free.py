@@ -1,0 +1,99 @@
+"""Schedule-free Adam: averaging in place of a rate that decays."""
+
+import dataclasses
+from typing import Annotated
+
+import jax.numpy as jnp
+
+from optimize_loss._checks import INNER_DECAY, STEP, check_number
+from optimize_loss.transforms._base import (
+    Decay,
+    Link,
+    NotNegative,
+    Positive,
+    abs_squared,
+    compute_dtype,
+    count,
+    full,
+    sqrt,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepByScheduleFree(Link):
+    """Let Adam move z, and take gradients between z and the mean x of all z so far.
+
+        v ← v + (1-β₂)(|g|² - v),   t = 1, 2, …
+        z ← z - learning_rate · min(t / warmup_steps, 1) · g / (√(v / (1-β₂ᵗ)) + ε)
+        x ← x + (z - x) / t
+        p ← (1-β₁) z + β₁ x
+
+    z starts as a copy of p, and so does x. β₁ takes the place of momentum; the mean, that of a
+    rate which decays. While p is what is trained, x is what to evaluate and to keep: `averaged`
+    returns it. It is not stored, but follows from p and z, so what else changes p, such as weight
+    decay, changes x. The update is the difference to p: no `ScaleByLearningRate` follows.
+
+    Args:
+      learning_rate: at least 0; a number or a schedule.
+      beta_1: β₁, in (0, 1); a number and no schedule, since x follows from p and β₁.
+      beta_2: β₂, in [0, 1).
+      epsilon: ε, above 0, in the unit of the gradients.
+      warmup_steps: updates in which the rate rises, at least 0; in the first of n it is 1/n of
+        `learning_rate`, from the nth on all of it.
+
+    Example:
+      The first step has the size of the rate, in z, x and p alike:
+
+      >>> import jax.numpy as jnp, optimize_loss as ol
+      >>> tx = ol.transforms.chain(free=ol.transforms.StepByScheduleFree(0.5))
+      >>> p, g = {"w": jnp.array([2.0])}, {"w": jnp.array([4.0])}
+      >>> p, state = tx.apply(g, tx.init(p), p)
+      >>> print(p["w"], state["free"]["z"]["w"])
+      [1.5] [1.5]
+
+    References:
+      A. Defazio et al., "The Road Less Scheduled", 2024, https://arxiv.org/abs/2405.15682,
+      algorithm 1, except that there, as in `optax.contrib.schedule_free_adamw`, the mean has the
+      squares of the rates as weights: a difference only where the rate changes. Matches Keras 3
+      `ScheduleFreeAdamW` on JAX; on TensorFlow, Keras 3.15.1 takes the new z for the old.
+    """
+
+    learning_rate: NotNegative = 0.0025
+    beta_1: Annotated[float, INNER_DECAY] = 0.9
+    beta_2: Decay = 0.999
+    epsilon: Positive = 1e-8
+    warmup_steps: Annotated[int, STEP] = 0
+    reads_params = True
+
+    def __post_init__(self):
+        check_number("beta_1", self.beta_1, INNER_DECAY)  # no schedule: see `averaged`
+        super().__post_init__()
+
+    def slots(self, param):
+        """Return z, a copy of the parameter, and the running mean of squares."""
+        z = jnp.array(param, dtype=compute_dtype(param.dtype), copy=True)
+        return {"z": z, "v": full(param)}
+
+    def scalars(self, numbers, memory, total, step):
+        """Return the rate of this step, the correction of v, and the weights of the means."""
+        (b1, one_minus_b1), (_, one_minus_b2) = numbers["beta_1"], numbers["beta_2"]
+        t = count(step, b1)
+        warmup = jnp.maximum(numbers["warmup_steps"], 1).astype(t.dtype)
+        rate = numbers["learning_rate"] * jnp.minimum(t / warmup, 1)
+        # From the 1-β₂ that is in v: float32 has 1 - 0.999 wrong by 5e-5 of itself.
+        one_minus_power = -jnp.expm1(t * jnp.log1p(-one_minus_b2))
+        k = {"c2": one_minus_b2, "of_v": 1 / one_minus_power, "epsilon": numbers["epsilon"]}
+        return {**k, "rate": rate, "of_d": one_minus_b1 + b1 / t, "t": t}, memory
+
+    def leaf(self, update, slots, param, k):
+        """Return the step of one parameter."""
+        z, v = slots["z"], slots["v"]
+        v = v + (abs_squared(update) - v) * k["c2"]
+        d = -k["rate"] * update / (sqrt(k["of_v"] * v) + k["epsilon"])
+        # What the formulas give for p when x, which is (p - (1-β₁) z) / β₁, is put in and cancels.
+        return k["of_d"] * d + (z - param) / k["t"], {"z": z + d, "v": v}
+
+    def averaged(self, param, slots, numbers):
+        """Return x, from the β₁ with which the parameter was made."""
+        b1, one_minus_b1 = numbers["beta_1"].astype(param.dtype)
+        return param + one_minus_b1 / b1 * (param - slots["z"])

@@ -82,7 +82,8 @@ def read(chain: Chain, state: dict[str, Any]) -> dict[str, Any]:
         metrics |= _by_name("gradients", counts, pairs)
     if "loss_mean" in state:
         metrics["loss/mean"] = state["loss_mean"]["mean"]
-    for name, link in chain.links:
+    for name, _ in chain.links:
+        link = chain.link(name)
         if isinstance(link, ClipByAdaptiveNorm) and link.report_summary:
             metrics["global_norm/adaptive_max_gradient_norm"] = state[name]["max_norm"]
     return metrics

@@ -1,5 +1,6 @@
 """From the options of `optimize_loss` to links, checked."""
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -15,11 +16,16 @@ from optimize_loss._checks import (
 from optimize_loss._names import Pattern, check_patterns
 from optimize_loss.schedules import Decayed, WarmUpDecay
 from optimize_loss.transforms import (
+    Accumulate,
     AddNoise,
     ClipByAdaptiveNorm,
     ClipByFunction,
     ClipByGlobalNorm,
+    DivideByDynamicLossScale,
+    DivideByLossScale,
+    ForParameters,
     MultiplyGradients,
+    SumOverAxis,
 )
 from optimize_loss.transforms._base import is_transformation
 
@@ -117,7 +123,7 @@ def clip_links(clip: Any) -> Links:
         raise InvalidType(
             "`clip_gradients` must be what `adaptive_clipping_fn()` returns: call it."
         )
-    if is_transformation(clip):
+    if isinstance(clip, ForParameters) or is_transformation(clip):
         return {"clip_gradients": clip}
     if callable(clip) and not isinstance(clip, type):
         return {"clip_gradients": ClipByFunction(clip)}
@@ -130,14 +136,20 @@ def clip_links(clip: Any) -> Links:
 
 
 def joined(links: Links, rule: Links) -> Links:
-    """Return all links in a row.
+    """Return all links in a row, ours before those of the optimizer.
+
+    What that does first to gradients as they come, such as dividing by a loss scale, stays first.
 
     Raises:
       ValueError: the optimizer has a link with the name of one of ours.
     """
     if twice := sorted(set(links) & set(rule)):
         raise ValueError(f"The links of `optimizer` must have other names than {twice}.")
-    return links | rule
+    first = dict(itertools.takewhile(lambda pair: isinstance(pair[1], _FIRST), rule.items()))
+    return first | links | rule
+
+
+_FIRST = (SumOverAxis, DivideByLossScale, DivideByDynamicLossScale, Accumulate)
 
 
 def check_variables(variables: Any) -> tuple[Pattern, ...] | None:

@@ -30,7 +30,7 @@ from optimize_loss._names import Pattern
 from optimize_loss._state import TrainState
 from optimize_loss._trainable import colocated, find_trainable, gradients
 from optimize_loss.optimizers._resolve import resolve
-from optimize_loss.transforms import AverageLoss, Chain, chain
+from optimize_loss.transforms import Accumulate, AverageLoss, Chain, chain
 from optimize_loss.transforms._params import PARAMETER, copied, placed_like
 
 logger = logging.getLogger("optimize_loss")
@@ -260,11 +260,14 @@ class TrainStep:
         key = state.key
         if key is not None:
             key = jax.random.fold_in(key, state.optimizer["step"])
+            for name, link in self.chain.links:
+                if isinstance(link, Accumulate):  # calls between two updates
+                    key = jax.random.fold_in(key, state.optimizer[name]["gathered"])
         trainable = find_trainable(state.params, self.variables)
         loss, aux, grads = gradients(
             lambda params: self.loss(params, batch, model_state, key),
             trainable,
-            self.chain.loss_scale(state.optimizer),
+            self.chain.loss_scale(state.optimizer, state.step),
         )
         if shardings is not None:
             grads = colocated(grads, shardings)
@@ -321,11 +324,12 @@ def optimize_loss(
         there is no step; schedules see 0, and `learning_rate_decay_fn` is an error.
       learning_rate: a number of at least 0, or a schedule (a function of the step). None if the
         optimizer brings its own.
-      optimizer: one of `OPTIMIZER_CLS_NAMES`; a subclass of `ol.optimizers.Optimizer`; a function
+      optimizer: one of `OPTIMIZER_CLS_NAMES`, which mean TensorFlow 1's optimizers, or the name
+        of another of Keras', such as `AdamW`; a subclass of `ol.optimizers.Optimizer`; a function
         of the learning rate, or of nothing when that is None, which returns one of the following;
         an `Optimizer`, a chain or link of `ol.transforms`, to which the rate is added if they have
-        none, or an optax transformation, which must contain it. AdamW, for example, is
-        `chain(adam=ScaleByAdam(), decay=AddWeightDecay(0.01))`.
+        none, or an optax transformation, which must contain it. An `Optimizer` keeps its own
+        variables: its options are taken, its state is not.
       gradient_noise_scale: standard deviation of normal noise added to every gradient, before it
         is redrawn within two of them; at least 0; a number or a schedule.
       gradient_multipliers: {name or pattern: number}, multiplied to the gradients it names.

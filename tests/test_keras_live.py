@@ -150,7 +150,8 @@ def keras_run(optimizer, change=lambda grads, t: grads):
         return (values, state, t + 1), Run(grads, dict(zip(names, values, strict=True)))
 
     first = [v.value for v in variables], [v.value for v in optimizer.variables], jnp.int32(0)
-    return jax.jit(lambda first, data: jax.lax.scan(step, first, data)[1])(first, batches())
+    with jax.numpy_dtype_promotion("standard"):  # which Keras relies on
+        return jax.jit(lambda first, data: jax.lax.scan(step, first, data)[1])(first, batches())
 
 
 def our_params(optimizer, grads):
@@ -182,7 +183,10 @@ def without_names(config):
     if not isinstance(config, dict):
         return config
     left_out = {"name", "ema_overwrite_frequency"}
-    return {n: without_names(x) for n, x in config.items() if n not in left_out}
+    kept = {n: without_names(x) for n, x in config.items() if n not in left_out}
+    if isinstance(rate := kept.get("learning_rate"), float):
+        kept["learning_rate"] = np.float32(rate)  # the precision in which Keras writes it
+    return kept
 
 
 def assert_same_options(one, other):

@@ -534,3 +534,48 @@ def test_a_pattern_for_what_is_not_trained_says_what_is():
     with pytest.raises(ValueError, match="'spare'") as caught:
         step.init({"w": 1.0, "spare": 1.0})
     assert caught.value.__notes__ == ["Only these parameters are trained: ['w']."]
+
+
+def test_a_loss_scale_of_the_optimizer_comes_before_noise_and_clipping():
+    plain = ol.optimizers.SGD(0.1)
+    scaled = ol.optimizers.SGD(0.1, loss_scale_factor=1024.0)
+    ends = []
+    for optimizer in (plain, scaled):
+        step = ol.optimize_loss(
+            lambda p, x: (p["w"] * x) ** 2,
+            optimizer=optimizer,
+            clip_gradients=1.0,
+            gradient_noise_scale=0.5,
+        )
+        state, metrics = step(step.init({"w": 3.0}), 2.0)
+        ends.append((metrics["loss"], metrics["global_norm/gradient_norm"], state.params["w"]))
+    assert ends[0] == ends[1]
+
+
+def test_every_gathered_batch_has_a_key_of_its_own():
+    def loss(params, *, key):
+        return params["w"] * jax.random.normal(key)
+
+    step = ol.optimize_loss(loss, optimizer=ol.optimizers.SGD(0.1, gradient_accumulation_steps=3))
+    state = step.init({"w": 1.0})
+    seen = []
+    for _ in range(6):
+        before = float(state.params["w"])
+        state, metrics = step(state)
+        seen.append(float(metrics["loss"] / before))
+    assert len(set(seen)) == 6
+    assert state.step == 2
+
+
+def test_links_for_some_parameters_bring_the_rate_or_take_it():
+    only = ol.transforms.ForParameters
+    groups = ol.transforms.chain(adam=only("a", ol.transforms.ScaleByAdam()))
+    step = ol.optimize_loss(lambda p: p["a"] + p["b"], learning_rate=0.5, optimizer=groups)
+    state, _ = step(step.init({"a": 1.0, "b": 1.0}))
+    np.testing.assert_allclose([state.params["a"], state.params["b"]], [0.5, 0.5], rtol=1e-5)
+    clip = only("a", ol.transforms.ClipByValue(0.5))
+    step = ol.optimize_loss(
+        lambda p: p["a"] + p["b"], learning_rate=1.0, optimizer="SGD", clip_gradients=clip
+    )
+    state, _ = step(step.init({"a": 1.0, "b": 1.0}))
+    assert (state.params["a"], state.params["b"]) == (0.5, 0.0)

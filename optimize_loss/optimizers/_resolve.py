@@ -10,6 +10,7 @@ from optimize_loss.optimizers._options import CLASSES
 from optimize_loss.optimizers._tf1 import OPTIMIZER_CLS_NAMES
 from optimize_loss.transforms import Chain, Link, ScaleByLearningRate
 from optimize_loss.transforms._base import is_transformation
+from optimize_loss.transforms._places import linked
 
 
 def resolve(optimizer: Any, learning_rate: Any) -> dict[str, Any]:
@@ -32,6 +33,9 @@ def resolve(optimizer: Any, learning_rate: Any) -> dict[str, Any]:
         if not issubclass(optimizer, Optimizer):
             raise InvalidType(f"`optimizer` {_KINDS} {received('optimizer', optimizer)}")
         made = _call(optimizer, _required(learning_rate, f"a class ({optimizer.__name__})"))
+    elif isinstance(optimizer, Optimizer):
+        _refused(learning_rate, optimizer)
+        made = optimizer
     elif is_transformation(optimizer):
         return _with_rate(_links(optimizer), learning_rate)
     elif callable(optimizer):
@@ -43,7 +47,7 @@ def resolve(optimizer: Any, learning_rate: Any) -> dict[str, Any]:
             )
     else:
         raise InvalidType(f"`optimizer` {_KINDS} {received('optimizer', optimizer)}")
-    return _with_rate(_links(made), None)
+    return _links(made) if isinstance(made, Optimizer) else _with_rate(_links(made), None)
 
 
 # Where TensorFlow 1 and Keras share a name, contrib's meaning is the one of `optimize_loss`.
@@ -61,6 +65,14 @@ def _required(learning_rate: Any, kind: str) -> Any:
     return learning_rate
 
 
+def _refused(learning_rate: Any, optimizer: Any) -> None:
+    if learning_rate is not None:
+        raise ValueError(
+            "`learning_rate` must be None when `optimizer` brings its own. "
+            f"Received: learning_rate={learning_rate!r}, optimizer={optimizer!r}."
+        )
+
+
 def _call(function: Callable[..., Any], *args: Any) -> Any:
     wanted = "the learning rate alone" if args else "no argument, as there is no learning rate"
     check_takes(f"`optimizer` must take {wanted}.", function, *args)
@@ -69,7 +81,8 @@ def _call(function: Callable[..., Any], *args: Any) -> Any:
 
 def _links(made: Any) -> dict[str, Any]:
     if isinstance(made, Optimizer):
-        made = made.chain
+        # With the numbers as they are now: the rate may have been set after the chain was built.
+        return {**dict(made.chain.links), **made._links_behind_aggregation()}
     if isinstance(made, Chain):
         return dict(made.links)
     return {"rule" if isinstance(made, Link) else "optimizer": made}
@@ -77,7 +90,7 @@ def _links(made: Any) -> dict[str, Any]:
 
 def _with_rate(links: dict[str, Any], learning_rate: Any) -> dict[str, Any]:
     """Return the links, with the learning rate behind the rule where none has one."""
-    ours = [link for link in links.values() if isinstance(link, Link)]
+    ours = [link for _, link in linked(links) if isinstance(link, Link)]
     has_rate = any("learning_rate" in link.numbers() for link in ours) or len(ours) < len(links)
     if learning_rate is None:
         if not has_rate:
@@ -93,10 +106,7 @@ def _with_rate(links: dict[str, Any], learning_rate: Any) -> dict[str, Any]:
             f"`rate=ScaleByLearningRate(...)` of its own. Received: {links}."
         )
     if has_rate:
-        raise ValueError(
-            "`learning_rate` must be None when `optimizer` brings its own. "
-            f"Received: learning_rate={learning_rate!r}, optimizer={links}."
-        )
+        _refused(learning_rate, links)
     rate = {"rate": ScaleByLearningRate(learning_rate)}
-    last = {name: x for name, x in links.items() if getattr(x, "needs_stored", False)}
+    last = {name: links[name] for name, x in linked(links) if getattr(x, "needs_stored", False)}
     return {n: x for n, x in links.items() if n not in last} | rate | last

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import operator
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,11 +11,21 @@ import optax
 
 from optimize_loss._checks import InvalidType, TreeMismatch, nearest
 from optimize_loss.transforms import _numbers
-from optimize_loss.transforms._base import Link, TreeLink, is_transformation, number_rules
+from optimize_loss.transforms._base import Link, is_transformation, number_rules
 from optimize_loss.transforms._for_parameters import ForParameters
 from optimize_loss.transforms._fused import Wanted
+from optimize_loss.transforms._init import init_link
 from optimize_loss.transforms._params import Params, is_inexact, placed_like, take_apart
-from optimize_loss.transforms._run import Call, Place, State, averaged, run
+from optimize_loss.transforms._pass import Call, Place, State
+from optimize_loss.transforms._places import (
+    check_last,
+    check_order,
+    lender,
+    linked,
+    structure,
+    takes,
+)
+from optimize_loss.transforms._run import averaged, run
 
 
 @jax.tree_util.register_static
@@ -59,10 +68,10 @@ class Chain(optax.GradientTransformationExtraArgs):
         taken = take_apart(params)
         state: State = {"step": jnp.zeros((), jnp.int32)}
         places = self._places(taken)
-        _check_last(places)
+        check_last(places)
         for place in places:
             ours = isinstance(place.link, Link)
-            state[place.name] = _init_link(place, taken) if ours else place.link.init(params)
+            state[place.name] = init_link(place, taken) if ours else place.link.init(params)
         return placed_like(params, state)
 
     def update(
@@ -212,7 +221,7 @@ class Chain(optax.GradientTransformationExtraArgs):
         for (name, old), (_, new) in zip(self.links, other.links, strict=True):
             if old == new:
                 continue
-            if _structure(old) != _structure(new):
+            if structure(old) != structure(new):
                 raise ValueError(
                     f"The link {name!r} must stay {old!r} but for its numbers. Received: {new!r}."
                 )
@@ -228,26 +237,26 @@ class Chain(optax.GradientTransformationExtraArgs):
         return (other if retraced else self), state
 
     def _linked(self) -> Iterator[tuple[str, Any]]:
-        """Return the links by name, those for some parameters without telling which."""
-        return ((n, x.link if isinstance(x, ForParameters) else x) for n, x in self.links)
+        return linked(dict(self.links))
 
     def _places(self, params: Params) -> list[Place]:
         """Return the links with the parameters that they are for."""
         marks = [is_inexact(p) for p in params.leaves]
         return [
-            Place(name, link, _takes(name, dict(self.links)[name], params, marks))
+            Place(name, link, takes(name, dict(self.links)[name], params, marks))
             for name, link in self._linked()
         ]
 
     def _numbers_at(self, state: State, step: Any) -> dict[str, dict[str, jax.Array]]:
         """Return for each link of ours its numbers at this step, with those that it borrows."""
+        entries = dict(self.links)
         own = {
             name: _numbers.all_at_step(name, link, state[name], step)
             for name, link in self._linked()
             if isinstance(link, Link)
         }
         borrowed = {
-            name: {number: own[_lender(self, name, number)][number] for number in link.borrows}
+            name: {number: own[lender(entries, name, number)][number] for number in link.borrows}
             for name, link in self._linked()
             if isinstance(link, Link)
         }
@@ -286,74 +295,6 @@ class Chain(optax.GradientTransformationExtraArgs):
         for j, result in zip(call.live, results, strict=True):
             outputs[j] = result
         return taken.unflatten(outputs), new_state
-
-
-def _unknown(update: Any) -> Any:
-    """Return what stands for the value of a parameter that was not given: NaN where it can."""
-    inexact = jnp.issubdtype(jnp.result_type(update), jnp.inexact)
-    return jnp.full_like(update, jnp.nan) if inexact else update
-
-
-def _takes(name: str, entry: Any, params: Params, marks: list[bool]) -> tuple[bool, ...]:
-    """Return for each parameter whether a link is for it; integers are no link's."""
-    if not isinstance(entry, ForParameters):
-        return tuple(marks)
-    takes = [a and b for a, b in zip(entry.takes(params.names, params.leaves), marks, strict=True)]
-    if not any(takes) and not entry.optional:
-        raise ValueError(
-            f"The link {name!r} must be for a parameter. Received: {entry!r}, for the parameters "
-            f"{params.names}."
-        )
-    return tuple(takes)
-
-
-def _structure(entry: Any) -> Any:
-    """Return what of a link of ours is not a number in its state."""
-    if isinstance(entry, ForParameters):
-        return {**_fields(entry), "link": _structure(entry.link)}
-    if not isinstance(entry, Link):
-        return entry
-    numbers, rules = entry.numbers(), number_rules(type(entry))
-    inside = [value for name, value in numbers.items() if name not in rules]
-    rest = {n: _without(inside, x) for n, x in _fields(entry).items() if n not in numbers}
-    return type(entry), rest, [*numbers]
-
-
-def _fields(value: Any) -> dict[str, Any]:
-    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-
-
-def _without(numbers: list[Any], field: Any) -> Any:
-    """Return a field without the numbers that stand inside it, as multipliers do."""
-    if isinstance(field, tuple):
-        return tuple(_without(numbers, part) for part in field)
-    return None if any(field is number for number in numbers) else field
-
-
-def _lender(links: Chain, borrower: str, number: str) -> str:
-    """Return the name of the one link whose number another one borrows.
-
-    Raises:
-      ValueError: no link has such a number, or more than one.
-    """
-    entries = dict(links.links)
-    others = [
-        owner
-        for owner, found in links._numbers()
-        if found == number and owner != borrower and links._is_declared(owner, found)
-    ]
-    suited = [n for n in others if _where(entries[n]) in (_where(entries[borrower]), None)]
-    if len(suited) != 1:
-        raise ValueError(
-            f"The link {borrower!r} needs the `{number}` of one other link, which is for all "
-            f"parameters or for the same ones. Links that have one: {others}."
-        )
-    return suited[0]
-
-
-def _where(entry: Any) -> Any:
-    """Return which parameters a link is for; None for all."""
-    return entry.where if isinstance(entry, ForParameters) else None
 
 
 def chain(*unnamed: Any, **links: Any) -> Chain:
@@ -395,37 +336,14 @@ def chain(*unnamed: Any, **links: Any) -> Chain:
             )
         if "/" in name or name == "step":
             raise ValueError(f"A link's name has no '/' and is not 'step'. Received: {name!r}.")
-    made = Chain(tuple(links.items()))
-    _check_order(made)
-    return made
+    check_order(links)
+    return Chain(tuple(links.items()))
 
 
-def _check_order(made: Chain) -> None:
-    """Raise if a link lacks its lender, or one for all parameters does not stand where it must."""
-    entries = dict(made.links)
-    _check_last([Place(n, x, (_where(entries[n]) is None,)) for n, x in made._linked()])
-    for name, link in made._linked():
-        if isinstance(link, TreeLink) and (link.gates or link.moves or link.needs_stored):
-            raise InvalidType(
-                f"The link {name!r} must be a `Link` and no `TreeLink`, as it is a gate, moves "
-                f"parameters or needs them as they are stored. Received: {link!r}."
-            )
-        for number in getattr(link, "borrows", ()):
-            _lender(made, name, number)
-
-
-def _check_last(places: list[Place]) -> None:
-    """Raise if a link that averages what is stored has one behind it that changes it."""
-    for i, place in enumerate(places):
-        if not getattr(place.link, "needs_stored", False):
-            continue
-        for other in places[i + 1 :]:
-            changes = other.gates or not getattr(other.link, "observes", False)
-            if changes and any(map(operator.and_, place.takes, other.takes)):
-                raise ValueError(
-                    f"The link {place.name!r} must stand last, as it averages what is stored. "
-                    f"Received: {[p.name for p in places]}."
-                )
+def _unknown(update: Any) -> Any:
+    """Return what stands for the value of a parameter that was not given: NaN where it can."""
+    inexact = jnp.issubdtype(jnp.result_type(update), jnp.inexact)
+    return jnp.full_like(update, jnp.nan) if inexact else update
 
 
 def _check_state(links: Chain, state: Any) -> None:
@@ -444,30 +362,3 @@ def _check_state(links: Chain, state: Any) -> None:
                     f"`state` of the link {name!r} must have {sorted(own)}, as {link!r} makes it. "
                     f"Received: {state[name]!r}."
                 )
-
-
-def _init_link(place: Place, params: Params) -> State:
-    link = place.link
-    names = [n for n, takes in zip(params.names, place.takes, strict=True) if takes]
-    link.check_names(names)
-    arrays = {
-        name: _numbers.to_array(name, value, link.rule(name), params.dtype)
-        for name, value in link.numbers().items()
-    }
-    memory = {name: _memory(value, params.dtype) for name, value in link.memory().items()}
-    pairs = list(zip(params.leaves, place.takes, strict=True))
-    if isinstance(link, TreeLink):
-        trees = link.init(dict(zip(names, (p for p, takes in pairs if takes), strict=True)))
-    else:
-        slots = [link.slots(p) if takes else None for p, takes in pairs]
-        kinds = next((list(s) for s in slots if s is not None), [])
-        trees = {n: params.unflatten([None if s is None else s[n] for s in slots]) for n in kinds}
-    if len({**arrays, **memory, **trees}) < len(arrays) + len(memory) + len(trees):
-        raise ValueError(
-            f"Numbers, memory and slots of a link must have different names: {link!r}."
-        )
-    return {**arrays, **memory, **trees}
-
-
-def _memory(value: float, dtype: Any) -> jax.Array:
-    return jnp.asarray(value, jnp.int32 if isinstance(value, int) else dtype)

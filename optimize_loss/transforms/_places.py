@@ -1,0 +1,106 @@
+"""Which links are for which parameters, in which order, and with which numbers of others."""
+
+import dataclasses
+import operator
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from optimize_loss._checks import InvalidType
+from optimize_loss.transforms._base import Link, TreeLink, number_rules
+from optimize_loss.transforms._for_parameters import ForParameters
+from optimize_loss.transforms._params import Params
+from optimize_loss.transforms._pass import Place
+
+
+def linked(entries: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Return the links by name, those for some parameters without telling which."""
+    return ((n, x.link if isinstance(x, ForParameters) else x) for n, x in entries.items())
+
+
+def takes(name: str, entry: Any, params: Params, marks: list[bool]) -> tuple[bool, ...]:
+    """Return for each parameter whether a link is for it; integers are no link's."""
+    if not isinstance(entry, ForParameters):
+        return tuple(marks)
+    takes = [a and b for a, b in zip(entry.takes(params.names, params.leaves), marks, strict=True)]
+    if not any(takes) and not entry.optional:
+        raise ValueError(
+            f"The link {name!r} must be for a parameter. Received: {entry!r}, for the parameters "
+            f"{params.names}."
+        )
+    return tuple(takes)
+
+
+def lender(entries: Mapping[str, Any], borrower: str, number: str) -> str:
+    """Return the name of the one link whose number another one borrows.
+
+    Raises:
+      ValueError: no link has such a number, or more than one.
+    """
+    others = [
+        name
+        for name, link in linked(entries)
+        if name != borrower and isinstance(link, Link) and number in link.numbers()
+        if number in number_rules(type(link))  # and is not named after a parameter
+    ]
+    suited = [n for n in others if where(entries[n]) in (where(entries[borrower]), None)]
+    if len(suited) != 1:
+        raise ValueError(
+            f"The link {borrower!r} needs the `{number}` of one other link, which is for all "
+            f"parameters or for the same ones. Links that have one: {others}."
+        )
+    return suited[0]
+
+
+def where(entry: Any) -> Any:
+    """Return which parameters a link is for; None for all."""
+    return entry.where if isinstance(entry, ForParameters) else None
+
+
+def check_order(entries: Mapping[str, Any]) -> None:
+    """Raise if a link lacks its lender, or one for all parameters does not stand where it must."""
+    check_last([Place(n, x, (where(entries[n]) is None,)) for n, x in linked(entries)])
+    for name, link in linked(entries):
+        if isinstance(link, TreeLink) and (link.gates or link.moves or link.needs_stored):
+            raise InvalidType(
+                f"The link {name!r} must be a `Link` and no `TreeLink`, as it is a gate, moves "
+                f"parameters or needs them as they are stored. Received: {link!r}."
+            )
+        for number in getattr(link, "borrows", ()):
+            lender(entries, name, number)
+
+
+def check_last(places: list[Place]) -> None:
+    """Raise if a link that averages what is stored has one behind it that changes it."""
+    for i, place in enumerate(places):
+        if not getattr(place.link, "needs_stored", False):
+            continue
+        for other in places[i + 1 :]:
+            changes = other.gates or not getattr(other.link, "observes", False)
+            if changes and any(map(operator.and_, place.takes, other.takes)):
+                raise ValueError(
+                    f"The link {place.name!r} must stand last, as it averages what is stored. "
+                    f"Received: {[p.name for p in places]}."
+                )
+
+
+def structure(entry: Any) -> Any:
+    """Return what of a link of ours is not a number in its state."""
+    if isinstance(entry, ForParameters):
+        return {**_fields(entry), "link": structure(entry.link)}
+    if not isinstance(entry, Link):
+        return entry
+    numbers, rules = entry.numbers(), number_rules(type(entry))
+    inside = [value for name, value in numbers.items() if name not in rules]
+    rest = {n: _without(inside, x) for n, x in _fields(entry).items() if n not in numbers}
+    return type(entry), rest, [*numbers]
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+
+
+def _without(numbers: list[Any], field: Any) -> Any:
+    """Return a field without the numbers that stand inside it, as multipliers do."""
+    if isinstance(field, tuple):
+        return tuple(_without(numbers, part) for part in field)
+    return None if any(field is number for number in numbers) else field

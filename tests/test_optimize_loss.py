@@ -579,3 +579,19 @@ def test_links_for_some_parameters_bring_the_rate_or_take_it():
     )
     state, _ = step(step.init({"a": 1.0, "b": 1.0}))
     assert (state.params["a"], state.params["b"]) == (0.5, 0.0)
+
+
+def test_a_link_may_return_one_array_as_two_slots():
+    @dataclasses.dataclass(frozen=True)
+    class Twice(ol.transforms.Link):
+        def slots(self, param):
+            zero = jnp.zeros_like(param)
+            return {"m": zero, "v": zero}
+
+        def leaf(self, update, slots, param, k):
+            return update, {"m": slots["m"] + update, "v": slots["v"]}
+
+    links = ol.transforms.chain(twice=Twice())
+    step = ol.optimize_loss(lambda p: p["w"] ** 2, learning_rate=0.5, optimizer=links)
+    state, _ = step(step.init({"w": 1.0}))
+    assert state.params["w"] == 0.0

@@ -15,7 +15,7 @@ from optimize_loss.transforms._base import Link, is_transformation, number_rules
 from optimize_loss.transforms._for_parameters import ForParameters
 from optimize_loss.transforms._fused import Wanted
 from optimize_loss.transforms._init import init_link
-from optimize_loss.transforms._params import Params, is_inexact, placed_like, take_apart
+from optimize_loss.transforms._params import Params, distinct, is_inexact, placed_like, take_apart
 from optimize_loss.transforms._pass import Call, Place, State
 from optimize_loss.transforms._places import (
     check_last,
@@ -72,7 +72,7 @@ class Chain(optax.GradientTransformationExtraArgs):
         for place in places:
             ours = isinstance(place.link, Link)
             state[place.name] = init_link(place, taken) if ours else place.link.init(params)
-        return placed_like(params, state)
+        return placed_like(params, distinct(state))
 
     def update(
         self, updates: Any, state: State, params: Any = None, **extra: Any

@@ -124,6 +124,19 @@ def _copy(leaf: Any) -> jax.Array:
     return jnp.array(leaf, dtype=jnp.result_type(leaf), copy=True)
 
 
+def distinct(tree: Any) -> Any:
+    """Return a tree in which no array comes twice: the memory of each will be given away."""
+    seen: set[int] = set()
+
+    def own(leaf: Any) -> Any:
+        if isinstance(leaf, jax.Array) and id(leaf) in seen:
+            leaf = jnp.copy(leaf)
+        seen.add(id(leaf))
+        return leaf
+
+    return jax.tree.map(own, tree)
+
+
 def placed_like(params: Any, tree: Any) -> Any:
     """Return `tree` with its arrays committed to devices if those of `params` are.
 

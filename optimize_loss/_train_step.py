@@ -31,7 +31,7 @@ from optimize_loss._state import TrainState
 from optimize_loss._trainable import colocated, find_trainable, gradients
 from optimize_loss.optimizers._resolve import resolve
 from optimize_loss.transforms import Accumulate, AverageLoss, Chain, chain
-from optimize_loss.transforms._params import PARAMETER, copied, placed_like
+from optimize_loss.transforms._params import PARAMETER, copied, distinct, placed_like
 
 logger = logging.getLogger("optimize_loss")
 
@@ -99,7 +99,7 @@ class TrainStep:
             chain=self.chain,
             increment_step=self.increment_step,
         )
-        return placed_like(params, state)
+        return placed_like(params, distinct(state))
 
     def _check_model_state(self, model_state: Any) -> Any:
         """Return the first model state if there is one exactly where something takes it."""

@@ -12,6 +12,7 @@ import optax.contrib
 import pytest
 from flax import nnx
 
+import optimize_loss as ol
 from optimize_loss import optimizers as optim
 from optimize_loss import transforms as T
 from tests.cases import LOSS, SHAPES, params, random_like
@@ -164,6 +165,16 @@ def test_apply_runs_an_optax_link_as_update_does(name):
     new, state = jax.jit(tx.apply)(g, tx.init(p), p)
     assert_close(new, optax.apply_updates(p, updates))
     assert jax.tree.structure(state) == jax.tree.structure(after)
+
+
+@pytest.mark.parametrize("name", ["dog", "prodigy", "cocob"])
+def test_an_optax_state_may_hold_the_parameters_themselves(name):
+    """A step gives away the memory of each array once."""
+    step = ol.optimize_loss(
+        lambda p: jnp.sum(p["w"] ** 2), optimizer=getattr(optax.contrib, name)()
+    )
+    state, _ = step(step.init({"w": jnp.ones(3)}))
+    assert step(state)[1]["loss"] <= 3.0
 
 
 def plateau():

@@ -25,13 +25,14 @@ FLOORS = {
     "optimizers": 4,
     "tensorboard": 4,
     "_train_step": 5,
+    "keras": 5,
     "__init__": 6,
     "_photo": 7,
     "_painting": 8,
     "_picture": 9,
     "__main__": 10,
 }
-EXTRAS = ("matplotlib", "PIL", "tqdm", "tensorboardX", "flax", "tensorboard")
+EXTRAS = ("matplotlib", "PIL", "tqdm", "tensorboardX", "flax", "keras", "tensorboard")
 
 
 def room(path):

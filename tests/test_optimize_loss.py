@@ -90,6 +90,13 @@ def test_ways_to_say_it(options, after):
     np.testing.assert_allclose(values, [after], rtol=1e-6)
 
 
+def test_a_rate_set_after_the_optimizer_was_made_is_the_one_that_counts():
+    optimizer = ol.optimizers.SGD(0.1)
+    optimizer.learning_rate = 0.5
+    values, _, _ = train(learning_rate=None, optimizer=optimizer)
+    np.testing.assert_allclose(values, [7.5], rtol=1e-6)
+
+
 def test_a_clipping_function_sees_gradients_with_names():
     def clip(pairs):
         return [(g / 10 if p.name == "w" else g, p) for g, p in pairs]

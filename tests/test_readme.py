@@ -1,4 +1,4 @@
-"""Every Python block of the README runs, in order, as one session."""
+"""Every Python block of the README and of the pages runs, in order, each file as one session."""
 
 import json
 import pathlib
@@ -7,18 +7,44 @@ import re
 import jax
 import pytest
 
+import optimize_loss as ol
 from benchmarks import update
 
-README = pathlib.Path(__file__).parent.parent / "README.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+ROOT = pathlib.Path(__file__).parent.parent
+README = ROOT / "README.md"
+PRINTED = {"README.md": "gradient_norm/dense/kernel", "docs/migration.md": "'adam/m/w'"}
 
 
-def test_the_blocks_run(capsys):
-    session: dict[str, object] = {"__name__": "readme"}
+def pages():
+    return ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", pages())
+def test_the_blocks_run(page, capsys):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    session: dict[str, object] = {"__name__": page}
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        for block in BLOCKS:
+        for block in blocks:
             exec(block, session)
-    assert "gradient_norm/dense/kernel" in capsys.readouterr().out
+    assert PRINTED.get(page, "") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", pages())
+def test_the_files_that_a_page_names_exist(page):
+    text = (ROOT / page).read_text()
+    linked = re.findall(r"\]\(([^):#]+)(?:#[^)]*)?\)", text)
+    missing = [x for x in linked if not (ROOT / page).parent.joinpath(x).exists()]
+    missing += [x for x in re.findall(r"`(tests/\w+\.py)`", text) if not (ROOT / x).exists()]
+    assert not missing
+
+
+def test_the_readme_names_all_links():
+    kinds = (ol.transforms.Link, ol.transforms.ForParameters, ol.transforms.ClipByFunction)
+    bases = {"Link", "TreeLink"}
+    public = {name: getattr(ol.transforms, name) for name in set(ol.transforms.__all__) - bases}
+    links = {name for name, x in public.items() if isinstance(x, type) and issubclass(x, kinds)}
+    text = README.read_text()
+    assert not [name for name in links if f"`{name}`" not in text]
 
 
 @pytest.mark.parametrize("command", ["python -m optimize_loss", "python -m pytest"])

@@ -1,37 +1,104 @@
 """A rule written as `build` and `update_step`, as a link."""
 
+import contextlib
+import copy
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
-from optimize_loss.optimizers._variable import Variable
+from optimize_loss._checks import InvalidType
+from optimize_loss.optimizers._variable import Variable, different_names, made_meanwhile
+from optimize_loss.schedules import evaluate
 from optimize_loss.transforms import NotNegative, TreeLink
 
-if TYPE_CHECKING:
-    from optimize_loss.optimizers._stateful import Stateful
+INTERNAL = frozenset(
+    [
+        "_building",
+        "_excluded",
+        "_given",
+        "_held",
+        "_index_dict",
+        "_is_worker",
+        "_iterations",
+        "_kept_chains",
+        "_learning_rate",
+        "_name_dict",
+        "_outers",
+        "_set_later",
+        "_unbuilt",
+        "built",
+    ]
+)
+"""Attributes that are no part of a rule."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Recipe:
+    """An optimizer as it is before it is built; a value, equal to one with equal attributes.
+
+    Args:
+      cls: its class, which defines `build` and `update_step`.
+      attributes: what its `__init__` has set, and what was set since; not to be changed.
+    """
+
+    cls: type
+    attributes: Mapping[str, Any]
+
+    @functools.cached_property
+    def key(self) -> Any:
+        """What two equal recipes share; it can be hashed."""
+        return self.cls, as_key(self.attributes)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Recipe) and self.key == other.key)
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __repr__(self) -> str:
+        options = {n: x for n, x in self.attributes.items() if x is not None}
+        return f"{self.cls.__name__}({', '.join(f'{n}={x!r}' for n, x in options.items())})"
+
+    def worker(self, step: jax.Array, rate: Any) -> Any:
+        """Return a fresh optimizer that is at this step and has this rate, if any."""
+        made = object.__new__(self.cls)
+        made._start()
+        made._is_worker = True
+        made.__dict__.update(duplicate(self.attributes, {}))
+        made._iterations = Variable(step, "iteration")
+        if rate is not None:
+            made._learning_rate = Variable(rate, "learning_rate")
+        return made
 
 
 @dataclasses.dataclass(frozen=True)
 class UpdateStep(TreeLink):
     """Run the `update_step` of an optimizer for every parameter, as a pure function.
 
-    For every trace, a fresh copy of the optimizer is built on boxes around the parameters; its
-    variables are given the state, and what the boxes contain afterwards is the new state. The
-    optimizer itself is not touched.
+    For every trace, a fresh optimizer is built on boxes around the parameters; its variables are
+    given the state, and what the boxes contain afterwards is the new state. The optimizer that the
+    user holds is not touched.
 
     Args:
-      optimizer: whose class defines `build` and `update_step`.
+      recipe: the optimizer before it is built.
       learning_rate: its rate; None if it has none.
     """
 
-    optimizer: Any  # a `Stateful`
+    recipe: Recipe
     learning_rate: NotNegative | None
 
     def init(self, params):
         """Return the values of the variables that `build` makes, by name."""
-        worker, _ = self._built(params, self.optimizer.iterations.value, None)
+        step, rate = jnp.int32(0), self.learning_rate
+        if callable(rate):
+            rate = evaluate("learning_rate", rate, step, jnp.result_type(float))
+        worker, _, _ = self._built(params, step, rate)
         return {name: box.value for name, box in tracked(worker).items()}
 
     def scalars(self, numbers, memory, total, step):
@@ -40,45 +107,204 @@ class UpdateStep(TreeLink):
 
     def run(self, updates, slots, params, k):
         """Return what the boxes gained, and the new values of the variables."""
-        worker, boxes = self._built(params, k["step"], k.get("learning_rate"))
+        worker, boxes, others = self._built(params, k["step"], k.get("learning_rate"))
         variables = tracked(worker)
         for name, box in variables.items():
             box.assign(slots[name])
+        others += [boxes[name] for name in boxes if name not in updates]
+        before = _attributes(worker), [box.value for box in others]
         for name, update in updates.items():
             worker._update_step(update, boxes[name])
+        self._check_nothing_is_lost(worker, variables, others, *before)
         new = {name: boxes[name].value - params[name] for name in updates}
         return new, {name: box.value for name, box in variables.items()}
 
     def _built(
-        self, params: Mapping[str, jax.Array], step: jax.Array, rate: jax.Array | None
-    ) -> tuple["Stateful", dict[str, Variable]]:
+        self, params: Mapping[str, jax.Array], step: jax.Array, rate: Any
+    ) -> tuple[Any, dict[str, Variable], list[Variable]]:
+        """Return an optimizer, the boxes that it was built with, and those that it does not keep.
+
+        The last are its counter, its rate, and what `build` made and did not put in an attribute.
+        """
         boxes = {name: Variable(p, name) for name, p in params.items()}
-        worker = self.optimizer._worker(step, rate)
-        worker.build(list(boxes.values()))
-        return worker, boxes
+        with made_meanwhile() as made:
+            worker = self.recipe.worker(step, rate)
+            worker.build(list(boxes.values()))
+        kept = {id(box) for box in tracked(worker).values()}
+        return worker, boxes, [box for box in made if id(box) not in kept]
+
+    def _check_nothing_is_lost(
+        self, worker: Any, variables: Any, others: Any, attributes: Any, values: Any
+    ) -> None:
+        """Raise if `update_step` has changed what is not kept until the next step."""
+        name = f"`update_step` of {self.recipe.cls.__name__}"
+        for box, value in zip(others, values, strict=True):
+            if box.value is not value:
+                raise ValueError(
+                    f"{name} must assign only to the variable that it is given and to variables "
+                    "that `build` makes and keeps in attributes, lists and dicts of the optimizer. "
+                    f"Received: a new value for {box.name!r}."
+                )
+        if more := tracked(worker).keys() - variables.keys():
+            raise ValueError(
+                f"{name} must make no variables: make them in `build`. Received: {sorted(more)}."
+            )
+        now = _attributes(worker)
+        if changed := [n for n, value in attributes.items() if now.get(n) != value]:
+            raise ValueError(
+                f"{name} must not change attributes: compiled, it runs only once for many steps. "
+                "Keep what changes in a `Variable`, made in `build`. "
+                f"Received: a new value of `{changed[0]}`."
+            )
 
 
-def tracked(optimizer: "Stateful") -> dict[str, Variable]:
+def tracked(optimizer: Any) -> dict[str, Variable]:
     """Return the variables of a built optimizer: those added, and those it merely has.
 
     A variable that is only an attribute is kept under the attribute's name: nothing that an
     `update_step` assigns to is lost between steps.
     """
-    added = {box.name: box for box in optimizer._variables}
-    known = {id(box) for box in (*added.values(), *optimizer._own_boxes())}
-    for name, value in vars(optimizer).items():
-        for path, box in _boxes(name, value):
+    found = {box.name: box for box in optimizer._variables}
+    known = {id(box) for box in (*found.values(), *optimizer._own_boxes())}
+    names = optimizer.__dict__.get("_name_dict", {})
+    for attribute, value in vars(optimizer).items():
+        if attribute in INTERNAL:
+            continue
+        for name, box in _boxes(attribute, value, names):
             if id(box) not in known:
                 known.add(id(box))
-                added[path] = box
-    return added
+                found[different_names([*found, name])[-1]] = box
+    return found
 
 
-def _boxes(name: str, value: Any) -> Iterator[tuple[str, Variable]]:
-    """Return the variables in an attribute and in the lists and dicts there, by name."""
+def _boxes(name: str, value: Any, names: Mapping[str, str]) -> Iterator[tuple[str, Variable]]:
+    """Return the variables in an attribute and in the lists and dicts there, by name.
+
+    What stands under a variable of the model, or under its key, is named after that variable.
+    """
     if isinstance(value, Variable):
         yield name, value
     elif isinstance(value, list | tuple | dict):
         items = value.items() if isinstance(value, dict) else enumerate(value)
         for key, inside in items:
-            yield from _boxes(f"{name}/{key}", inside)
+            key = key._unique_id if isinstance(key, Variable) else str(key)
+            yield from _boxes(f"{name}/{names.get(key, key)}", inside, names)
+
+
+def has_variables(value: Any) -> bool:
+    """Return whether an attribute is a variable, or a list or dict with one in it."""
+    return any(_boxes("", value, {}))
+
+
+def duplicate(value: Any, boxes: dict[int, Variable] | None) -> Any:
+    """Return a copy of lists, dicts and sets, with copies of the variables in them.
+
+    Args:
+      value: the value of an attribute, or all attributes.
+      boxes: the copies so far, so that one variable stays one; None leaves the variables.
+    """
+    if isinstance(value, Variable) and boxes is not None:
+        if id(value) not in boxes:
+            boxes[id(value)] = Variable(
+                value.value, value.name, trainable=value.trainable, constraint=value.constraint
+            )
+        return boxes[id(value)]
+    if isinstance(value, dict):
+        new = copy.copy(value)
+        new.update({key: duplicate(inside, boxes) for key, inside in value.items()})
+        return new
+    if isinstance(value, list):
+        new = copy.copy(value)
+        new[:] = [duplicate(inside, boxes) for inside in value]
+        return new
+    if type(value) is tuple:
+        return tuple(duplicate(inside, boxes) for inside in value)
+    return copy.copy(value) if isinstance(value, set) else value
+
+
+class _Itself:
+    """Stands for something that equals only itself."""
+
+    def __init__(self, thing: Any):
+        self.thing = thing
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Itself) and self.thing is other.thing
+
+    def __hash__(self) -> int:
+        return id(self.thing)
+
+
+def as_key(value: Any, by_value: bool = True) -> Any:
+    """Return what can be hashed, and is equal for equal attributes.
+
+    Args:
+      value: the value of an attribute.
+      by_value: whether variables are equal that have equal values; if not, each only to itself.
+    """
+    if isinstance(value, Variable) and by_value:
+        return Variable, value.name, as_key(value.value)
+    if isinstance(value, Mapping):
+        return type(value), *((key, as_key(x, by_value)) for key, x in value.items())
+    if isinstance(value, list | tuple):
+        return type(value), *(as_key(x, by_value) for x in value)
+    if isinstance(value, set):
+        return set, frozenset(value)
+    if isinstance(value, Tracer | Variable):
+        return _Itself(value)
+    if isinstance(value, np.ndarray | jax.Array):
+        is_key = jnp.issubdtype(value.dtype, jax.dtypes.extended)
+        data = np.asarray(jax.random.key_data(value) if is_key else value)
+        return type(value), str(value.dtype), data.shape, data.tobytes()
+    try:
+        hash(value)
+    except TypeError:
+        return _Itself(value)
+    return type(value), value
+
+
+def _attributes(worker: Any) -> dict[str, Any]:
+    """Return all attributes of an optimizer that are part of its rule, each as a key."""
+    return {n: as_key(x, by_value=False) for n, x in vars(worker).items() if n not in INTERNAL}
+
+
+@contextlib.contextmanager
+def undone_if_it_fails(optimizer: Any) -> Iterator[None]:
+    """Leave an optimizer that is not built as it is, if the block raises."""
+    before = None if optimizer.built else duplicate(vars(optimizer), None)
+    try:
+        yield
+    except Exception:
+        if before is not None:
+            optimizer.__dict__.clear()
+            optimizer.__dict__.update(before)
+        raise
+
+
+def as_a_whole(build: Any) -> Any:
+    """Return a `build` that runs once, and changes nothing if it fails.
+
+    What the optimizer is before it is built is kept: `Recipe` begins with that.
+    """
+
+    @functools.wraps(build)
+    def whole(self: Any, var_list: Any) -> None:
+        if self._building:
+            build(self, var_list)
+            return
+        if self.built:
+            return
+        with undone_if_it_fails(self):
+            own = {n: x for n, x in vars(self).items() if n not in INTERNAL}
+            self._unbuilt = duplicate(own, {})
+            self._building = True
+            build(self, var_list)
+            if "_name_dict" not in self.__dict__:
+                raise InvalidType(
+                    f"`build` of {type(self).__name__} must call `super().build(var_list)`."
+                )
+            self._building = False
+            if not self._is_worker:
+                self._hold()
+
+    return whole

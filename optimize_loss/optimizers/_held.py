@@ -1,16 +1,20 @@
 """The state of a chain in boxes: what an optimizer keeps between calls."""
 
+import collections
+import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
-from optimize_loss._checks import CheckpointMismatch
+from optimize_loss._checks import CheckpointMismatch, InvalidType, nearest, received
 from optimize_loss._names import leaf_names
+from optimize_loss.optimizers._custom import UpdateStep
 from optimize_loss.optimizers._variable import Variable
-from optimize_loss.transforms import Chain, Link
+from optimize_loss.transforms import Chain, ForParameters, Link
 
 ITERATION = "iteration"
 
@@ -21,7 +25,8 @@ class Held:
     Args:
       chain: the chain.
       params: the parameters by name, as they are now.
-      boxes: variables that stand for arrays of the state, by their names in it.
+      boxes: variables that stand for arrays of the state, by their names in it. Others than the
+        state has are kept beside it.
       mesh: where given, arrays that are not on a mesh yet are placed there, one copy a device.
     """
 
@@ -33,19 +38,28 @@ class Held:
         mesh: jax.sharding.Mesh | None,
     ):
         self.chain = chain
-        state = on_mesh(chain.init(dict(params)), mesh)
-        leaves, self._structure = jax.tree.flatten(state)
-        pairs = zip(leaf_names(state), leaves, strict=True)
-        self._boxes = [boxes[n] if n in boxes else Variable(x, n) for n, x in pairs]
-        self._names = leaf_names(state)
-        self._dtypes = [x.dtype for x in leaves]
         self.names = list(params)
+        state = on_mesh(chain.init(self._in_order(params)), mesh)
+        leaves, self._structure = jax.tree.flatten(state)
+        self._names = leaf_names(state)
+        pairs = zip(self._names, leaves, strict=True)
+        self._boxes = [boxes[n] if n in boxes else Variable(x, n) for n, x in pairs]
+        self._dtypes = [x.dtype for x in leaves]
+        self._given = dict(boxes)
+        self._avals = {n: jax.ShapeDtypeStruct(p.shape, p.dtype) for n, p in params.items()}
+        for box, leaf in zip(self._boxes, leaves, strict=True):
+            box.assign(placed(leaf, box.value))
+
+    def _in_order(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a dict in the order of the variables; the leaves of a plain one are sorted."""
+        return collections.OrderedDict((name, params.get(name)) for name in self.names)
 
     @property
     def state(self) -> dict[str, Any]:
         """The state, as the chain knows it."""
         pairs = zip(self._boxes, self._dtypes, strict=True)
-        return jax.tree.unflatten(self._structure, [box.value.astype(d) for box, d in pairs])
+        leaves = [box.value if box.dtype == d else box.value.astype(d) for box, d in pairs]
+        return jax.tree.unflatten(self._structure, leaves)
 
     def keep(self, state: Mapping[str, Any]) -> None:
         """Put another state of the same chain into the boxes."""
@@ -55,7 +69,7 @@ class Held:
 
     @property
     def variables(self) -> dict[str, Variable]:
-        """The boxes by name, without those of hyperparameters."""
+        """The boxes by name, without those of hyperparameters; those given come last."""
         numbers = {
             f"{name}/{number}"
             for name, _ in self.chain.links
@@ -63,13 +77,15 @@ class Held:
             for number in link.numbers()
         }
         pairs = zip(self._names, self._boxes, strict=True)
-        kept = {ITERATION if n == "step" else n: box for n, box in pairs if n not in numbers}
-        return {ITERATION: kept.pop(ITERATION), **kept}
+        kept = {n: box for n, box in pairs if n not in numbers}
+        steps = {ITERATION: kept.pop("step")}
+        given = {n: box for n, box in self._given.items() if n not in numbers and n != "step"}
+        return {**steps, **{n: box for n, box in kept.items() if n not in given}, **given}
 
-    def apply(
+    def after(
         self, grads: Mapping[str, Any], params: Mapping[str, Any], compiled: bool
-    ) -> dict[str, Any]:
-        """Return the new parameters, and keep the new state.
+    ) -> tuple[dict[str, Any], Any]:
+        """Return the parameters and the state after an update; nothing is kept.
 
         Args:
           grads: the gradients of some of the parameters.
@@ -77,10 +93,49 @@ class Held:
           compiled: whether to compile the update.
         """
         run = _apply_compiled if compiled else _apply
-        given = {name: grads.get(name) for name in params}
-        new, state = run(self.chain, given, self.state, dict(params))
+        return run(self.chain, self._in_order(grads), self.state, self._in_order(params))
+
+    def averaged(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Return all parameters by name, averaged where the chain keeps averages."""
+        return self.chain.averaged(self.state, self._in_order(params))
+
+    def check_names(self, names: Iterable[str]) -> None:
+        """Raise unless these are the names of all parameters."""
+        names = list(names)
+        if unknown := [name for name in names if name not in self.names]:
+            raise ValueError(
+                f"The optimizer was built for other parameters: it has no {unknown}. "
+                f"Nearest: {nearest(unknown[0], self.names)}."
+            )
+        if missing := [name for name in self.names if name not in names]:
+            raise ValueError(
+                f"The optimizer was built for more parameters. Missing: {missing}. "
+                f"Received: {names}."
+            )
+
+    def renew(self, chain: Chain) -> None:
+        """Go on with a chain that has other numbers, or other attributes of a custom rule.
+
+        Raises:
+          ValueError: it differs in more; nothing is changed.
+        """
+        start = _with_recipes_of(chain, self.chain)
+        new, state = start.with_numbers_of(chain, self.state)
+        if start is not self.chain:
+            made = jax.eval_shape(new.init, self._in_order(self._avals))
+            same = jax.tree.structure(made) == self._structure and all(
+                (x.shape, x.dtype) == (box.shape, dtype)
+                for x, box, dtype in zip(
+                    jax.tree.leaves(made), self._boxes, self._dtypes, strict=True
+                )
+            )
+            if not same:
+                raise ValueError(
+                    f"`build` must make the variables of before, {self._names}. "
+                    f"Received: {leaf_names(made)}."
+                )
+        self.chain = new
         self.keep(state)
-        return new
 
     def save(self, store: Any) -> None:
         """Write all variables into a mapping."""
@@ -92,7 +147,10 @@ class Held:
 
         Raises:
           CheckpointMismatch: names, a shape or a dtype differ.
+          InvalidType: `store` is no mapping.
         """
+        if not hasattr(store, "keys"):
+            raise InvalidType(f"`store` must be a mapping of arrays. {received('store', store)}")
         own, found = self.variables, flattened(store)
         missing, extra = sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys())
         if missing or extra:
@@ -101,20 +159,36 @@ class Held:
                 f"Missing: {missing}. Extra: {extra}."
             )
         for name, box in own.items():
-            came, wanted = (np.shape(found[name]), found[name].dtype), (box.shape, box.dtype)
+            came, wanted = (found[name].shape, found[name].dtype), (box.shape, box.dtype)
             if came != wanted:
                 raise CheckpointMismatch(
                     f"The variable {name!r} must have the shape and dtype {wanted}. "
                     f"Received: {came}."
                 )
         for name, box in own.items():
-            box.assign(placed(box, found[name]))
+            box.assign(placed(box.value, found[name]))
 
 
-def placed(box: Variable, value: Any) -> jax.Array:
-    """Return `value` where the value of the box is."""
-    old = box.value
-    return jax.device_put(value, old.sharding) if old.committed else jax.numpy.asarray(value)
+def _with_recipes_of(chain: Chain, old: Chain) -> Chain:
+    """Return the old chain with the custom rules of a new one, where it has the same classes."""
+    entries = dict(chain.links)
+    links = tuple((name, _renewed(entry, entries.get(name))) for name, entry in old.links)
+    return old if links == old.links else Chain(links)
+
+
+def _renewed(old: Any, new: Any) -> Any:
+    if isinstance(old, ForParameters) and isinstance(new, ForParameters):
+        return dataclasses.replace(old, link=_renewed(old.link, new.link))
+    if isinstance(old, UpdateStep) and isinstance(new, UpdateStep):
+        same_class = old.recipe.cls is new.recipe.cls
+        return dataclasses.replace(old, recipe=new.recipe) if same_class else old
+    return old
+
+
+def placed(old: jax.Array, value: Any) -> jax.Array:
+    """Return `value` where the array `old` is."""
+    stays = isinstance(old, Tracer) or isinstance(value, Tracer) or not old.committed
+    return jax.numpy.asarray(value) if stays else jax.device_put(value, old.sharding)
 
 
 def on_mesh(state: Any, mesh: jax.sharding.Mesh | None) -> Any:
@@ -130,13 +204,15 @@ def on_mesh(state: Any, mesh: jax.sharding.Mesh | None) -> Any:
     return jax.tree.map(put, state)
 
 
-def flattened(store: Any, prefix: str = "") -> dict[str, Any]:
+def flattened(store: Any, prefix: str = "") -> dict[str, np.ndarray]:
     """Return the arrays of a mapping by name; those of groups in it, as h5py has, by path."""
     arrays = {}
     for name in store:
         value = store[name]
         inside = hasattr(value, "keys")
-        arrays |= flattened(value, f"{prefix}{name}/") if inside else {prefix + name: value}
+        arrays |= (
+            flattened(value, f"{prefix}{name}/") if inside else {prefix + name: np.asarray(value)}
+        )
     return arrays
 
 

@@ -62,7 +62,67 @@ class MultiplyByRatio(Link):
 
 
 class Muon(Optimizer):
-    """Muon."""
+    """Move matrices by their momentum made orthogonal, and everything else by Adam.
+
+        matrices:  a ← momentum · a + g,   u = a      (or g + momentum · a with `nesterov`)
+                   X = u / (‖u‖ + 1e-7),   then ns_steps times:  A = X Xᵀ
+                                                X ← muon_a X + (muon_b A + muon_c A²) X
+                   p ← p - learning_rate · rms_rate · √max(rows, columns) · X
+        others:    p ← p - adam_lr_ratio · (what `Adam` takes away)
+
+    Muon's rule is for parameters with two axes, unless the name contains `embedding` or an
+    expression of `exclude_layers`; the authors leave the last layer to Adam too. Clipping comes
+    before the rules, then weight decay: `weight_decay` for matrices, `adam_weight_decay` for the
+    others, both p ← p - learning_rate · decay · p whatever `adam_lr_ratio` is. The average of the
+    parameters comes after the rules. `ScaleByMuon` says more of X, of its precision above all.
+
+    The keyword options, the same for all optimizers, are described in `Optimizer`. One default is
+    Muon's own, that of `weight_decay`.
+
+    Args:
+      learning_rate: at least 0; a number or a schedule; 0.001.
+      adam_beta_1: β₁ of Adam, in [0, 1).
+      adam_beta_2: β₂ of Adam, in [0, 1).
+      adam_weight_decay: decay of what is Adam's, at least 0, per unit of the learning rate; None
+        for none.
+      epsilon: ε of Adam, above 0, in the unit of the gradients.
+      weight_decay: the same as `adam_weight_decay`, of what is Muon's.
+      exclude_layers: regular expressions that are searched for in names. One that is found in none
+        raises a `ValueError`.
+      exclude_embeddings: whether parameters with `embedding` in their names, large letters or
+        small, are Adam's.
+      muon_a: coefficient of X.
+      muon_b: coefficient of X Xᵀ X.
+      muon_c: coefficient of X Xᵀ X Xᵀ X.
+      adam_lr_ratio: what Adam's steps are multiplied by, at least 0.
+      momentum: share of a that is kept each step, in [0, 1].
+      ns_steps: number of rounds, an integer of at least 1. The defaults take all singular values
+        of X from 0.01 up to between 0.68 and 1.14.
+      nesterov: whether to look ahead by one step.
+      rms_rate: root mean square of a step of full rank at a rate of 1, at least 0; about that of
+        Adam's steps by default. None for p ← p - learning_rate · X.
+
+    Example:
+      The singular values 3 and 4, which are 0.6 and 0.8 in X, after one round of s ← 3/2 s - s³/2;
+      the bias moves by Adam's first step:
+
+      >>> import jax.numpy as jnp, optimize_loss as ol
+      >>> opt = ol.optimizers.Muon(1.0, ns_steps=1, muon_a=1.5, muon_b=-0.5, muon_c=0.0,
+      ...                          rms_rate=None)
+      >>> params = {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}
+      >>> grads = {"kernel": jnp.diag(jnp.array([3.0, 4.0])), "bias": jnp.array([5.0, -6.0])}
+      >>> params = opt.apply(grads, params)
+      >>> print(-jnp.diag(params["kernel"]).round(4), params["bias"].round(4))
+      [0.792 0.944] [-1.  1.]
+
+    References:
+      K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024,
+      https://kellerjordan.github.io/posts/muon/; J. Liu et al., "Muon is Scalable for LLM
+      Training", 2025, https://arxiv.org/abs/2502.16982, section 2.2, for `rms_rate`. Matches
+      Keras 3 `Muon`, which takes `exclude_layers=None` for no layers; Keras 2.15 has none.
+      `optax.contrib.muon` divides a by its weight, scales X otherwise, and decays nothing unless
+      told to.
+    """
 
     learning_rate: Rate = 0.001
     adam_beta_1: Decay = 0.9

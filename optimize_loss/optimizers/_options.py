@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 import inspect
+import operator
 import typing
+from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar
 
 import jax
@@ -44,11 +46,14 @@ PositiveRate = Annotated[Any, POSITIVE]
 CLIPS = {"clipnorm": ClipByNorm, "global_clipnorm": ClipByGlobalNorm, "clipvalue": ClipByValue}
 
 CLASSES: dict[str, type["Options"]] = {}
-"""The optimizers of this package, by name."""
+"""The optimizers of this package, by name; `optimizers/_get.py` enters them."""
 
 
 class _LearningRate:
     """What `optimizer.learning_rate` gives and takes, in every subclass."""
+
+    def __init__(self):
+        self.__doc__ = "The rate: a `Variable`, or with a schedule that of the last update."
 
     def __get__(self, optimizer: Any, owner: Any = None) -> Any:
         if optimizer is None:
@@ -57,6 +62,31 @@ class _LearningRate:
 
     def __set__(self, optimizer: Any, value: Any) -> None:
         optimizer._set_learning_rate(value)
+
+
+def check_options(cls: type["Options"], given: Iterable[str], known: Iterable[str]) -> None:
+    """Raise an `InvalidType` unless all names of options are known."""
+    known = [name for name in known if name != "self"]
+    initials = {"".join(part[:1] for part in name.split("_")): name for name in known}
+    for wrong in given:
+        if wrong not in known:
+            near = initials.get(wrong) or nearest(wrong, known, most=1)[0]
+            raise InvalidType(
+                f"`{wrong}` must be an option of {cls.__name__}, and is none. Nearest: {near!r}. "
+                f"All: {known}."
+            )
+
+
+def _told_of_wrong_options(init: Any) -> Any:
+    """Return a constructor that names the nearest option where there is none of a name."""
+    parameters = inspect.signature(init).parameters
+
+    @functools.wraps(init)
+    def __init__(self: Any, *args: Any, **options: Any) -> None:
+        check_options(type(self), options, parameters)
+        init(self, *args, **options)
+
+    return __init__
 
 
 @typing.dataclass_transform(eq_default=False, field_specifiers=(dataclasses.field,))
@@ -81,69 +111,75 @@ class Options:
 
     _init_of_fields: ClassVar[Any] = None
 
-    def __init__(self, name: str | None = None, **options: Any):
-        if name is not None and not isinstance(name, str):
-            raise InvalidType(
-                "`name` must be text; a learning rate is given by keyword. "
-                f"{received('name', name)}"
-            )
-        known = dict(options_of(Options))
-        for wrong in options.keys() - known.keys():
-            raise InvalidType(
-                f"`{wrong}` is no option of {type(self).__name__}. Nearest: "
-                f"{nearest(wrong, known, most=1)[0]!r}. {received(wrong, options[wrong])}"
-            )
-        if options.get("learning_rate") is None:
-            options.pop("learning_rate", None)
-            del known["learning_rate"]
-        for option, value in {**known, **options, "name": name}.items():
-            setattr(self, option, value)
+    @_told_of_wrong_options
+    def __init__(
+        self,
+        name=None,
+        weight_decay=None,
+        clipnorm=None,
+        clipvalue=None,
+        global_clipnorm=None,
+        use_ema=False,
+        ema_momentum=0.99,
+        ema_overwrite_frequency=None,
+        jit_compile=True,
+        *,
+        learning_rate=None,
+        mesh=None,
+        gradient_accumulation_steps=None,
+        loss_scale_factor=None,
+        axis_name=None,
+    ):
+        given = dict(locals())
+        for option in options_of(Options):
+            if option != "learning_rate" or learning_rate is not None:
+                setattr(self, option, given[option])
         self.__post_init__()
 
-    def __init_subclass__(cls, abstract: bool = False):
+    def __init_subclass__(cls):
         """Make a dataclass of a subclass that declares options and writes no `__init__`."""
         super().__init_subclass__()
-        if cls.__module__.startswith("optimize_loss.") and not abstract:
-            CLASSES[cls.__name__] = cls
         if "__init__" in vars(cls) or not inspect.get_annotations(cls):
             return
         dataclasses.dataclass(eq=False, repr=False)(cls)
-        cls._init_of_fields = cls.__init__
         cls.__init__.__annotations__ = {}  # their rules are for us, not for `help`
+        cls.__init__ = cls._init_of_fields = _told_of_wrong_options(cls.__init__)
         if "learning_rate" in vars(cls):
             del cls.learning_rate  # the default, which would hide the descriptor
 
     def __post_init__(self):
+        self._clips()
+        if type(self).__init__ is type(self)._init_of_fields:
+            _ = self.chain  # building the links checks the rest
+
+    def _clips(self) -> dict[str, Any]:
+        """Return the link of the one clip that is given, if any."""
         given = {name: getattr(self, name) for name in CLIPS if getattr(self, name) is not None}
         if len(given) > 1:
             raise ValueError(
                 f"At most one of {', '.join(f'`{name}`' for name in CLIPS)} can be given, as one "
                 f"would hide the others. Received: {given}."
             )
-        if type(self).__init__ is type(self)._init_of_fields:
-            _ = self.chain  # building the links checks the rest
+        links = [CLIPS[name](bound) for name, bound in given.items()]
+        return {"clip": links[0]} if links else {}
 
     def __setattr__(self, name: str, value: Any) -> None:
-        options = options_of(type(self))
-        if name not in options:
-            object.__setattr__(self, name, value)
-            return
-        before = self.__dict__.get(name)
-        object.__setattr__(self, name, self._checked(name, value))
-        if "chain" in self.__dict__ and name != "learning_rate":
-            try:
-                self._chain_changed()
-            except Exception:
-                object.__setattr__(self, name, before)
-                raise
+        if name in options_of(type(self)):
+            value = self._checked(name, value)
+        object.__setattr__(self, name, value)
 
     def _checked(self, name: str, value: Any) -> Any:
         """Return the value of an option, if the option's rule allows it."""
         if isinstance(options_of(type(self))[name], bool):
             check_flags(**{name: value})
         rule = number_rules(type(self)).get(name)
+        if value is None and (rule is None or name in _optional(type(self))):
+            return value
+        kind, words = _KINDS.get(name, (object, rule.words if rule else ""))
+        if value is None or not isinstance(value, kind):
+            raise InvalidType(f"`{name}` must be {words}. {received(name, value)}")
         scheduled = callable(value) and not isinstance(value, Variable)
-        if rule is None or value is None or (scheduled and not rule.initial):
+        if rule is None or (scheduled and not rule.initial):
             return value
         return rule.check(name, value.value if isinstance(value, Variable) else value)
 
@@ -157,11 +193,10 @@ class Options:
     def _set_learning_rate(self, value: Any) -> None:
         raise NotImplementedError
 
-    def _chain_changed(self) -> None:
-        """Build the chain anew after an option was assigned, if it was built."""
-        self.__dict__.pop("_summed_chain", None)
-        if self.__dict__.pop("chain", None) is not None:
-            _ = self.chain
+    def _rate_boxes(self) -> list[Variable]:
+        """Return the variables of the learning rates in the chain."""
+        kept = self.__dict__.get("_learning_rate")
+        return [kept] if isinstance(kept, Variable) else []
 
     def __repr__(self) -> str:
         plain = {n: x for n, x in options_of(type(self)).items() if n != "learning_rate"}
@@ -186,17 +221,27 @@ class Options:
             f"{type(self).__name__} must define `links`, or `build` and `update_step`."
         )
 
-    @functools.cached_property
+    @property
     def chain(self) -> Chain:
         """The chain of all links: those of the options around those of the rule."""
-        if self.axis_name is None:
-            return self._summed_chain
-        return chain(aggregate=SumOverAxis(self.axis_name), **dict(self._summed_chain.links))
+        return self._chains()[0]
 
-    @functools.cached_property
+    @property
     def _summed_chain(self) -> Chain:
         """The chain for gradients that have been summed over devices."""
-        return chain(**self._links_behind_aggregation())
+        return self._chains()[1]
+
+    def _chains(self) -> tuple[Chain, Chain]:
+        """Return both chains, made anew if a rate was assigned since they were made."""
+        rates = [box.value for box in self._rate_boxes()]
+        kept = self.__dict__.get("_kept_chains")
+        if kept is not None and all(map(operator.is_, kept[0], rates)):
+            return kept[1]
+        whole = summed = chain(**self._links_behind_aggregation())
+        if self.axis_name is not None:
+            whole = chain(aggregate=SumOverAxis(self.axis_name), **dict(summed.links))
+        self._kept_chains = rates, (whole, summed)
+        return whole, summed
 
     def _links_behind_aggregation(self) -> dict[str, Any]:
         links: dict[str, Any] = {}
@@ -204,13 +249,14 @@ class Options:
             links["loss_scale"] = DivideByLossScale(self.loss_scale_factor)
         if self.gradient_accumulation_steps is not None:
             links["accumulate"] = Accumulate(self.gradient_accumulation_steps)
-        for name, clip in CLIPS.items():
-            if (bound := getattr(self, name)) is not None:
-                links["clip"] = clip(bound)
-        links |= self.decay_links(self._exclude()) | self.links()
+        links |= self._clips() | self.decay_links(self._exclude()) | self._rule()
         if self.use_ema:
             links["ema"] = AverageParams(self.ema_momentum, self.ema_overwrite_frequency)
         return links
+
+    def _rule(self) -> dict[str, Any]:
+        """Return the links of the rule."""
+        return self.links()
 
     def _exclude(self) -> tuple[Pattern, ...]:
         """Return the names or patterns of the parameters that are not decayed."""
@@ -230,3 +276,17 @@ Options.learning_rate = _LearningRate()  # afterwards: it is no default
 def options_of(cls: type["Options"]) -> dict[str, Any]:
     """Return the options of a class with their defaults."""
     return {field.name: field.default for field in dataclasses.fields(cls)}
+
+
+@functools.cache
+def _optional(cls: type["Options"]) -> frozenset[str]:
+    """Return the options that may be None."""
+    hints = typing.get_type_hints(cls)
+    return frozenset(name for name, hint in hints.items() if type(None) in typing.get_args(hint))
+
+
+_KINDS: dict[str, tuple[Any, str]] = {
+    "name": (str, "text; a learning rate is given by keyword"),
+    "mesh": (jax.sharding.Mesh, "a `jax.sharding.Mesh`"),
+    "axis_name": (str | tuple, "the name of an axis, or a tuple of names"),
+}

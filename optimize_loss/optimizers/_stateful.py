@@ -1,6 +1,7 @@
 """What an optimizer keeps between calls: its variables, its counter, its rate."""
 
 import inspect
+import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -9,13 +10,31 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from optimize_loss._checks import FINITE, STEP, InvalidType, check_integer, nearest, received
+from optimize_loss._checks import (
+    NOT_NEGATIVE,
+    STEP,
+    InvalidType,
+    TreeMismatch,
+    check_integer,
+    check_number,
+    nearest,
+    received,
+)
 from optimize_loss._names import Pattern, check_patterns
-from optimize_loss.optimizers._custom import UpdateStep, tracked
-from optimize_loss.optimizers._held import Held
+from optimize_loss.optimizers._custom import (
+    INTERNAL,
+    Recipe,
+    UpdateStep,
+    as_a_whole,
+    duplicate,
+    has_variables,
+    tracked,
+)
+from optimize_loss.optimizers._held import Held, placed
 from optimize_loss.optimizers._options import Options
 from optimize_loss.optimizers._variable import (
     Variable,
+    as_dtype,
     check_variables,
     different_names,
     value_of,
@@ -34,33 +53,93 @@ class VariableList(list[Variable]):
         return self
 
 
-class Stateful(Options, abstract=True):
+class Stateful(Options):
     """Options with variables; see `Optimizer`."""
 
     built = False
+    _is_worker = False
+
+    def __init_subclass__(cls):
+        """Let a `build` of a subclass run as a whole or not at all."""
+        super().__init_subclass__()
+        if "build" in vars(cls):
+            cls.build = as_a_whole(cls.build)
 
     def __post_init__(self):
+        self._start()
+        super().__post_init__()
+
+    def _start(self) -> None:
+        """Begin without variables."""
         self._iterations = Variable(jnp.int32(0), "iteration")
         self._variables: list[Variable] = []
         self._given: list[Variable] = []
         self._excluded: tuple[Pattern | Variable, ...] = ()
         self._unbuilt: dict[str, Any] | None = None
+        self._building = False
+        self._set_later: list[str] = []
+        self._outers: list[Stateful] = []
         self._held: Held | None = None
-        super().__post_init__()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an option or an attribute; raise, and change nothing, if the variables forbid it."""
+        own = self.__dict__
+        if name == "learning_rate" or name in INTERNAL or "_held" not in own or self._building:
+            super().__setattr__(name, value)
+            return
+        if self.built and name == "mesh" and value != self.mesh:
+            raise ValueError("`mesh` must be set before the optimizer is built.")
+        if self.built and has_variables(own.get(name)):
+            raise ValueError(
+                f"`{name}` must stay: it has variables of the optimizer. Give them other values "
+                f"with `assign`. {received(name, value)}"
+            )
+        before = {n: own[n] for n in (name,) if n in own}, list(self._set_later)
+        super().__setattr__(name, value)
+        if self._unbuilt is not None and name not in self._set_later:
+            self._set_later.append(name)
+        try:
+            self._chain_changed()
+        except Exception:
+            del own[name]
+            own.update(before[0])
+            self._set_later = before[1]
+            self._chain_changed()
+            raise
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the attributes; variables have other keys wherever this is loaded."""
+        state = {name: x for name, x in vars(self).items() if name != "_index_dict"}
+        if "_name_dict" in state:
+            state["_name_dict"] = [self._name_dict[self._var_key(v)] for v in self._given]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if "_name_dict" in state:
+            self._know(state["_name_dict"])
 
     # What the rule is.
 
-    def links(self) -> dict[str, Any]:
-        """Return the links of the rule, by name, in order, with the one that has the rate.
+    def _rule(self) -> dict[str, Any]:
+        """Return the links, or the `update_step` where a subclass defines that above them."""
+        first = next(c for c in type(self).__mro__ if {"links", "update_step"} & vars(c).keys())
+        if first is Stateful or "links" in vars(first):
+            return self.links()
+        return {"update_step": UpdateStep(self._recipe(), self.rate)}
 
-        The default is for subclasses that define `update_step`.
-        """
-        if type(self).update_step is Stateful.update_step:
-            return super().links()
-        return {"update_step": UpdateStep(self, self.rate)}
+    def _recipe(self) -> Recipe:
+        """Return the class and the attributes before `build`, with those set after it."""
+        own = vars(self)
+        later = {name: own[name] for name in self._set_later}
+        attributes = own if self._unbuilt is None else {**self._unbuilt, **later}
+        kept = {name: x for name, x in attributes.items() if name not in INTERNAL}
+        return Recipe(type(self), duplicate(kept, {}))
 
     def update_step(self, gradient: jax.Array, variable: Variable) -> None:
         """Update one variable and what belongs to it, in place; for subclasses to define.
+
+        It may take `learning_rate` as a third parameter, as in Keras 3.
 
         Args:
           gradient: its gradient, after clipping.
@@ -72,20 +151,9 @@ class Stateful(Options, abstract=True):
 
     def _update_step(self, gradient: jax.Array, variable: Variable) -> None:
         """Call `update_step`, also where it takes the rate, as in Keras 3."""
-        takes_rate = len(inspect.signature(self.update_step).parameters) > 2
+        takes_rate = "learning_rate" in inspect.signature(self.update_step).parameters
         rate = (self.learning_rate,) if takes_rate else ()
         self.update_step(gradient, variable, *rate)
-
-    def _worker(self, step: jax.Array, rate: jax.Array | None) -> Any:
-        """Return a copy of the optimizer as it was before it was built, at another step."""
-        worker = object.__new__(type(self))
-        for name, value in (self._unbuilt or vars(self)).items():
-            mutable = isinstance(value, list | dict | set)
-            worker.__dict__[name] = type(value)(value) if mutable else value
-        worker._iterations = Variable(step, "iteration")
-        if rate is not None:
-            worker._learning_rate = Variable(rate, "learning_rate")
-        return worker
 
     def _own_boxes(self) -> list[Variable]:
         """Return the variables that are not part of the rule's state."""
@@ -126,10 +194,11 @@ class Stateful(Options, abstract=True):
         kept = self.__dict__.get("_learning_rate")
         scheduled = callable(value) and not isinstance(value, Variable)
         if isinstance(kept, Variable) and not scheduled:
-            kept.assign(jnp.asarray(value_of(value), kept.dtype))
-        elif not self.built or scheduled:
+            kept.assign(self._build_learning_rate(value).value.astype(kept.dtype))
+        elif scheduled or not self.built:
             self._learning_rate = self._build_learning_rate(value)
-            self._chain_changed()
+            if "_held" in self.__dict__:
+                self._chain_changed()
         else:
             raise InvalidType(
                 f"`learning_rate` must stay a schedule, as the optimizer was built with {kept!r}. "
@@ -143,8 +212,9 @@ class Stateful(Options, abstract=True):
             return learning_rate
         value, dtype = value_of(learning_rate), jnp.result_type(float)
         if not isinstance(value, Tracer):
+            value = check_number("learning_rate", value, NOT_NEGATIVE)
             with jax.ensure_compile_time_eval():
-                value = to_array("learning_rate", value, FINITE, dtype)
+                value = to_array("learning_rate", value, NOT_NEGATIVE, dtype)
         return Variable(value, "learning_rate", dtype)
 
     def _rates(self) -> dict[str, Variable]:
@@ -155,6 +225,7 @@ class Stateful(Options, abstract=True):
 
     # Building.
 
+    @as_a_whole
     def build(self, var_list: Iterable[Any]) -> None:
         """Make the optimizer's variables. Subclasses with an `update_step` extend it.
 
@@ -164,30 +235,47 @@ class Stateful(Options, abstract=True):
         Args:
           var_list: the variables to be trained.
         """
-        if self.built:
-            return
-        self._unbuilt = {
-            name: type(x)(x) if isinstance(x, list | dict | set) else x
-            for name, x in vars(self).items()
-        }
         self._given = check_variables(var_list)
-        names = different_names([v.name for v in self._given])
+        self._check_trace([v.value for v in self._given])
+        self._know(different_names([v.name for v in self._given]))
+        self.built = True
+        self._chain_changed()  # variables that are not decayed have their names now
+
+    def _know(self, names: Sequence[str]) -> None:
+        """Note the names and the places of the variables that the optimizer was built with."""
         keys = [self._var_key(v) for v in self._given]
         self._index_dict = {key: i for i, key in enumerate(keys)}
         self._name_dict = dict(zip(keys, names, strict=True))
-        self.built = True
-        if self._excluded:  # variables to exclude have their names now
-            self._chain_changed()
 
     def _hold(self) -> Held:
         """Return the state in boxes, made when it is first needed."""
         if self._held is None:
             params = {self._name_of(v): v.value for v in self._given}
-            boxes = {f"update_step/{name}": box for name, box in tracked(self).items()}
-            boxes["step"] = self._iterations
-            boxes |= self._rates()
-            self._held = Held(self._summed_chain, params, boxes, self.mesh)
+            rule = self._summed_chain
+            inside = (
+                "update_step/"
+                if isinstance(dict(rule.links).get("update_step"), UpdateStep)
+                else ""
+            )
+            boxes = {f"{inside}{name}": box for name, box in tracked(self).items()}
+            boxes |= {**self._rates(), "step": self._iterations}
+            self._held = Held(rule, params, boxes, self.mesh)
         return self._held
+
+    def _check_trace(self, values: Iterable[Any]) -> None:
+        """Raise if the optimizer was made outside of the transformation that uses it."""
+        if self._iterations.is_elsewhere(*values):
+            raise InvalidType(
+                "An optimizer that is made outside of a JAX transformation (jit, grad, vmap, scan) "
+                "cannot keep what is traced inside. Make it inside, or use its functions `init` "
+                f"and `update`. Received: {self!r}."
+            )
+
+    def _forget_variables(self) -> None:
+        """Keep the state alone, where the caller keeps the parameters."""
+        self._hold()
+        self._given = []
+        self._know([])
 
     def _require_built(self, method: str) -> Held:
         if not self.built:
@@ -198,26 +286,30 @@ class Stateful(Options, abstract=True):
         return self._hold()
 
     def _exclude(self) -> tuple[Pattern, ...]:
-        names = self.__dict__.get("_name_dict", {})
+        known = [x.__dict__.get("_name_dict", {}) for x in (self, *self._outers)]
+        names = {key: name for names in known for key, name in names.items()}
         return tuple(
             names.get(self._var_key(x), x.name) if isinstance(x, Variable) else x
             for x in self._excluded
         )
 
     def _chain_changed(self) -> None:
-        super()._chain_changed()
-        if (held := self.__dict__.get("_held")) is not None:
+        """Make the chain anew after something in it has changed, if it was made."""
+        if self.__dict__.pop("_kept_chains", None) is not None:
+            _ = self.chain
+        if self._held is not None:
             try:
-                held.chain, state = held.chain.with_numbers_of(self._summed_chain, held.state)
+                self._held.renew(self._summed_chain)
             except ValueError as error:
                 raise ValueError(
                     "Once an optimizer is built, only its numbers can be changed. " + str(error)
                 ) from error
-            held.keep(state)
+        for outer in self._outers:
+            outer._chain_changed()
 
     def _var_key(self, variable: Variable) -> str:
         """Return what tells one variable from all others."""
-        return str(id(variable))
+        return variable._unique_id
 
     def _get_variable_index(self, variable: Variable) -> int:
         """Return the place of a variable in the list that the optimizer was built with."""
@@ -257,15 +349,27 @@ class Stateful(Options, abstract=True):
           dtype: float32 if not given.
           initializer: `zeros`, `ones`, or a function of a shape and a dtype.
           name: its name, different from those of the other variables.
+
+        Raises:
+          TreeMismatch: `initializer` returned another shape.
+          ValueError: another variable has that name; or `build` is over.
         """
-        make = INITIALIZERS.get(initializer) if isinstance(initializer, str) else initializer
+        known = isinstance(initializer, str)
+        make = INITIALIZERS.get(initializer.lower()) if known else initializer
         if not callable(make):
             raise ValueError(
                 f"`initializer` must be one of {sorted(INITIALIZERS)} or a function of a shape and "
                 f"a dtype. {received('initializer', initializer)}"
             )
-        value = make(tuple(shape), dtype=jnp.dtype(dtype or jnp.float32))
-        return self._add(value, name or "variable")
+        shape = _as_shape(shape)
+        made = Variable(make(shape, as_dtype(dtype) or jnp.dtype(jnp.float32)))
+        if made.shape != shape:
+            raise TreeMismatch(
+                f"`initializer` must return an array of the shape {shape}. Received: {made.shape}."
+            )
+        if name is None:
+            name = different_names([*(v.name for v in self._variables), "variable"])[-1]
+        return self._add(made.value, name)
 
     def add_variable_from_reference(
         self,
@@ -284,28 +388,72 @@ class Stateful(Options, abstract=True):
           variable_name: such as `momentum`.
           shape: that of the model's variable if not given.
           initial_value: 0 if not given.
+
+        Raises:
+          ValueError: another variable has that name; or `build` is over.
         """
+        if not isinstance(model_variable, Variable):
+            raise InvalidType(
+                "`model_variable` must be a `Variable`, of those that `build` is given. "
+                f"{received('model_variable', model_variable)}"
+            )
+        if not isinstance(variable_name, str):
+            raise InvalidType(
+                f"`variable_name` must be text. {received('variable_name', variable_name)}"
+            )
         like = model_variable.value
+        shape = None if shape is None else _as_shape(shape)
         if initial_value is None:
-            initial_value = jnp.zeros_like(like, shape=None if shape is None else tuple(shape))
-        value = jnp.asarray(value_of(initial_value), like.dtype)
+            initial_value = jnp.zeros_like(like, shape=shape)
+        value = Variable(initial_value, dtype=like.dtype).value
+        if shape is not None and value.shape != shape:
+            raise TreeMismatch(
+                f"`initial_value` must have the shape {shape}. Received: {value.shape}."
+            )
+        if value.shape == like.shape:
+            value = placed(like, value)
         names = self.__dict__.get("_name_dict", {})
         name = names.get(self._var_key(model_variable), model_variable.name)
         return self._add(value, f"{variable_name}/{name}")
 
     def _add(self, value: Any, name: str) -> Variable:
-        name = different_names([*(v.name for v in self._variables), name])[-1]
+        if self.built and not self._building:
+            raise ValueError(
+                "Variables must be added in `build`, as the state is made of them then. "
+                f"{received('name', name)}"
+            )
+        if name in (known := [v.name for v in self._variables]):
+            raise ValueError(
+                f"`name` must differ from those of the optimizer's other variables, {known}. "
+                f"{received('name', name)}"
+            )
         self._variables.append(Variable(value, name))
         return self._variables[-1]
 
+    def assign(self, variable: Variable, value: Any) -> None:
+        """Assign to a variable, as `update_step` for Keras 3 does; `variable.assign(value)`."""
+        variable.assign(value)
+
+    def assign_add(self, variable: Variable, value: Any) -> None:
+        """Add to a variable: `variable.assign_add(value)`."""
+        variable.assign_add(value)
+
+    def assign_sub(self, variable: Variable, value: Any) -> None:
+        """Subtract from a variable: `variable.assign_sub(value)`."""
+        variable.assign_sub(value)
+
     def set_weights(self, weights: Sequence[Any]) -> None:
-        """Assign to all variables, in the order of `variables`.
+        """Assign to all variables, in the order of `variables`; if that fails, to none.
+
+        Args:
+          weights: arrays, as many as there are variables.
 
         Raises:
           ValueError: the optimizer is not built, or the number of weights differs.
           TreeMismatch: a shape differs.
         """
         boxes = list(self._require_built("set_weights").variables.values())
+        weights = list(weights)
         if len(weights) != len(boxes):
             raise ValueError(
                 f"`weights` must be as many as the optimizer has variables, {len(boxes)}. "
@@ -313,22 +461,34 @@ class Stateful(Options, abstract=True):
             )
         before = [box.value for box in boxes]
         try:
-            for box, weight in zip(boxes, weights, strict=True):
-                box.assign(weight)
-        except ValueError:
+            for box, old, weight in zip(boxes, before, weights, strict=True):
+                box.assign(placed(old, box.assign(weight).value))
+        except Exception:
             for box, value in zip(boxes, before, strict=True):
                 box.assign(value)
             raise
 
     def save_own_variables(self, store: Any) -> None:
-        """Write the variables by name into a mapping, such as a dict or an h5py group."""
+        """Write the variables by name, hyperparameters not among them.
+
+        Args:
+          store: a mapping that can be written to, such as a dict or an h5py group.
+
+        Raises:
+          ValueError: the optimizer is not built.
+        """
         self._require_built("save_own_variables").save(store)
 
     def load_own_variables(self, store: Any) -> None:
         """Read the variables from what `save_own_variables` wrote.
 
+        Args:
+          store: a mapping of names to arrays, such as a dict, an h5py group, or what `numpy.load`
+            gives.
+
         Raises:
           CheckpointMismatch: the store has other variables; nothing is changed.
+          ValueError: the optimizer is not built.
         """
         self._require_built("load_own_variables").load(store)
 
@@ -340,8 +500,8 @@ class Stateful(Options, abstract=True):
         Args:
           var_list: variables.
           var_names: regular expressions that are searched for in the names, such as `bias`. One
-            that is found in none raises a `ValueError` when the optimizer is built. A `:0`, as at
-            the end of TensorFlow's names, is ignored.
+            that is found in none raises a `ValueError` at the first update. A `:0`, as at the end
+            of TensorFlow's names, is ignored.
 
         Raises:
           ValueError: the optimizer is built.
@@ -352,9 +512,24 @@ class Stateful(Options, abstract=True):
             )
         listed = check_variables([] if var_list is None else var_list)
         texts = check_patterns("var_names", () if var_names is None else var_names)
-        searched = [re.compile(t.replace(":0", "")) if isinstance(t, str) else t for t in texts]
+        try:
+            searched = [re.compile(t.replace(":0", "")) if isinstance(t, str) else t for t in texts]
+        except re.error as error:
+            raise ValueError(
+                "`var_names` must be regular expressions. " + received("var_names", texts)
+            ) from error
         self._excluded = (*listed, *searched)
         self._chain_changed()
+
+
+def _as_shape(shape: Any) -> tuple[int, ...]:
+    try:
+        lengths = tuple(operator.index(length) for length in shape)
+    except TypeError as error:
+        raise InvalidType(f"`shape` must be integers. {received('shape', shape)}") from error
+    if any(length < 0 for length in lengths):
+        raise ValueError(f"`shape` must be at least 0 everywhere. {received('shape', shape)}")
+    return lengths
 
 
 def _numbers(links: Chain, name: str) -> dict[str, Any]:

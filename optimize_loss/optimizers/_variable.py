@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -34,6 +34,18 @@ def _reflected(operation: Callable[[Any, Any], Any]) -> Callable[..., Any]:
 
 
 _SERIAL = itertools.count()
+_WITNESSES: list[list["Variable"]] = []
+
+
+@contextlib.contextmanager
+def made_meanwhile() -> Iterator[list["Variable"]]:
+    """Give a list, in which all variables appear that are made until the end of the block."""
+    made: list[Variable] = []
+    _WITNESSES.append(made)
+    try:
+        yield made
+    finally:
+        _WITNESSES.pop()
 
 
 def value_of(x: Any) -> Any:
@@ -83,12 +95,13 @@ class Variable:
             raise InvalidType(f"`name` must be text. {received('name', name)}")
         if constraint is not None and not callable(constraint):
             raise InvalidType(
-                f"`constraint` must be a function of the value. {received('constraint', constraint)}"
+                "`constraint` must be a function of the value. "
+                f"{received('constraint', constraint)}"
             )
         value = value_of(initial_value)
         with _concrete(value):
-            # A copy of a strong type: another program may take the caller's, and there is one trace.
-            array = jnp.array(_as_array("initial_value", value), _as_dtype(dtype))
+            # A copy, as another program may take the caller's memory; of a strong type.
+            array = jnp.array(_as_array("initial_value", value), as_dtype(dtype))
             self._value = array.astype(array.dtype)
         self.name = name or "Variable"
         self.trainable = trainable
@@ -99,6 +112,8 @@ class Variable:
         """Note where the box was made, and give it a name that no other box ever has."""
         self._trace = get_opaque_trace_state(convention="nnx")
         self._unique_id = f"{self.name}_{next(_SERIAL)}"
+        for made in _WITNESSES:
+            made.append(self)
 
     @property
     def value(self) -> jax.Array:
@@ -120,6 +135,10 @@ class Variable:
         """The dtype of the value, which never changes."""
         return self._value.dtype
 
+    @property
+    def _committed(self) -> bool:  # `jnp.zeros_like` asks
+        return getattr(self._value, "_committed", True)
+
     def assign(self, value: Any) -> "Variable":
         """Put another value into the box, in the box's dtype.
 
@@ -128,14 +147,13 @@ class Variable:
           InvalidType: a real box is given a complex value, or a float for integers; or a box made
             outside of a JAX transformation is given a value traced inside.
         """
-        # Under jit also a constant is traced here: it would be assigned once, not at every call.
         new = self._in_own_dtype("value", value)
         if new.shape != self.shape:
             raise TreeMismatch(
                 f"The variable {self.name!r} must keep its shape {self.shape}. "
                 f"Received: shape {new.shape}."
             )
-        if isinstance(new, Tracer) and self._trace != get_opaque_trace_state(convention="nnx"):
+        if self.is_elsewhere(new):
             raise InvalidType(
                 f"The variable {self.name!r} was made outside of the JAX transformation (jit, "
                 "grad, vmap, scan) that assigns to it, and cannot keep what is traced inside. Make "
@@ -144,6 +162,14 @@ class Variable:
             )
         self._value = new
         return self
+
+    def is_elsewhere(self, *values: Any) -> bool:
+        """Return whether these values are traced, now, by what the box was not made in."""
+        if self._trace == get_opaque_trace_state(convention="nnx"):
+            return False
+        # Under jit constants count too: what happens to them happens once, not at every call.
+        traced = any(isinstance(x, Tracer) for x in values)
+        return traced or isinstance(jnp.zeros(()), Tracer)
 
     def assign_add(self, delta: Any) -> "Variable":
         """Add to the value; the same errors as of `assign`."""
@@ -156,6 +182,8 @@ class Variable:
     def _in_own_dtype(self, argument: str, value: Any) -> jax.Array:
         """Return what is to be assigned or added as an array of the box's dtype, if it fits."""
         value = _as_array(argument, value_of(value))
+        if isinstance(value, jax.Array) and value.dtype == self.dtype and not value.weak_type:
+            return value  # what an optimizer assigns, many times a step
         dtype = jnp.result_type(value)
         if not any(_is_at_most(dtype, self.dtype, kind) for kind in _KINDS):
             raise InvalidType(
@@ -235,7 +263,7 @@ class Variable:
 jax.tree_util.register_pytree_with_keys(
     Variable,
     lambda box: (((jax.tree_util.GetAttrKey("value"), box.value),), None),
-    lambda _, values: values[0],
+    lambda _, values: next(iter(values)),
     lambda box: ((box.value,), None),
 )
 
@@ -253,18 +281,22 @@ def _concrete(value: Any) -> contextlib.AbstractContextManager[Any]:
 
 def _as_array(argument: str, value: Any) -> Any:
     """Return an array or a number as it is, and a list as an array."""
-    message = f"`{argument}` must be an array or a number. {received(argument, value)}"
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return value
-    if value is None or isinstance(value, str | bytes):
-        raise InvalidType(message)
+    if isinstance(value, bool | int | float | complex):
+        return value
     try:
-        return value if isinstance(value, bool | int | float | complex) else jnp.asarray(value)
+        if value is None or isinstance(value, str | bytes):
+            raise TypeError("no number")
+        return jnp.asarray(value)
     except (TypeError, ValueError) as error:
-        raise InvalidType(message) from error
+        raise InvalidType(
+            f"`{argument}` must be an array or a number. {received(argument, value)}"
+        ) from error
 
 
-def _as_dtype(dtype: Any) -> np.dtype | None:
+def as_dtype(dtype: Any) -> np.dtype | None:
+    """Return a dtype, or None for None."""
     try:
         return None if dtype is None else jnp.dtype(dtype)
     except TypeError as error:

@@ -34,8 +34,60 @@ def _refuse_options(outer: Optimizer, argument: str) -> None:
             )
 
 
+def _watch(outer: Optimizer, inner: Optimizer) -> None:
+    """Let the optimizer inside tell when its options change."""
+    if not any(known is outer for known in inner._outers):
+        inner._outers.append(outer)
+
+
+def _decays_inside(argument: str) -> ValueError:
+    return ValueError(
+        f"`exclude_from_weight_decay` must be called on what is inside: see `{argument}`."
+    )
+
+
 class LossScaleOptimizer(Optimizer):
-    """Dynamic loss scale."""
+    """Scale the loss as far as its gradients stay finite, for training in float16.
+
+        all g finite:      g ← g / scale, and the optimizer inside makes its update;
+                           after `dynamic_growth_steps` such calls in a row, scale ← 2 · scale
+        not all g finite:  scale ← scale / 2, not below 1; parameters and state stay as they are
+
+    `minimize`, `compute_gradients` and `optimize_loss` multiply the loss by the scale. Where you
+    take gradients by hand, take those of `opt.scale_loss(loss)`; `apply_gradients` and `apply`
+    divide them. A skipped call does not count in `iterations`. The scale grows to at most 2¹²⁶; it
+    is among `variables`, as `loss_scale/loss_scale`. `learning_rate` is that of the optimizer
+    inside, and can be set; `exclude_from_weight_decay` must be called on that one.
+
+    The keyword options are described in `Optimizer`. Those about devices and compilation, and
+    `name`, belong here and are not taken from the optimizer inside; all others must be given to
+    that one, and see gradients that have been divided.
+
+    Args:
+      inner_optimizer: the optimizer inside, without a `loss_scale_factor`.
+      initial_scale: the scale before the first call, above 0. Below 1, it is not halved.
+      dynamic_growth_steps: how many calls in a row must be finite before the scale doubles.
+
+    Example:
+      The gradient 24 is divided by 8; the next one is infinite, and halves the scale:
+
+      >>> import optimize_loss as ol
+      >>> opt = ol.optimizers.LossScaleOptimizer(ol.optimizers.SGD(1.0), initial_scale=8.0)
+      >>> v = ol.Variable(10.0)
+      >>> opt.minimize(lambda: 3 * v, [v])
+      >>> print(v, opt.iterations, opt.scale_loss(1.0))
+      7.0 1 8.0
+      >>> print(opt.apply_gradients([(float("inf"), v)]), v, opt.scale_loss(1.0))
+      1 7.0 4.0
+
+    References:
+      P. Micikevicius et al., "Mixed Precision Training", 2018, https://arxiv.org/abs/1710.03740,
+      section 3.2. In Keras 2.15 (`mixed_precision.LossScaleOptimizer`), `get_scaled_loss` is our
+      `scale_loss`, and `get_unscaled_gradients` must be called before `apply_gradients`; here, as
+      in Keras 3, `apply_gradients` divides, so that it does not exist. Keras 2.15 counts skipped
+      calls, Keras 3 does not; Keras 3 has no floor of 1. For the `dynamic=False` of 2.15 give any
+      optimizer a `loss_scale_factor`.
+    """
 
     learning_rate: Any = dataclasses.field(default=None, init=False)
     inner_optimizer: Optimizer
@@ -54,18 +106,25 @@ class LossScaleOptimizer(Optimizer):
 
     def links(self):
         """Return the loss scale, then the links of the optimizer inside."""
+        _watch(self, self.inner_optimizer)
         scale = DivideByDynamicLossScale(self.initial_scale, self.dynamic_growth_steps)
         return {"loss_scale": scale, **self.inner_optimizer._links_behind_aggregation()}
 
-    def _rates(self) -> dict[str, Any]:
+    def _rates(self) -> dict[str, Variable]:
         return self.inner_optimizer._rates()
+
+    def _rate_boxes(self) -> list[Variable]:
+        return self.inner_optimizer._rate_boxes()
 
     def _get_learning_rate(self) -> Any:
         return self.inner_optimizer.learning_rate
 
     def _set_learning_rate(self, value: Any) -> None:
         self.inner_optimizer.learning_rate = value
-        self._chain_changed()
+
+    def exclude_from_weight_decay(self, var_list: Any = None, var_names: Any = None) -> None:
+        """Raise: what decays is the optimizer inside."""
+        raise _decays_inside("inner_optimizer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +153,42 @@ class Group:
 
 
 class MultiOptimizer(Optimizer):
-    """Different optimizers for different parameters."""
+    """Train different parameters with different optimizers.
+
+    The first pattern that matches the name of a parameter decides which optimizer it has; what no
+    pattern matches has `default_optimizer`. Each optimizer clips, decays and averages its own
+    parameters by its own options: its `global_clipnorm` is of their joint norm. All count the same
+    `iterations`.
+
+    The keyword options, described in `Optimizer`, can be given here too, for all parameters
+    together, except for `weight_decay`, which needs a rate. They come before those of the
+    optimizers inside, `use_ema` after. The loss scale, the accumulation, and what is about devices
+    can only be given here. There is no `learning_rate` here: set those of the optimizers inside, at
+    any time, as `opt.optimizers["**/bias"].learning_rate = 0.1`; `exclude_from_weight_decay` must
+    be called on them too.
+
+    Args:
+      optimizers: {name or pattern: optimizer}. In a pattern, `*` stands for anything within one
+        part of a name, `**` for any number of parts, `|` for either side; a compiled regular
+        expression is searched for. One that decides for no parameter raises a `ValueError` when
+        the parameters are known.
+      default_optimizer: for all other parameters; None if there must be no others.
+
+    Example:
+      >>> import optimize_loss as ol
+      >>> sgd, lion = ol.optimizers.SGD(0.5), ol.optimizers.Lion(0.25)
+      >>> opt = ol.optimizers.MultiOptimizer({"**/bias": sgd}, default_optimizer=lion)
+      >>> params = {"dense": {"kernel": 1.0, "bias": 1.0}}
+      >>> params = opt.apply({"dense": {"kernel": 8.0, "bias": 2.0}}, params)
+      >>> print(params["dense"]["kernel"], params["dense"]["bias"])
+      0.75 0.0
+
+    References:
+      Keras 3, `MultiOptimizer(OptimizerMap(default_optimizer, {expression: optimizer}))`, whose
+      keys are regular expressions for the whole path. There an expression that matches nothing is
+      silently without effect, and a path that two match is an error. A function of the variable, as
+      Keras also takes, is not taken; `ForParameters` is the link behind this, and takes one.
+    """
 
     learning_rate: Any = dataclasses.field(default=None, init=False)
     optimizers: Mapping[Pattern, Optimizer]
@@ -124,6 +218,8 @@ class MultiOptimizer(Optimizer):
 
     def links(self):
         """Return the links of all optimizers, each for its parameters."""
+        for _, inner in self._inner().values():
+            _watch(self, inner)
         return {
             f"{name}.{link_name}": ForParameters(group, link)
             for name, (group, inner) in self._inner().items()
@@ -136,6 +232,13 @@ class MultiOptimizer(Optimizer):
             for name, (_, inner) in self._inner().items()
             for path, box in inner._rates().items()
         }
+
+    def _rate_boxes(self) -> list[Variable]:
+        return [box for _, inner in self._inner().values() for box in inner._rate_boxes()]
+
+    def exclude_from_weight_decay(self, var_list: Any = None, var_names: Any = None) -> None:
+        """Raise: what decays are the optimizers inside."""
+        raise _decays_inside("optimizers")
 
     def _get_learning_rate(self) -> Any:
         raise AttributeError(

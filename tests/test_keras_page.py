@@ -207,9 +207,7 @@ PAGE = {
         "(model_variable, variable_name, shape=None, initial_value=None)"
     ),
     "aggregate_gradients": "(grads_and_vars)",
-    "apply_gradients": (
-        "(grads_and_vars, name=None, skip_gradients_aggregation=False, **kwargs)"
-    ),
+    "apply_gradients": ("(grads_and_vars, name=None, skip_gradients_aggregation=False, **kwargs)"),
     "build": "(var_list)",
     "compute_gradients": "(loss, var_list, tape=None)",
     "exclude_from_weight_decay": "(var_list=None, var_names=None)",

@@ -189,7 +189,9 @@ def test_same_ones_are_equal_and_others_are_not():
     assert v._unique_id != w._unique_id
 
 
-@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda v: pickle.loads(pickle.dumps(v))])
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, lambda v: pickle.loads(pickle.dumps(v))]
+)
 def test_a_copy_is_another_variable(copied):
     v = Variable(X, "v", trainable=False, constraint=np.abs)
     w = copied(v)
@@ -288,7 +290,11 @@ def test_what_does_not_fit_is_refused_and_nothing_changes(name):
 def test_assign_add_refuses_what_assign_does():
     v = Variable(X, "w")
     assert v.assign_add(1.0).numpy().tolist() == [2.0, 3.0]  # this is added to each
-    for wrong, error in (([1j, 0], ol.InvalidType), (None, ol.InvalidType), (X > 0, ol.InvalidType)):
+    for wrong, error in (
+        ([1j, 0], ol.InvalidType),
+        (None, ol.InvalidType),
+        (X > 0, ol.InvalidType),
+    ):
         for method in (v.assign_add, v.assign_sub):
             with pytest.raises(error):
                 method(wrong)
@@ -477,7 +483,10 @@ def test_a_loss_that_was_compiled_before_has_no_gradient():
 BAD_LOSSES = {
     "value": (lambda v: opt().minimize(v * v, [v]), "`loss` must be a function without arguments"),
     "tape": (lambda v: opt().minimize(lambda: v, [v], tape=1), "has no tape"),
-    "arrays": (lambda v: opt().minimize(lambda: v, [v.value]), "`var_list` must be a list of `opti"),
+    "arrays": (
+        lambda v: opt().minimize(lambda: v, [v.value]),
+        "`var_list` must be a list of `opti",
+    ),
     "twice": (lambda v: opt().minimize(lambda: v, [v, v]), "`var_list` must have each variable on"),
 }
 

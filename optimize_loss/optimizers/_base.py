@@ -12,6 +12,7 @@ from optimize_loss._checks import InvalidType, received
 from optimize_loss._names import same_leaves
 from optimize_loss._trainable import Trainable, derivatives
 from optimize_loss.optimizers._config import plain, serialize
+from optimize_loss.optimizers._custom import undone_if_it_fails
 from optimize_loss.optimizers._held import on_mesh, placed
 from optimize_loss.optimizers._options import check_options, options_of
 from optimize_loss.optimizers._stateful import Stateful
@@ -22,7 +23,8 @@ from optimize_loss.optimizers._variable import (
     value_of,
 )
 from optimize_loss.transforms import chain
-from optimize_loss.transforms._params import is_inexact, take_apart
+from optimize_loss.transforms._accumulate import summed
+from optimize_loss.transforms._params import as_array, is_inexact, take_apart
 
 
 class Optimizer(Stateful):
@@ -93,7 +95,8 @@ class Optimizer(Stateful):
         device. Memory for a parameter is sharded as the parameter is, with or without.
       gradient_accumulation_steps: where given, so many calls make one update, with the mean of
         their gradients; an integer of at least 1. Clipping, decay, schedules, averages and
-        `iterations` go by updates.
+        `iterations` go by updates. A parameter should have a gradient in all of these calls or in
+        none.
       loss_scale_factor: above 0: `minimize`, `compute_gradients` and `optimize_loss` multiply the
         loss by it, and the gradients are divided first of all. `scale_loss` is for gradients
         that are taken by hand.
@@ -267,15 +270,17 @@ class Optimizer(Stateful):
     def _apply_tree(self, grads: Any, params: Any, aggregates: bool) -> Any:
         """Return the new parameters, a tree like the old ones; integers stay as they are."""
         taken = take_apart(params)
+        same_leaves("grads", grads, "params", taken.tree)
         pairs = zip(taken.check_updates(grads), taken.leaves, strict=True)
         summed = self.aggregate_gradients(pairs) if aggregates else pairs
         named = dict(zip(taken.names, summed, strict=True))
         trained = {name: pair for name, pair in named.items() if is_inexact(pair[1])}
         values = {name: p for name, (_, p) in trained.items()}
-        if not self.built:
-            self.build([Variable(p, name) for name, p in values.items()])
-            self._forget_variables()  # the caller keeps the values
-        new, state = self._advance({name: g for name, (g, _) in trained.items()}, values)
+        with undone_if_it_fails(self):
+            if not self.built:
+                self.build([Variable(p, name) for name, p in values.items()])
+                self._forget_variables()  # the caller keeps the values
+            new, state = self._advance({name: g for name, (g, _) in trained.items()}, values)
         self._hold().keep(state)
         return taken.unflatten([new.get(name, p) for name, (_, p) in named.items()])
 
@@ -290,7 +295,8 @@ class Optimizer(Stateful):
         """Update variables in place, one step down the gradient of `loss`.
 
         Args:
-          loss: a function without arguments of the variables' values.
+          loss: a function without arguments of the variables' values. The gradient of a loss that
+            is no scalar is that of its sum, as in TensorFlow.
           var_list: the variables, or a function that returns them.
           tape: None; there is no tape in JAX.
         """
@@ -303,6 +309,8 @@ class Optimizer(Stateful):
         tape: None = None,
     ) -> list[tuple[jax.Array | None, Variable]]:
         """Return the gradients of `loss`, None where it does not depend on a variable.
+
+        Integer variables have none.
 
         They are as `apply_gradients` takes them: multiplied by the loss scale, if there is one.
 
@@ -335,9 +343,10 @@ class Optimizer(Stateful):
                 for v, value in zip(variables, before, strict=True):
                     v._value = value
 
-        everything = Trainable([v.value for v in variables], (True,) * len(variables))
+        values = [v.value for v in variables]
+        trained = Trainable(values, tuple(map(is_inexact, values)))
         try:
-            _, _, grads = derivatives(loss_of, everything, self._loss_scale())
+            _, _, found = derivatives(loss_of, trained, self._loss_scale())
         except jax.errors.UnexpectedTracerError as error:
             raise InvalidType(
                 "`loss` must not call a function under `jax.jit` that reads variables from "
@@ -345,7 +354,10 @@ class Optimizer(Stateful):
                 "jit out. "
                 f"{received('loss', loss)}"
             ) from error
-        return list(zip(grads, variables, strict=True))
+        grads = iter(found)
+        return [
+            (next(grads) if t else None, v) for t, v in zip(trained.marks, variables, strict=True)
+        ]
 
     def apply_gradients(
         self,
@@ -381,13 +393,14 @@ class Optimizer(Stateful):
             return self.iterations
         if not any(isinstance(v, Variable) for _, v in pairs):
             return self._apply_tree([g for g, _ in pairs], [p for _, p in pairs], aggregates)
-        self.build(check_variables([v for _, v in pairs]))
-        if aggregates:
-            pairs = list(self.aggregate_gradients(pairs))
-        named = {self._name_of(v): (value_of(g), v) for g, v in pairs}
-        values = {self._name_of(v): v.value for v in self._given}
-        new, state = self._advance({name: g for name, (g, _) in named.items()}, values)
-        moved = [(v, _constrained(v, new[n])) for n, (g, v) in named.items() if g is not None]
+        with undone_if_it_fails(self):
+            self.build(check_variables([v for _, v in pairs]))
+            if aggregates:
+                pairs = list(self.aggregate_gradients(pairs))
+            named = {self._name_of(v): (_gradient(g, v), v) for g, v in pairs}
+            values = {self._name_of(v): v.value for v in self._given}
+            new, state = self._advance({name: g for name, (g, _) in named.items()}, values)
+            moved = [(v, _constrained(v, new[n])) for n, (g, v) in named.items() if g is not None]
         self._hold().keep(state)
         for v, value in moved:
             v.assign(value)
@@ -407,7 +420,7 @@ class Optimizer(Stateful):
         pairs = list(grads_and_vars)
         if self.axis_name is None:
             return pairs
-        return [(None if g is None else jax.lax.psum(g, self.axis_name), v) for g, v in pairs]
+        return [(None if g is None else summed(g, self.axis_name), v) for g, v in pairs]
 
     def finalize_variable_values(self, var_list: Any) -> Any:
         """Put the averages that the optimizer keeps, if any, in the place of the parameters.
@@ -456,6 +469,7 @@ class Optimizer(Stateful):
         self, grads: Mapping[str, Any], params: Mapping[str, Any]
     ) -> tuple[dict[str, Any], Any]:
         """Return the new parameters by name, and the new state."""
+        self._check_trace([*grads.values(), *params.values()])
         held = self._hold()
         held.check_names(params)
         missing = [name for name, grad in grads.items() if grad is None]
@@ -552,6 +566,12 @@ def _paired(grads: Any, params: Any) -> list[tuple[Any, Variable]]:
     return list(zip(same_leaves("grads", grads, "params", values), variables, strict=True))
 
 
+def _gradient(gradient: Any, variable: Variable) -> Any:
+    """Return a gradient as an array, or None."""
+    value = value_of(gradient)
+    return None if value is None else as_array("The gradient of", variable.name, value)
+
+
 def _constrained(variable: Variable, value: jax.Array) -> jax.Array:
     """Return a new value as the constraint of the variable makes it."""
     if variable.constraint is None:
@@ -563,11 +583,21 @@ def _check_pairs(grads_and_vars: Any) -> list[tuple[Any, Any]]:
     """Return a list of pairs of a gradient and a variable or an array."""
     try:
         pairs = list(grads_and_vars)
-        for pair in pairs:
-            _, _ = pair
+        firsts, seconds = [g for g, _ in pairs], [v for _, v in pairs]
     except (TypeError, ValueError) as error:
         raise InvalidType(
             "`grads_and_vars` must be pairs of a gradient and a variable, as in "
             f"`zip(grads, variables)`. {received('grads_and_vars', grads_and_vars)}"
         ) from error
+    if any(isinstance(x, Variable) for x in firsts) and not any(map(is_variable, seconds)):
+        raise InvalidType(
+            "`grads_and_vars` must be pairs (gradient, variable), and not the other way round. "
+            f"{received('grads_and_vars', pairs)}"
+        )
+    if strange := [v for v in seconds if type(v).__module__.startswith("keras.")]:
+        raise InvalidType(
+            "`grads_and_vars` must have variables of `optimize_loss.Variable`. A Keras model is "
+            "trained with `optimize_loss.keras.KerasOptimizer`. "
+            f"Received: {strange[0]!r}."
+        )
     return pairs

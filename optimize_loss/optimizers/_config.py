@@ -1,6 +1,7 @@
 """Optimizers and schedules as dicts that JSON can hold, and back."""
 
 import dataclasses
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 
 from optimize_loss import schedules
 from optimize_loss._checks import InvalidType, nearest, received
-from optimize_loss.optimizers._options import CLASSES, Options
+from optimize_loss.optimizers._options import CLASSES, Options, check_options
 from optimize_loss.optimizers._variable import value_of
 
 
@@ -33,6 +34,11 @@ def serialize(thing: Any) -> Any:
         fields = {f.name: getattr(thing, f.name) for f in dataclasses.fields(thing)}
         return _described(thing, "optimize_loss.schedules", serialize(fields))
     if isinstance(thing, Mapping):
+        if strange := [key for key in thing if not isinstance(key, str)]:
+            raise InvalidType(
+                "A configuration holds dicts whose keys are text. "
+                f"Received: {strange[0]!r} of type {type(strange[0]).__name__}."
+            )
         return {key: serialize(value) for key, value in thing.items()}
     if isinstance(thing, list | tuple):
         return [serialize(value) for value in thing]
@@ -83,18 +89,27 @@ def deserialize(config: Any, custom_objects: Mapping[str, type] | None = None) -
         raise InvalidType(
             f"`config` must be a dict with `class_name` and `config`. {received('config', config)}"
         )
+    if not isinstance(config["class_name"], str):
+        raise InvalidType(
+            f"`class_name` must be text. {received('class_name', config['class_name'])}"
+        )
     known = {**_SCHEDULES, **CLASSES, **(custom_objects or {})}
     name = config["class_name"].rpartition(">")[2]
+    name = name if name in known else {n.lower(): n for n in known}.get(name.lower(), name)
     if name not in known:
         raise ValueError(
-            f"`class_name` must be an optimizer, a schedule, or in `custom_objects`. Received: "
-            f"{name!r}. Nearest: {nearest(name, known)}."
+            "`class_name` must be an optimizer, a schedule, or in `custom_objects`. "
+            f"{received('class_name', name)} Nearest: {nearest(name, known)}."
         )
-    made = known[name]
+    made, given = known[name], config["config"]
+    if not isinstance(given, Mapping):
+        raise InvalidType(f"`config` must be a dict. {received('config', given)}")
     if hasattr(made, "from_config"):
-        takes_objects = {} if custom_objects is None else {"custom_objects": custom_objects}
-        return made.from_config(config["config"], **takes_objects)
-    return made(**{key: plain(value, custom_objects) for key, value in config["config"].items()})
+        takes_objects = "custom_objects" in inspect.signature(made.from_config).parameters
+        objects = {"custom_objects": custom_objects} if takes_objects else {}
+        return made.from_config(dict(given), **objects)
+    check_options(made, given, inspect.signature(made).parameters)
+    return made(**{key: plain(value, custom_objects) for key, value in given.items()})
 
 
 def plain(value: Any, custom_objects: Mapping[str, type] | None = None) -> Any:

@@ -1,6 +1,7 @@
 """Optimizers by name."""
 
 import fnmatch
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -62,4 +63,17 @@ def get(identifier: Any, custom_objects: Mapping[str, type[Optimizer]] | None = 
             f"`identifier` must be one of {sorted(known)}. {received('identifier', identifier)} "
             f"Nearest: {nearest(identifier, known, most=1)[0]!r}."
         )
-    return by_lower[identifier.lower()]()
+    made = by_lower[identifier.lower()]
+    if missing := _required(made):
+        raise InvalidType(
+            f"`identifier` must be a configuration, as {made.__name__} has no default for "
+            f"{missing}. {received('identifier', identifier)}"
+        )
+    return made()
+
+
+def _required(made: Any) -> list[str]:
+    """Return the names of arguments that must be given."""
+    parameters = inspect.signature(made).parameters.values()
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return [p.name for p in named if p.default is p.empty]

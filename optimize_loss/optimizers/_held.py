@@ -48,7 +48,8 @@ class Held:
         self._given = dict(boxes)
         self._avals = {n: jax.ShapeDtypeStruct(p.shape, p.dtype) for n, p in params.items()}
         for box, leaf in zip(self._boxes, leaves, strict=True):
-            box.assign(placed(leaf, box.value))
+            if (value := placed(leaf, box.value)) is not box.value:
+                box.assign(value)
 
     def _in_order(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Return a dict in the order of the variables; the leaves of a plain one are sorted."""
@@ -138,8 +139,19 @@ class Held:
         self.keep(state)
 
     def save(self, store: Any) -> None:
-        """Write all variables into a mapping."""
-        for name, box in self.variables.items():
+        """Write all variables into a mapping.
+
+        Raises:
+          ValueError: a name is the beginning of another: in h5py it would be an array and a group.
+        """
+        variables = self.variables
+        for name in variables:
+            if inside := [other for other in variables if other.startswith(f"{name}/")]:
+                raise ValueError(
+                    f"The names of variables must not begin with another and '/'. "
+                    f"Received: {name!r} and {inside[0]!r}."
+                )
+        for name, box in variables.items():
             store[name] = box.numpy()
 
     def load(self, store: Any) -> None:
@@ -152,6 +164,10 @@ class Held:
         if not hasattr(store, "keys"):
             raise InvalidType(f"`store` must be a mapping of arrays. {received('store', store)}")
         own, found = self.variables, flattened(store)
+        for name in own.keys() & found.keys():
+            # numpy and h5py write bfloat16 as bytes without a name
+            if found[name].dtype == np.dtype(f"V{own[name].dtype.itemsize}"):
+                found[name] = found[name].view(own[name].dtype)
         missing, extra = sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys())
         if missing or extra:
             raise CheckpointMismatch(

@@ -64,7 +64,7 @@ class _LearningRate:
         optimizer._set_learning_rate(value)
 
 
-def check_options(cls: type["Options"], given: Iterable[str], known: Iterable[str]) -> None:
+def check_options(cls: type, given: Iterable[str], known: Iterable[str]) -> None:
     """Raise an `InvalidType` unless all names of options are known."""
     known = [name for name in known if name != "self"]
     initials = {"".join(part[:1] for part in name.split("_")): name for name in known}
@@ -175,6 +175,8 @@ class Options:
         rule = number_rules(type(self)).get(name)
         if value is None and (rule is None or name in _optional(type(self))):
             return value
+        if name == "axis_name" and isinstance(value, list):
+            value = tuple(value)  # as JSON has it
         kind, words = _KINDS.get(name, (object, rule.words if rule else ""))
         if value is None or not isinstance(value, kind):
             raise InvalidType(f"`{name}` must be {words}. {received(name, value)}")

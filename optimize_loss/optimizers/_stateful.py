@@ -146,7 +146,8 @@ class Stateful(Options):
           variable: a box around its value, after weight decay.
         """
         raise NotImplementedError(
-            f"{type(self).__name__} is made of links and has no `update_step` of its own."
+            f"{type(self).__name__} is made of links and has no `update_step` to call. To change "
+            "what it does, add links of your own to those that `links` returns."
         )
 
     def _update_step(self, gradient: jax.Array, variable: Variable) -> None:
@@ -320,11 +321,13 @@ class Stateful(Options):
         """Return the name under which the state has a variable."""
         names = self.__dict__.get("_name_dict", {})
         if (key := self._var_key(variable)) not in names:
-            known = list(names.values())
+            advice = "Build it with all of them, or use one optimizer for each list. "
+            near = f"Nearest: {nearest(variable.name, names.values())}."
+            if self.built and not names:
+                advice, near = "It was used with trees; use another one for variables.", ""
             raise ValueError(
                 f"The variable {variable.name!r} is none of those that the optimizer was built "
-                f"with. Build it with all of them, or use one optimizer for each list. "
-                f"Nearest: {nearest(variable.name, known)}."
+                f"with. {advice}{near}"
             )
         return names[key]
 

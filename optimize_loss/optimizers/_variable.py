@@ -1,6 +1,7 @@
 """A box with a name and a value, for code that updates in place."""
 
 import contextlib
+import contextvars
 import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator
@@ -34,18 +35,20 @@ def _reflected(operation: Callable[[Any, Any], Any]) -> Callable[..., Any]:
 
 
 _SERIAL = itertools.count()
-_WITNESSES: list[list["Variable"]] = []
+_WITNESSES: contextvars.ContextVar[tuple[list["Variable"], ...]] = contextvars.ContextVar(
+    "witnesses", default=()
+)
 
 
 @contextlib.contextmanager
 def made_meanwhile() -> Iterator[list["Variable"]]:
     """Give a list, in which all variables appear that are made until the end of the block."""
     made: list[Variable] = []
-    _WITNESSES.append(made)
+    before = _WITNESSES.set((*_WITNESSES.get(), made))
     try:
         yield made
     finally:
-        _WITNESSES.pop()
+        _WITNESSES.reset(before)
 
 
 def value_of(x: Any) -> Any:
@@ -112,7 +115,7 @@ class Variable:
         """Note where the box was made, and give it a name that no other box ever has."""
         self._trace = get_opaque_trace_state(convention="nnx")
         self._unique_id = f"{self.name}_{next(_SERIAL)}"
-        for made in _WITNESSES:
+        for made in _WITNESSES.get():
             made.append(self)
 
     @property
@@ -160,6 +163,9 @@ class Variable:
                 "it inside, or use the functions `init` and `update` of an optimizer. "
                 f"Received: {value_of(value)}."
             )
+        known = not isinstance(new, Tracer) and not isinstance(self._value, Tracer)
+        if known and self._value.committed and not new.committed:
+            new = jax.device_put(new, self._value.sharding)
         self._value = new
         return self
 

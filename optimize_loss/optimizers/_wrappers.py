@@ -1,7 +1,7 @@
 """Optimizers around optimizers: a dynamic loss scale, and different rules by name."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from optimize_loss._checks import InvalidType, received
@@ -19,9 +19,23 @@ from optimize_loss.transforms import (
 _OF_THE_SHELL = ("name", "jit_compile", "mesh", "axis_name")
 
 
-def _check_inner(optimizer: Any, argument: str) -> None:
+def _check_inner(optimizer: Any, argument: str, refused: tuple[str, ...] = ()) -> None:
+    """Raise unless it is an optimizer without options that act only outermost.
+
+    Args:
+      optimizer: what is inside.
+      argument: its name, for messages.
+      refused: more options that it must not have.
+    """
     if not isinstance(optimizer, Optimizer):
         raise InvalidType(f"`{argument}` must be an `Optimizer`. {received(argument, optimizer)}")
+    defaults = options_of(Optimizer)
+    for name in ("mesh", "axis_name", *refused):
+        if getattr(optimizer, name) != defaults[name]:
+            raise ValueError(
+                f"`{name}` must be left out of `{argument}`: give it to what is outermost. "
+                f"{received(argument, optimizer)}"
+            )
 
 
 def _refuse_options(outer: Optimizer, argument: str) -> None:
@@ -95,14 +109,10 @@ class LossScaleOptimizer(Optimizer):
     dynamic_growth_steps: Count = 2000
 
     def __post_init__(self):
-        _check_inner(self.inner_optimizer, "inner_optimizer")
+        _check_inner(self.inner_optimizer, "inner_optimizer", ("loss_scale_factor",))
         _refuse_options(self, "inner_optimizer")
-        if self.inner_optimizer.loss_scale_factor is not None:
-            raise ValueError(
-                "`inner_optimizer` must have no `loss_scale_factor`: its gradients would be "
-                f"divided twice. {received('inner_optimizer', self.inner_optimizer)}"
-            )
         super().__post_init__()
+        self._iterations = self.inner_optimizer._iterations
 
     def links(self):
         """Return the loss scale, then the links of the optimizer inside."""
@@ -125,6 +135,34 @@ class LossScaleOptimizer(Optimizer):
     def exclude_from_weight_decay(self, var_list: Any = None, var_names: Any = None) -> None:
         """Raise: what decays is the optimizer inside."""
         raise _decays_inside("inner_optimizer")
+
+
+class _Fixed(Mapping[Pattern, Optimizer]):
+    """A mapping that stays as it is; the standard library's cannot be pickled."""
+
+    def __init__(self, items: Mapping[Pattern, Optimizer]):
+        self._items = dict(items)
+
+    def __getitem__(self, key: Pattern) -> Optimizer:
+        return self._items[key]
+
+    def __iter__(self) -> Iterator[Pattern]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __repr__(self) -> str:
+        return repr(self._items)
+
+
+def _check_group(optimizer: Any, argument: str) -> None:
+    """Raise unless an optimizer can be one of several."""
+    if isinstance(optimizer, LossScaleOptimizer | MultiOptimizer):
+        raise InvalidType(
+            f"`{argument}` must be no wrapper around optimizers. {received(argument, optimizer)}"
+        )
+    _check_inner(optimizer, argument, ("gradient_accumulation_steps", "loss_scale_factor"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,10 +239,18 @@ class MultiOptimizer(Optimizer):
                 f"{received('optimizers', self.optimizers)}"
             )
         for pattern, inner in self.optimizers.items():
-            _check_inner(inner, f"optimizers[{check_pattern('optimizers', pattern)!r}]")
+            _check_group(inner, f"optimizers[{check_pattern('optimizers', pattern)!r}]")
         if self.default_optimizer is not None:
-            _check_inner(self.default_optimizer, "default_optimizer")
+            _check_group(self.default_optimizer, "default_optimizer")
+        if self.weight_decay is not None:
+            raise ValueError(
+                "`weight_decay` must be given to the optimizers inside, as it is per unit of their "
+                f"learning rates. {received('weight_decay', self.weight_decay)}"
+            )
+        object.__setattr__(self, "optimizers", _Fixed(self.optimizers))
         super().__post_init__()
+        for _, inner in self._inner().values():
+            inner._iterations = self._iterations
 
     def _inner(self) -> dict[str, tuple[Group, Optimizer]]:
         """Return the optimizers with their parameters, by a name for their links."""

@@ -34,6 +34,8 @@ def is_real(value: Any) -> bool:
 
 def as_scalar(name: str, value: Any, dtype: Any = None) -> Any:
     """Return a real number without dimensions, traced or not; as an array if `dtype` is given."""
+    if (as_array := getattr(value, "__jax_array__", None)) is not None:
+        value = as_array()  # of an optimizer's `iterations`
     if not is_real(value):
         raise InvalidType(f"`{name}` must be a number. {received(name, value)}")
     if np.shape(value):

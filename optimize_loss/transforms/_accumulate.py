@@ -1,6 +1,7 @@
 """Gather the gradients of several batches, and sum them over devices."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,8 @@ class Accumulate(Link):
 
     In all other calls parameters, the slots of the links behind and the count of updates stay as
     they are: schedules, Adam's correction and averages go by updates. The sum is kept in float32
-    or wider. Which parameters have no gradient must be the same in all calls of one update.
+    or wider. Which parameters have no gradient must be the same in all calls of one update: what
+    was gathered for one that has none in the last call is lost.
 
     Args:
       every: how many gradients make one update, an integer of at least 1.
@@ -70,8 +72,10 @@ class Accumulate(Link):
 class SumOverAxis(TreeLink):
     """Sum each gradient over a mapped axis of devices, as `jax.lax.psum` does.
 
-    For use inside `jax.shard_map`, `jax.pmap` or `jax.vmap` with that axis. Gradients of a loss
-    that is a mean over the local batch must be divided by the number of devices, or the loss be.
+    For use inside `jax.shard_map`, `jax.pmap` or `jax.vmap` with that axis. What JAX has summed
+    already, as it does under `jax.shard_map(check_vma=True)` for parameters that all devices
+    share, is not summed again. Gradients of a loss that is a mean over the local batch must be
+    divided by the number of devices, or the loss be.
 
     Args:
       axis_name: name of the axis, or names of several.
@@ -101,4 +105,26 @@ class SumOverAxis(TreeLink):
 
     def run(self, updates, slots, params, k):
         """Return the sums."""
-        return jax.lax.psum(dict(updates), self.axis_name), slots
+        return {name: summed(update, self.axis_name) for name, update in updates.items()}, slots
+
+
+def summed(gradient: jax.Array, axis_name: str | tuple[str, ...]) -> jax.Array:
+    """Return the sum over those of the axes over which JAX has not summed already.
+
+    Where `jax.shard_map` checks what varies, the gradient of a parameter that all devices share
+    comes summed.
+    """
+    axes = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    left = [
+        axis
+        for axis in axes
+        if axis in _varying(gradient) or axis not in _varying(jax.lax.axis_index(axis))
+    ]
+    return jax.lax.psum(gradient, tuple(left)) if left else gradient
+
+
+def _varying(x: jax.Array) -> frozenset[str]:
+    """Return the axes over which a value is known to vary; none where that is not checked."""
+    aval: Any = jax.typeof(x)
+    known = getattr(aval, "mat", None)  # before jax 0.10 it is `vma`
+    return getattr(aval, "vma", frozenset()) if known is None else known.varying

@@ -141,7 +141,7 @@ class GlobalAdagrad(keras_optimizers.Optimizer):
         self.total.assign_add(jnp.sum(jnp.square(gradient)).astype(self.total.dtype))
         self.calls.assign_add([1])
         lr = jnp.asarray(self.learning_rate, variable.dtype)
-        variable.assign_sub(lr * gradient / jnp.sqrt(self.total).astype(variable.dtype))
+        variable.assign_sub(lr * gradient / jnp.sqrt(self.total.value).astype(variable.dtype))
 
     def get_config(self):
         config = super().get_config()
@@ -150,7 +150,7 @@ class GlobalAdagrad(keras_optimizers.Optimizer):
 
 
 class RMSInDict(keras_optimizers.Optimizer):
-    """Slots in a dict by `_var_key`, some of them made with `Variable` alone; hyperparameters too."""
+    """Slots in a dict by `_var_key`, some made with `Variable` alone; hyperparameters too."""
 
     def __init__(self, learning_rate=0.01, rho=0.9, name="RMSInDict", **kwargs):
         super().__init__(name=name, **kwargs)

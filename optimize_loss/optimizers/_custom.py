@@ -4,7 +4,8 @@ import contextlib
 import copy
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+import types
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -38,6 +39,13 @@ INTERNAL = frozenset(
 """Attributes that are no part of a rule."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """Stands for a method of the optimizer itself in one of its attributes."""
+
+    function: Callable[..., Any]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Recipe:
     """An optimizer as it is before it is built; a value, equal to one with equal attributes.
@@ -55,6 +63,17 @@ class Recipe:
         """What two equal recipes share; it can be hashed."""
         return self.cls, as_key(self.attributes)
 
+    @classmethod
+    def of(cls, optimizer: Any, attributes: Mapping[str, Any]) -> "Recipe":
+        """Return the recipe for an optimizer of this class with copies of these attributes."""
+
+        def free(value: Any) -> Any:
+            is_own = isinstance(value, types.MethodType) and value.__self__ is optimizer
+            return Bound(value.__func__) if is_own else value
+
+        kept = {name: free(x) for name, x in attributes.items() if name not in INTERNAL}
+        return cls(type(optimizer), duplicate(kept, {}))
+
     def __eq__(self, other: object) -> bool:
         return self is other or (isinstance(other, Recipe) and self.key == other.key)
 
@@ -70,7 +89,9 @@ class Recipe:
         made = object.__new__(self.cls)
         made._start()
         made._is_worker = True
-        made.__dict__.update(duplicate(self.attributes, {}))
+        for name, value in duplicate(self.attributes, {}).items():
+            is_bound = isinstance(value, Bound)
+            made.__dict__[name] = types.MethodType(value.function, made) if is_bound else value
         made._iterations = Variable(step, "iteration")
         if rate is not None:
             made._learning_rate = Variable(rate, "learning_rate")
@@ -288,9 +309,9 @@ def as_a_whole(build: Any) -> Any:
     """
 
     @functools.wraps(build)
-    def whole(self: Any, var_list: Any) -> None:
+    def whole(self: Any, *args: Any, **options: Any) -> None:
         if self._building:
-            build(self, var_list)
+            build(self, *args, **options)
             return
         if self.built:
             return
@@ -298,7 +319,7 @@ def as_a_whole(build: Any) -> Any:
             own = {n: x for n, x in vars(self).items() if n not in INTERNAL}
             self._unbuilt = duplicate(own, {})
             self._building = True
-            build(self, var_list)
+            build(self, *args, **options)
             if "_name_dict" not in self.__dict__:
                 raise InvalidType(
                     f"`build` of {type(self).__name__} must call `super().build(var_list)`."

@@ -93,8 +93,18 @@ class Held:
           params: all parameters.
           compiled: whether to compile the update.
         """
-        run = _apply_compiled if compiled else _apply
-        return run(self.chain, self._in_order(grads), self.state, self._in_order(params))
+        run, before = _apply_compiled if compiled else _apply, [box.value for box in self._boxes]
+        result = run(self.chain, self._in_order(grads), self.state, self._in_order(params))
+        changed = [b for b, x in zip(self._boxes, before, strict=True) if b.value is not x]
+        if changed:
+            for box, x in zip(self._boxes, before, strict=True):
+                box.assign(x)
+            raise ValueError(
+                "`update_step` must assign to variables of the optimizer that it is called on, "
+                "`self`, and not through functions that were made for another one. "
+                f"Received: a new value for {changed[0].name!r}."
+            )
+        return result
 
     def averaged(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Return all parameters by name, averaged where the chain keeps averages."""

@@ -26,7 +26,6 @@ from optimize_loss.optimizers._custom import (
     Recipe,
     UpdateStep,
     as_a_whole,
-    duplicate,
     has_variables,
     tracked,
 )
@@ -133,8 +132,7 @@ class Stateful(Options):
         own = vars(self)
         later = {name: own[name] for name in self._set_later}
         attributes = own if self._unbuilt is None else {**self._unbuilt, **later}
-        kept = {name: x for name, x in attributes.items() if name not in INTERNAL}
-        return Recipe(type(self), duplicate(kept, {}))
+        return Recipe.of(self, attributes)
 
     def update_step(self, gradient: jax.Array, variable: Variable) -> None:
         """Update one variable and what belongs to it, in place; for subclasses to define.
@@ -152,8 +150,10 @@ class Stateful(Options):
 
     def _update_step(self, gradient: jax.Array, variable: Variable) -> None:
         """Call `update_step`, also where it takes the rate, as in Keras 3."""
-        takes_rate = "learning_rate" in inspect.signature(self.update_step).parameters
-        rate = (self.learning_rate,) if takes_rate else ()
+        third = list(inspect.signature(self.update_step).parameters.values())[2:3]
+        wants_rate = any(p.name == "learning_rate" or p.default is p.empty for p in third)
+        positional = all(p.kind is p.POSITIONAL_OR_KEYWORD for p in third)
+        rate = (self.learning_rate,) if wants_rate and positional else ()
         self.update_step(gradient, variable, *rate)
 
     def _own_boxes(self) -> list[Variable]:

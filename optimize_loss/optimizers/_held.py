@@ -62,22 +62,27 @@ class Held:
         leaves = [box.value if box.dtype == d else box.value.astype(d) for box, d in pairs]
         return jax.tree.unflatten(self._structure, leaves)
 
-    def keep(self, state: Mapping[str, Any]) -> None:
-        """Put another state of the same chain into the boxes."""
-        for box, x, dtype in zip(self._boxes, jax.tree.leaves(state), self._dtypes, strict=True):
-            if box.dtype == dtype:
+    def keep(self, state: Mapping[str, Any], with_numbers: bool = False) -> None:
+        """Put another state of the same chain into the boxes; no update changes the numbers."""
+        skipped = set() if with_numbers else self._numbers()
+        leaves = zip(self._names, self._boxes, jax.tree.leaves(state), self._dtypes, strict=True)
+        for name, box, x, dtype in leaves:
+            if name not in skipped and box.dtype == dtype:
                 box.assign(x)
 
-    @property
-    def variables(self) -> dict[str, Variable]:
-        """The boxes by name, without those of hyperparameters; those given come last."""
-        numbers = {
+    def _numbers(self) -> set[str]:
+        """Return the names of hyperparameters in the state."""
+        return {
             f"{name}/{number}"
             for name, _ in self.chain.links
             if isinstance(link := self.chain.link(name), Link)
             for number in link.numbers()
         }
-        pairs = zip(self._names, self._boxes, strict=True)
+
+    @property
+    def variables(self) -> dict[str, Variable]:
+        """The boxes by name, without those of hyperparameters; those given come last."""
+        numbers, pairs = self._numbers(), zip(self._names, self._boxes, strict=True)
         kept = {n: box for n, box in pairs if n not in numbers}
         steps = {ITERATION: kept.pop("step")}
         given = {n: box for n, box in self._given.items() if n not in numbers and n != "step"}
@@ -146,7 +151,7 @@ class Held:
                     f"Received: {leaf_names(made)}."
                 )
         self.chain = new
-        self.keep(state)
+        self.keep(state, with_numbers=True)
 
     def save(self, store: Any) -> None:
         """Write all variables into a mapping.

@@ -38,6 +38,7 @@ class Accumulate(Link):
 
     every: Count
     gates = True
+    elementwise = True
 
     def slots(self, param):
         """Return the sum."""

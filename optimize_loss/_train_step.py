@@ -308,11 +308,11 @@ class TrainStep:
         parted = layout.parted(by_name)
         if parted == layout:
             old = layout.only_trained(packed)
-            trained, optimizer = apply(layout.gather(by_name), optimizer, old)
+            trained, optimizer = apply(layout.gather_grads(by_name), optimizer, old)
         else:
             old = parted.gather(dict(zip(trainable.names, trainable.leaves, strict=True)))
             optimizer = parted.regather_state(optimizer)
-            trained, optimizer = apply(parted.gather(by_name), optimizer, old)
+            trained, optimizer = apply(parted.gather_grads(by_name), optimizer, old)
             trained = layout.gather(unpacked(trained))
             optimizer = layout.regather_state(optimizer)
         return dataclasses.replace(

@@ -19,6 +19,7 @@ from jax.core import Tracer
 
 from optimize_loss._checks import InvalidType
 from optimize_loss._names import leaf_names
+from optimize_loss.transforms._base import compute_dtype
 
 LARGEST_IN_A_BUCKET = 4096  # entries
 
@@ -175,6 +176,17 @@ class Layout(Static):
         """Return a tree like the user's, packed."""
         return self.gather(dict(zip(self.names, self.treedef.flatten_up_to(tree), strict=True)))
 
+    def gather_grads(self, grads: Mapping[str, Any]) -> dict[str, Any]:
+        """Return gradients by name, packed. Those in a bucket are as links compute: float32 or more.
+
+        XLA leaves out the rounding to 16 bits of what is widened at once, which an array of 16
+        bits would force on it: with the bucket and without, links see the same.
+        """
+        inside = {name for _, members in self.buckets for name in members.names}
+        return self.gather(
+            {n: _wide(g) if n in inside and g is not None else g for n, g in grads.items()}
+        )
+
     def gather(self, leaves: Mapping[str, Any]) -> dict[str, Any]:
         """Return leaves by name, packed. All members of a bucket are there, or none is."""
         inside = {name for _, members in self.buckets for name in members.names}
@@ -228,6 +240,10 @@ class Layout(Static):
                 buckets.append((part, some))
                 trained.add(part)
         return dataclasses.replace(self, buckets=tuple(buckets), trained=frozenset(trained))
+
+
+def _wide(leaf: jax.Array) -> jax.Array:
+    return leaf.astype(compute_dtype(leaf.dtype))
 
 
 def _map_slots(function: Callable[[Any], Any], state: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import functools
 import json
 import pickle
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,10 +37,14 @@ def linear(params, grads):
     return functools.reduce(jnp.add, parts)
 
 
-def steps_of(chain, loss=linear, **options):
+def steps_of(chain, loss: Any = linear, **options):
     """Return the same step without buckets and with them."""
-    made = [ol.optimize_loss(loss, learning_rate=0.1, bucket=b, **options) for b in (None, LARGE)]
-    return [step if chain is None else dataclasses.replace(step, chain=chain) for step in made]
+
+    def made(bucket):
+        step = ol.optimize_loss(loss, learning_rate=0.1, bucket=bucket, **options)
+        return step if chain is None else dataclasses.replace(step, chain=chain)
+
+    return made(None), made(LARGE)
 
 
 def buckets_in(state):
@@ -100,6 +105,20 @@ def test_every_chain_gives_the_same_with_buckets(case):
     one, two = assert_same_run(plain, packed, case.random_like(SHAPES, 0), batches, ulps)
     assert bool(two.layout and buckets_in(two)) == (case.name not in BY_THEMSELVES)
     assert one.layout is None
+
+
+NEED_MORE = {"LossScaleOptimizer", "MultiOptimizer", "MomentumOptimizer"}  # than a rate
+OPTIMIZERS = sorted({*ol.optimizers.names(), *ol.OPTIMIZER_CLS_NAMES} - NEED_MORE)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_gives_the_same_with_buckets(name):
+    shapes = SHAPES if name != "Muon" else {**SHAPES, "embedding": (4, 2)}
+    optimizer = {**vars(ol.optimizers), **ol.OPTIMIZER_CLS_NAMES}[name]
+    plain, packed = steps_of(None, optimizer=optimizer, clip_gradients=1.0)
+    batches = [random_like(shapes, t) for t in (1, 2)]
+    _, state = assert_same_run(plain, packed, random_like(shapes, 0), batches, 8)
+    assert bool(state.layout) == (name not in ("Adafactor", "Lamb"))
 
 
 def adam(**more):
@@ -344,15 +363,25 @@ def test_errors_name_the_parameters(link, says):
         assert "bucket" not in notes
 
 
-def test_patterns_are_checked_against_the_names_of_the_user():
-    for options in (
-        {"gradient_multipliers": {"encoder/0/bais": 2.0}},
-        {"optimizer": T.chain(r=T.ForParameters("encoder/0/bais", T.ScaleByLearningRate(0.1)))},
-    ):
-        rate = 0.1 if "optimizer" not in options else None
-        step = ol.optimize_loss(linear, learning_rate=rate, **options)
-        with pytest.raises(ValueError, match="encoder/0/bias"):
+MISSPELT = "encoder/0/bais"
+
+
+@pytest.mark.parametrize(
+    "chain",
+    [
+        adam(again=T.MultiplyGradients({MISSPELT: 2.0})),
+        adam(rate_2=T.ForParameters(MISSPELT, T.ScaleByLearningRate(0.1))),
+        adam(decay_2=T.AddWeightDecay(0.1, exclude=(MISSPELT,))),
+    ],
+    ids=["multiply", "for-parameters", "exclude"],
+)
+def test_patterns_are_checked_against_the_names_of_the_user(chain):
+    said = []
+    for step in steps_of(chain):
+        with pytest.raises(ValueError, match="encoder/0/bias") as caught:
             step.init(random_like(SHAPES, 0))
+        said.append(str(caught.value))
+    assert said[0] == said[1]
 
 
 @pytest.mark.parametrize("bucket", [0, -1, 2.5, True, "some"])

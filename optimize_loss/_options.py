@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from optimize_loss._checks import (
+    COUNT,
     NOT_NEGATIVE,
     POSITIVE,
     InvalidType,
+    check_integer,
     check_number,
     check_takes,
     received,
@@ -28,6 +30,7 @@ from optimize_loss.transforms import (
     SumOverAxis,
 )
 from optimize_loss.transforms._base import is_transformation
+from optimize_loss.transforms._bucket import LARGEST_IN_A_BUCKET
 
 Links = dict[str, Any]
 
@@ -164,6 +167,13 @@ def check_variables(variables: Any) -> tuple[Pattern, ...] | None:
     if not patterns:
         raise ValueError("There are no variables to optimize: `variables` is empty.")
     return patterns
+
+
+def check_bucket(bucket: Any) -> int | None:
+    """Return the most entries of a parameter that shares an array; None for none."""
+    if isinstance(bucket, str) and bucket == "auto":
+        return LARGEST_IN_A_BUCKET
+    return None if bucket is None else check_integer("bucket", bucket, COUNT)
 
 
 def check_functions(name: str, functions: Any) -> tuple[Callable[..., Any], ...]:

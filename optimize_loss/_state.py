@@ -10,13 +10,14 @@ from jax.core import Tracer
 
 from optimize_loss._checks import STEP, InvalidType, check_integer
 from optimize_loss.transforms import Chain
+from optimize_loss.transforms._bucket import Layout
 from optimize_loss.transforms._params import placed_like
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["params", "optimizer", "model_state", "key", "first_step"],
-    meta_fields=["chain", "increment_step"],
+    data_fields=["packed_params", "packed_optimizer", "model_state", "key", "first_step"],
+    meta_fields=["chain", "increment_step", "layout"],
 )
 @dataclasses.dataclass(frozen=True)
 class TrainState:
@@ -26,22 +27,56 @@ class TrainState:
     the old one to the new one.
 
     Attributes:
-      params: the user's tree of parameters.
-      optimizer: the chain's state, a dict by link; `optimizer["step"]` counts the updates.
+      packed_params: the parameters as a step takes them: the small ones in one array.
+      packed_optimizer: the chain's state in the same form.
       model_state: what the loss keeps besides parameters, such as running statistics; or None.
       key: the random key from which the key of each step is derived; or None.
       first_step: the global step before the first update, an int32.
       chain: the links whose state `optimizer` is. Structure, not data.
       increment_step: whether updates advance the global step. Structure, not data.
+      layout: how the parameters are packed; None where they are as the user has them.
     """
 
-    params: Any
-    optimizer: dict[str, Any]
+    packed_params: Any
+    packed_optimizer: dict[str, Any]
     model_state: Any
     key: jax.Array | None
     first_step: jax.Array
     chain: Chain
     increment_step: bool
+    layout: Layout | None = None
+
+    @functools.cached_property
+    def params(self) -> Any:
+        """The user's tree of parameters."""
+        return self.packed_params if self.layout is None else self.layout.unpack(self.packed_params)
+
+    @functools.cached_property
+    def optimizer(self) -> dict[str, Any]:
+        """The chain's state, a dict by link; `optimizer["step"]` counts the updates.
+
+        The slots of a link are trees like the parameters, with None for what is not trained.
+        """
+        packed = self.packed_optimizer
+        return packed if self.layout is None else self.layout.unpack_state(packed)
+
+    def with_trees(self, params: Any = None, optimizer: Any = None) -> "TrainState":
+        """Return the state with other parameters, or another state of the chain, in these trees.
+
+        Both as the properties of these names show them; None for those that stay.
+        """
+        new = {}
+        if params is not None:
+            new["packed_params"] = self.layout.pack(params) if self.layout else params
+        if optimizer is not None:
+            new["packed_optimizer"] = (
+                self.layout.pack_state(optimizer) if self.layout else optimizer
+            )
+        return dataclasses.replace(self, **new)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the fields, for pickle: the trees that the properties keep follow from them."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     @property
     def step(self) -> jax.Array:
@@ -49,7 +84,7 @@ class TrainState:
         if not self.increment_step:
             return self.first_step
         most = jnp.iinfo(jnp.int32).max - jnp.maximum(self.first_step, 0)
-        return self.first_step + jnp.minimum(self.optimizer["step"], most)
+        return self.first_step + jnp.minimum(self.packed_optimizer["step"], most)
 
     def set(self, *, step: Any = None, **values: Any) -> "TrainState":
         """Return the state with another step or other hyperparameters; nothing is traced anew.
@@ -86,7 +121,7 @@ class TrainState:
                     )
             else:
                 step = check_integer("step", step, STEP)
-            made = self.optimizer["step"] if self.increment_step else 0
+            made = self.packed_optimizer["step"] if self.increment_step else 0
             first_step = placed_like(self.first_step, jnp.asarray(step, jnp.int32) - made)
-        optimizer = self.chain.set(self.optimizer, **values)
-        return dataclasses.replace(self, first_step=first_step, optimizer=optimizer)
+        optimizer = self.chain.set(self.packed_optimizer, **values)
+        return dataclasses.replace(self, first_step=first_step, packed_optimizer=optimizer)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +28,10 @@ from optimize_loss._loss import Loss
 from optimize_loss._model_state import run_update_ops
 from optimize_loss._names import Pattern
 from optimize_loss._state import TrainState
-from optimize_loss._trainable import colocated, find_trainable, gradients
+from optimize_loss._trainable import Trainable, colocated, find_trainable, gradients
 from optimize_loss.optimizers._resolve import resolve
 from optimize_loss.transforms import Accumulate, AverageLoss, Chain, chain
+from optimize_loss.transforms._bucket import Layout, find_layout, unpacked
 from optimize_loss.transforms._params import PARAMETER, copied, distinct, placed_like
 
 logger = logging.getLogger("optimize_loss")
@@ -52,6 +53,7 @@ class TrainStep:
       colocate_gradients: whether to keep each gradient where its parameter is.
       seed: of the random key, for losses that take one.
       learning_rate: the rate that the optimizer was made with; None if it brings its own.
+      bucket: the most entries of a parameter that shares an array with others; None for none.
     """
 
     loss: Loss
@@ -65,6 +67,7 @@ class TrainStep:
     colocate_gradients: bool
     seed: int
     learning_rate: Any
+    bucket: int | None
 
     def init(self, params: Any, *, model_state: Any = None, key: Any = None) -> TrainState:
         """Return the state before the first step.
@@ -84,22 +87,34 @@ class TrainStep:
             raise InvalidType("`params` must be a tree of arrays. Received: a TrainState.")
         params = copied(PARAMETER, params)
         trainable = find_trainable(params, self.variables)
+        trained = trainable.tree(trainable.leaves)
         try:
-            optimizer = self.chain.init(trainable.tree(trainable.leaves))
+            layout = self._layout(trainable)
+            packed = params if layout is None else layout.pack(params)
+            optimizer = self.chain.init(trained if layout is None else layout.only_trained(packed))
         except ValueError as error:
             if self.variables is not None:
                 error.add_note(f"Only these parameters are trained: {trainable.names}.")
             raise
         state = TrainState(
-            params=params,
-            optimizer=optimizer,
+            packed_params=packed,
+            packed_optimizer=optimizer,
             model_state=copied("`model_state` at", self._check_model_state(model_state)),
             key=self._check_key(key),
             first_step=jnp.asarray(self.first_step, jnp.int32),
             chain=self.chain,
             increment_step=self.increment_step,
+            layout=layout,
         )
         return placed_like(params, distinct(state))
+
+    def _layout(self, trainable: Trainable) -> Layout | None:
+        """Return how small parameters lie in one array; None where each lies by itself."""
+        if self.bucket is None:
+            return None
+        kinds = iter(self.chain.kinds(trainable.tree(trainable.leaves)))
+        of_all = [next(kinds) if trained else () for trained in trainable.marks]
+        return find_layout(trainable.params, of_all, trainable.marks, self.bucket)
 
     def _check_model_state(self, model_state: Any) -> Any:
         """Return the first model state if there is one exactly where something takes it."""
@@ -201,7 +216,7 @@ class TrainStep:
 
     def _run(self, many: bool, state: TrainState, batch: tuple[Any, ...]) -> Any:
         self._check_state(state)
-        step = state.optimizer["step"]
+        step = state.packed_optimizer["step"]
         traced = isinstance(step, Tracer)
         if not traced and isinstance(step, jax.Array) and step.is_deleted():
             raise RuntimeError(
@@ -259,33 +274,50 @@ class TrainStep:
         model_state = run_update_ops(self.update_ops, state.model_state, batch)
         key = state.key
         if key is not None:
-            key = jax.random.fold_in(key, state.optimizer["step"])
+            key = jax.random.fold_in(key, state.packed_optimizer["step"])
             for name, link in self.chain.links:
                 if isinstance(link, Accumulate):  # calls between two updates
-                    key = jax.random.fold_in(key, state.optimizer[name]["gathered"])
+                    key = jax.random.fold_in(key, state.packed_optimizer[name]["gathered"])
         trainable = find_trainable(state.params, self.variables)
         loss, aux, grads = gradients(
             lambda params: self.loss(params, batch, model_state, key),
             trainable,
-            self.chain.loss_scale(state.optimizer, state.step),
+            self.chain.loss_scale(state.packed_optimizer, state.step),
         )
         if shardings is not None:
             grads = colocated(grads, shardings)
-        trained, optimizer = self.chain.apply(
-            trainable.tree(grads),
-            state.optimizer,
-            trainable.tree(trainable.leaves),
-            schedule_step=state.step,
-            value=loss,
-        )
-        params = trainable.replace(jax.tree.leaves(trained))
-        new = dataclasses.replace(
-            state, params=params, optimizer=optimizer, model_state=aux.model_state
-        )
-        metrics = {"loss": loss, **_metrics.read(self.chain, new.optimizer)}
+        new = self._updated(state, trainable, grads, loss)
+        new = dataclasses.replace(new, model_state=aux.model_state)
+        metrics = {"loss": loss, **_metrics.read(self.chain, new.packed_optimizer)}
         if "learning_rate" in self.summaries:
-            metrics |= _metrics.rates(self.chain, state.optimizer, state.step, self.learning_rate)
+            old = state.packed_optimizer
+            metrics |= _metrics.rates(self.chain, old, state.step, self.learning_rate)
         return new, _metrics.joined(metrics, aux.metrics, self.name)
+
+    def _updated(
+        self, state: TrainState, trainable: Trainable, grads: list[Any], loss: jax.Array
+    ) -> TrainState:
+        """Return the state with the parameters and the optimizer's state after an update."""
+        apply = functools.partial(self.chain.apply, schedule_step=state.step, value=loss)
+        packed, optimizer, layout = state.packed_params, state.packed_optimizer, state.layout
+        if layout is None or not layout.trains(trainable.names):
+            tree = trainable.tree
+            trained, optimizer = apply(tree(grads), state.optimizer, tree(trainable.leaves))
+            return state.with_trees(trainable.replace(jax.tree.leaves(trained)), optimizer)
+        by_name = dict(zip(trainable.names, grads, strict=True))
+        parted = layout.parted(by_name)
+        if parted == layout:
+            old = layout.only_trained(packed)
+            trained, optimizer = apply(layout.gather_grads(by_name), optimizer, old)
+        else:
+            old = parted.gather(dict(zip(trainable.names, trainable.leaves, strict=True)))
+            optimizer = parted.regather_state(optimizer)
+            trained, optimizer = apply(parted.gather_grads(by_name), optimizer, old)
+            trained = layout.gather(unpacked(trained))
+            optimizer = layout.regather_state(optimizer)
+        return dataclasses.replace(
+            state, packed_params={**packed, **trained}, packed_optimizer=optimizer
+        )
 
     def _advance_many(self, shardings: Any, state: TrainState, batches: Any) -> Any:
         """Take as many steps as the batches have entries, while being traced."""
@@ -310,6 +342,7 @@ def optimize_loss(
     *,
     moving_average_decay: float | None = None,
     seed: int = 0,
+    bucket: Literal["auto"] | int | None = "auto",
 ) -> TrainStep:
     """Build the training step of a loss: one compiled, donating program.
 
@@ -352,6 +385,11 @@ def optimize_loss(
       moving_average_decay: where given, the metric `loss/mean` is a moving average of the loss,
         which starts at 0. Training is not affected.
       seed: of the noise, and of the key of losses that take one; an integer in [0, 2**32).
+      bucket: parameters of at most so many entries share one array inside of the state, which
+        makes a step with many small ones faster. None: none do. What is computed is the same, but
+        for the order of sums in a norm over all gradients. Links that are not `elementwise` keep
+        their parameters by themselves, and an optax transformation, or any other that sees the
+        whole tree, keeps all.
 
     Returns:
       A `TrainStep`: `state = step.init(params)`, then `state, metrics = step(state, batch)`. Its
@@ -398,4 +436,5 @@ def optimize_loss(
         colocate_gradients=colocate_gradients_with_ops,
         seed=check_integer("seed", seed, SEED),
         learning_rate=rate,
+        bucket=options.check_bucket(bucket),
     )

@@ -55,6 +55,7 @@ class MultiplyByRatio(Link):
     """Multiply the updates that are Adam's, of which there may be none."""
 
     adam_lr_ratio: NotNegative
+    elementwise = True
 
     def factor(self, k):
         """Return the ratio."""

@@ -40,6 +40,7 @@ class Accumulate(Link):
 
     every: Count
     gates = True
+    elementwise = True
 
     def slots(self, param):
         """Return the sum."""

@@ -33,6 +33,7 @@ class ScaleByAdagrad(Link):
 
     initial_accumulator_value: Start = 0.1
     epsilon: NotNegative = 1e-7
+    elementwise = True
 
     def slots(self, param):
         """Return the sum of squares."""

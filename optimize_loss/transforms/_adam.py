@@ -53,6 +53,7 @@ class ScaleByAdam(Link):
     beta_2: Decay = 0.999
     epsilon: Positive = 1e-8
     amsgrad: bool = False
+    elementwise = True
 
     def slots(self, param):
         """Return the running means, and with `amsgrad` the largest v."""

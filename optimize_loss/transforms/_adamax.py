@@ -42,6 +42,7 @@ class ScaleByAdamax(Link):
     beta_1: Decay = 0.9
     beta_2: Decay = 0.999
     epsilon: Positive = 1e-7
+    elementwise = True
 
     def slots(self, param):
         """Return the running mean, and the largest size."""

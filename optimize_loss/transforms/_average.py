@@ -41,6 +41,7 @@ class AverageParams(Link):
     bias_free: bool = False
     reads_params = True
     needs_stored = True
+    elementwise = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -102,6 +103,7 @@ class AverageLoss(Link):
     decay: Decay = 0.9
     needs = "loss"
     observes = True
+    elementwise = True
 
     def memory(self):
         """Return the mean."""

@@ -80,6 +80,9 @@ def check_fields(options: Any) -> None:
             check_flags(**{field.name: getattr(options, field.name)})
 
 
+_ON_LEAVES = {"slots", "measure", "for_each", "factor", "leaf", "move", "averaged"}
+
+
 @dataclasses.dataclass(frozen=True)
 class Link:
     """One transformation of the gradients: a value, equal to any other with the same fields.
@@ -100,7 +103,7 @@ class Link:
         move(param, k)                         what the parameter moves by before the links behind
 
     and set the class attributes `needs`, `borrows`, `observes`, `gates`, `needs_stored`,
-    `reads_params` where they differ from the defaults below.
+    `elementwise`, `reads_params` where they differ from the defaults below.
 
     Example:
       A link that takes the sign of the gradient where it is large, and sends zero elsewhere:
@@ -135,6 +138,12 @@ class Link:
     needs_stored: ClassVar[bool] = False
     """True where `leaf` must see an update after which the parameter is as it will be stored,
     rounded to its dtype. Such a link stands behind those that change the update."""
+
+    elementwise: ClassVar[bool] = False
+    """True where every entry of a leaf and its slots goes its own way: `slots`, `leaf`, `factor`,
+    `move` and `averaged` do to an entry what they would do to it alone, `measure` is a sum over
+    entries, and `for_each` gives scalars. `optimize_loss` then keeps small parameters in one array.
+    It must be set anew by a subclass that defines one of these functions anew."""
 
     reads_params: ClassVar[bool] = False
     """True where `leaf` uses the values in `param`, so that `update` must be given them. Without
@@ -211,6 +220,16 @@ class Link:
     def averaged(self, param: jax.Array, slots: Slots, numbers: Numbers) -> jax.Array:
         """Return the parameter to use after training, where the link keeps a better one."""
         raise NotImplementedError
+
+    @property
+    def by_entry(self) -> bool:
+        """Whether the class that says so, or a base of it, defines all that runs on a leaf."""
+        for cls in type(self).__mro__:
+            if "elementwise" in vars(cls):
+                return cls.elementwise
+            if not vars(cls).keys().isdisjoint(_ON_LEAVES):
+                return False
+        return False
 
     @property
     def multiplies(self) -> bool:

@@ -74,6 +74,27 @@ class Chain(optax.GradientTransformationExtraArgs):
             state[place.name] = init_link(place, taken) if ours else place.link.init(params)
         return placed_like(params, distinct(state))
 
+    def kinds(self, params: Any) -> list[Any]:
+        """Return for each parameter what those share that may lie in one array; None for none.
+
+        Raises:
+          ValueError: as `init`.
+        """
+        taken = take_apart(params)
+        places = self._places(taken)
+        check_last(places)
+        for place in places:
+            if isinstance(place.link, Link):
+                place.link.check_names(place.names(taken))
+        if any(place.kind != "ours" for place in places):  # they see the user's tree
+            return [None] * len(taken.leaves)
+        by_entry = [place.link.by_entry for place in places]
+        kinds = zip(*(place.takes for place in places), strict=True)
+        return [
+            kind if all(e for e, takes in zip(by_entry, kind, strict=True) if takes) else None
+            for kind in kinds
+        ]
+
     def update(
         self, updates: Any, state: State, params: Any = None, **extra: Any
     ) -> tuple[Any, State]:

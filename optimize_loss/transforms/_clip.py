@@ -48,6 +48,7 @@ class ClipByValue(Link):
     """
 
     max_value: Positive
+    elementwise = True
 
     def leaf(self, update, slots, param, k):
         """Limit every entry."""
@@ -118,6 +119,7 @@ class ClipByGlobalNorm(Link):
 
     max_norm: Positive
     needs = "global_norm"
+    elementwise = True
 
     def scalars(self, numbers, memory, total, step):
         """Return the common scale."""
@@ -167,6 +169,7 @@ class ClipByAdaptiveNorm(Link):
     epsilon: Positive = 1e-8
     report_summary: bool = False
     needs = "global_norm"
+    elementwise = True
 
     def memory(self):
         """Return the running means, and the last bound for reports."""

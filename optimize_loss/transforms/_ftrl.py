@@ -58,6 +58,7 @@ class StepByFtrl(Link):
     l2_shrinkage_regularization_strength: NotNegative = 0.0
     beta: NotNegative = 0.0
     reads_params = True
+    elementwise = True
 
     def slots(self, param):
         """Return z and n."""

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from optimize_loss._checks import InvalidType, TreeMismatch
 from optimize_loss.transforms._base import Link, Numbers, abs_squared, compute_dtype, norm, sqrt
+from optimize_loss.transforms._bucket import Members
 
 Slots = dict[str, jax.Array]
 Links = tuple[Link, ...]
@@ -35,6 +36,24 @@ class Leaf(NamedTuple):
     def dtype(self) -> Any:
         """The dtype in which the parameter is stored."""
         return (self.param if self.start is None else self.start).dtype
+
+
+class Owner(NamedTuple):
+    """The parameter that a leaf is, or those in it."""
+
+    names: tuple[str, ...]
+    bucket: Members | None
+
+    def __str__(self) -> str:
+        first, *rest = map(repr, self.names)
+        return f"the parameters {', '.join((first, *rest))}" if rest else f"the parameter {first}"
+
+    def own(self, each: dict[str, Numbers]) -> Numbers:
+        """Return what is its own, from that of each parameter by name."""
+        if self.bucket is None:
+            return each[self.names[0]]
+        first, *_ = found = [each[name] for name in self.names]
+        return {key: self.bucket.spread([numbers[key] for numbers in found]) for key in first}
 
 
 class Settings(NamedTuple):
@@ -71,7 +90,7 @@ class Behind(Link):
 def prepare(
     links: Links,
     own: Sequence[Links],
-    names: Sequence[str],
+    owners: Sequence[Owner],
     meant: Sequence[Sequence[str]],
     leaves: Sequence[Leaf],
     settings: Settings,
@@ -81,7 +100,7 @@ def prepare(
     Args:
       links: the links.
       own: for each leaf the same, with `PASS` in the place of those that are not for it.
-      names: the names of the leaves.
+      owners: which parameters they are.
       meant: for each link the names of all parameters that it is for, also without gradient.
       leaves: the leaves.
       settings: what is the same for all.
@@ -92,7 +111,7 @@ def prepare(
     """
     ks: list[tuple[Numbers, ...]] = [() for _ in leaves]
     shared, memories = [], []
-    norms = _Norms(links, own, leaves, settings.dtype)
+    norms = _Norms(links, own, owners, leaves, settings.dtype)
     for i, link in enumerate(links):
         here = [j for j, mine in enumerate(own) if mine[i] is not PASS]
         total = None
@@ -109,7 +128,7 @@ def prepare(
         memories.append({m: memory[m].astype(old.dtype) for m, old in settings.memories[i].items()})
         shared.append(k)
         each = dict(zip(meant[i], link.for_each(meant[i], k), strict=True))
-        mine = {j: {**k, **each[names[j]]} for j in here}
+        mine = {j: {**k, **owners[j].own(each)} for j in here}
         ks = [(*old, mine.get(j, {})) for j, old in enumerate(ks)]
     return ks, shared, memories
 
@@ -287,9 +306,15 @@ class _Norms:
     """
 
     def __init__(
-        self, links: Links, own: Sequence[Links], leaves: Sequence[Leaf], dtype: Any
+        self,
+        links: Links,
+        own: Sequence[Links],
+        owners: Sequence[Owner],
+        leaves: Sequence[Leaf],
+        dtype: Any,
     ) -> None:
-        self.links, self.own, self.leaves, self.dtype = links, own, leaves, dtype
+        self.links, self.own, self.owners = links, own, owners
+        self.leaves, self.dtype = leaves, dtype
         self.squares: dict[tuple[tuple[int, ...], ...], jax.Array] = {}
 
     def before(
@@ -309,7 +334,7 @@ class _Norms:
             return jnp.zeros((), self.dtype)
         changing = [j for j in range(place) if not self.links[j].observes]
         factor = jnp.ones((), self.dtype)
-        while changing and self.links[changing[-1]].multiplies:
+        while changing and self._multiplies(changing[-1], here, ks):
             factor = factor * self._factor(changing.pop(), here, ks)
         prefixes = [_pick(self.own[i], self.leaves[i], ks[i], changing) for i in here]
         key = (tuple(changing), tuple(here))
@@ -329,6 +354,14 @@ class _Norms:
         low, high = jnp.minimum(plain, total), jnp.maximum(plain, total)
         in_range = (low > 1 / _safe_power(self.dtype)) & (high < jnp.inf)
         return jax.lax.cond(in_range, lambda: sqrt(total), rescaled)
+
+    def _multiplies(self, j: int, here: Sequence[int], ks: Sequence[tuple[Numbers, ...]]) -> bool:
+        """Return whether the link at `j` multiplies every leaf by one number."""
+        link = self.links[j]
+        if not link.multiplies or type(link).for_each is Link.for_each:
+            return link.multiplies
+        found = [ks[i][j] for i in here if self.owners[i].bucket and self.own[i][j] is not PASS]
+        return all(jax.eval_shape(link.factor, k).shape == () for k in found)
 
     def _factor(self, j: int, here: Sequence[int], ks: Sequence[tuple[Numbers, ...]]) -> jax.Array:
         """Return what the link at `j` multiplies by: one number, or one for each leaf."""

@@ -19,7 +19,7 @@ def init_link(place: Place, params: Params) -> State:
     """
     link = place.link
     names = [n for n, takes in zip(params.names, place.takes, strict=True) if takes]
-    link.check_names(names)
+    link.check_names(place.names(params))
     arrays = {
         name: _numbers.to_array(name, value, link.rule(name), params.dtype)
         for name, value in link.numbers().items()

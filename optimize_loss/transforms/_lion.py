@@ -41,6 +41,7 @@ class ScaleByLion(Link):
 
     beta_1: Decay = 0.9
     beta_2: Decay = 0.99
+    elementwise = True
 
     def slots(self, param):
         """Return the momentum."""

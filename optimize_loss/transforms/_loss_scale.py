@@ -31,6 +31,7 @@ class DivideByLossScale(Link):
     """
 
     loss_scale: Positive
+    elementwise = True
 
     def factor(self, k):
         """Return the reciprocal of the scale."""
@@ -68,6 +69,7 @@ class DivideByDynamicLossScale(Link):
     growth_steps: Count = 2000
     gates = True
     observes = True
+    elementwise = True
 
     def memory(self):
         """Return the scale, and how many calls in a row were finite."""

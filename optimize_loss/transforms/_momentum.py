@@ -36,6 +36,7 @@ class ScaleByMomentum(Link):
 
     momentum: Fraction = 0.9
     nesterov: bool = False
+    elementwise = True
 
     def slots(self, param):
         """Return the sum."""

@@ -37,6 +37,7 @@ class MultiplyGradients(Link):
     """
 
     multipliers: Mapping[Pattern, Number] | tuple[tuple[Pattern, Number], ...]
+    elementwise = True
 
     def __post_init__(self):
         given = self.multipliers
@@ -72,8 +73,8 @@ class MultiplyGradients(Link):
 
     def for_each(self, names, k):
         """Return the multiplier of each parameter."""
+        one = jnp.ones_like(next(iter(k.values())))
         for pattern in first_matches("gradient_multipliers", dict(self.multipliers), names):
-            one = jnp.ones_like(next(iter(k.values())))
             yield {"multiplier": one if pattern is None else k[pattern_text(pattern)]}
 
     def factor(self, k):

@@ -53,6 +53,7 @@ class ScaleByNadam(Link):
     beta_1: Decay = 0.9
     beta_2: Decay = 0.999
     epsilon: Positive = 1e-7
+    elementwise = True
 
     def slots(self, param):
         """Return the running means."""

@@ -24,6 +24,7 @@ class ObserveNorm(Link):
 
     needs = "global_norm"
     observes = True
+    elementwise = True
 
     def memory(self):
         """Return the norm."""

@@ -1,5 +1,6 @@
 """A tree of parameters taken apart into names and leaves, and gradients checked against it."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,22 +10,36 @@ from jax.core import Tracer
 
 from optimize_loss._checks import InvalidType, TreeMismatch
 from optimize_loss._names import leaf_names, leaf_paths, same_leaves
+from optimize_loss.transforms._bucket import Bucket, Members, is_bucket
 
 PARAMETER = "The parameter"
 
 
 class Params(NamedTuple):
-    """A tree of parameters, taken apart."""
+    """A tree of parameters, taken apart. A bucket is one leaf."""
 
     tree: Any
     names: list[str]
     leaves: list[Any]
+    buckets: list[Members | None]  # for each leaf, what is in it if it is a bucket
 
     @property
     def dtype(self) -> Any:
         """The dtype of numbers in the state: float64 where a parameter is, else float32."""
         wide = [p for p in self.leaves if is_inexact(p) and jnp.finfo(p.dtype).dtype == jnp.float64]
         return jnp.dtype(jnp.float64 if wide else jnp.float32)
+
+    @property
+    def members(self) -> list[tuple[str, ...]]:
+        """For each leaf, the names of the parameters in it."""
+        pairs = zip(self.names, self.buckets, strict=True)
+        return [(name,) if bucket is None else bucket.names for name, bucket in pairs]
+
+    def each(self) -> tuple[list[str], list[Any]]:
+        """Return names and leaves, with those in a bucket one by one."""
+        parts = zip(self.buckets, self.leaves, strict=True)
+        split = [[x] if bucket is None else bucket.split(x) for bucket, x in parts]
+        return list(itertools.chain(*self.members)), list(itertools.chain(*split))
 
     def unflatten(self, leaves: Sequence[Any]) -> Any:
         """Return a tree of the same structure with these leaves."""
@@ -67,10 +82,12 @@ def take_apart(tree: Any) -> Params:
       ValueError: two leaves have one name.
     """
     names = leaf_names(tree)
+    nodes = jax.tree.leaves(tree, is_leaf=is_bucket)
     return Params(
         tree,
         names,
         [as_array(PARAMETER, n, p) for n, p in zip(names, jax.tree.leaves(tree), strict=True)],
+        [node.members if isinstance(node, Bucket) else None for node in nodes],
     )
 
 

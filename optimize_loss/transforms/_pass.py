@@ -8,7 +8,7 @@ import jax
 from optimize_loss._checks import TreeMismatch
 from optimize_loss._names import same_leaves
 from optimize_loss.transforms._base import Link, Numbers, TreeLink, compute_dtype
-from optimize_loss.transforms._fused import Leaf, Settings, Wanted, prepare
+from optimize_loss.transforms._fused import Leaf, Owner, Settings, Wanted, prepare
 from optimize_loss.transforms._params import Params
 
 State = dict[str, Any]
@@ -20,6 +20,11 @@ class Place(NamedTuple):
     name: str
     link: Any
     takes: tuple[bool, ...]  # for each parameter, whether the link is for it
+
+    def names(self, params: Params) -> list[str]:
+        """Return the names of the parameters that the link is for."""
+        pairs = zip(params.members, self.takes, strict=True)
+        return [name for names, takes in pairs if takes for name in names]
 
     @property
     def kind(self) -> Literal["ours", "tree", "optax"]:
@@ -54,6 +59,12 @@ class Call(NamedTuple):
         """Their names."""
         return [self.params.names[j] for j in self.live]
 
+    @property
+    def owners(self) -> list[Owner]:
+        """Which parameters they are."""
+        members, buckets = self.params.members, self.params.buckets
+        return [Owner(members[j], buckets[j]) for j in self.live]
+
     def trees(self, slots: Mapping[str, list[Any]]) -> State:
         """Return slots as trees like the parameters."""
         return {slot: self.params.unflatten(x) for slot, x in slots.items()}
@@ -76,10 +87,7 @@ class Flow(NamedTuple):
 
 def prepared(places: list[Place], call: Call, own: Sequence[Any], leaves: list[Leaf]) -> Any:
     """Return what the leaf functions need: for each leaf, and shared; and the new memories."""
-    meant = [
-        [name for name, takes in zip(call.params.names, place.takes, strict=True) if takes]
-        for place in places
-    ]
+    meant = [place.names(call.params) for place in places]
     settings = Settings(
         numbers=[dict(call.numbers[place.name]) for place in places],
         memories=[{m: call.state[p.name][m] for m in p.link.memory()} for p in places],
@@ -87,7 +95,7 @@ def prepared(places: list[Place], call: Call, own: Sequence[Any], leaves: list[L
         loss=call.extra.get("value"),
         dtype=call.params.dtype,
     )
-    return prepare(tuple(p.link for p in places), own, call.names, meant, leaves, settings)
+    return prepare(tuple(p.link for p in places), own, call.owners, meant, leaves, settings)
 
 
 def finished(call: Call, flow: Flow) -> list[Any]:

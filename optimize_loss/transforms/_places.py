@@ -21,11 +21,14 @@ def takes(name: str, entry: Any, params: Params, marks: list[bool]) -> tuple[boo
     """Return for each parameter whether a link is for it; integers are no link's."""
     if not isinstance(entry, ForParameters):
         return tuple(marks)
-    takes = [a and b for a, b in zip(entry.takes(params.names, params.leaves), marks, strict=True)]
+    # Parameters in one bucket go through the same links: the first of them tells.
+    names, leaves = params.each()
+    meant = dict(zip(names, entry.takes(names, leaves), strict=True))
+    takes = [meant[m[0]] and mark for m, mark in zip(params.members, marks, strict=True)]
     if not any(takes) and not entry.optional:
         raise ValueError(
             f"The link {name!r} must be for a parameter. Received: {entry!r}, for the parameters "
-            f"{params.names}."
+            f"{names}."
         )
     return tuple(takes)
 

@@ -59,6 +59,7 @@ class StepByProximalGradient(Link):
     l1_regularization_strength: NotNegative = 0.0
     l2_regularization_strength: NotNegative = 0.0
     reads_params = True
+    elementwise = True
 
     def leaf(self, update, slots, param, k):
         """Return the step of one parameter."""
@@ -98,6 +99,7 @@ class StepByProximalAdagrad(Link):
     l1_regularization_strength: NotNegative = 0.0
     l2_regularization_strength: NotNegative = 0.0
     reads_params = True
+    elementwise = True
 
     def slots(self, param):
         """Return the sum of squares."""
@@ -144,6 +146,7 @@ class StepByDualAveraging(Link):
     l1_regularization_strength: NotNegative = 0.0
     l2_regularization_strength: NotNegative = 0.0
     reads_params = True
+    elementwise = True
 
     def slots(self, param):
         """Return the sum of gradients and the sum of their squares."""

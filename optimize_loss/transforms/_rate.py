@@ -26,6 +26,7 @@ class ScaleByLearningRate(Link):
     """
 
     learning_rate: NotNegative
+    elementwise = True
 
     def factor(self, k):
         """Return minus the rate."""

@@ -51,6 +51,7 @@ class ScaleByRMS(Link):
     epsilon: Positive = 1e-7
     centered: bool = False
     initial_accumulator_value: Start = 0.0
+    elementwise = True
 
     def slots(self, param):
         """Return the running mean of squares, and with `centered` that of the gradients."""
@@ -99,6 +100,7 @@ class ScaleByAdadelta(Link):
 
     rho: Decay = 0.95
     epsilon: Positive = 1e-7
+    elementwise = True
 
     def slots(self, param):
         """Return the running means of squares of gradients and of updates."""

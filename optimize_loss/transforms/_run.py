@@ -101,12 +101,12 @@ def _run_links(places: list[Place], call: Call, flow: Flow, wanted: Wanted) -> t
     ]
     ks, shared, memories = prepared(places, call, own, leaves)
     results = []
-    for name, mine, leaf, k in zip(call.names, own, leaves, ks, strict=True):
+    for owner, mine, leaf, k in zip(call.owners, own, leaves, ks, strict=True):
         try:
             results.append(run_leaf(mine, wanted, leaf, k))
         except Exception as error:
             shown = {place.name: place.link for place in places}
-            error.add_note(f"This is about the parameter {name!r}, in {shown}.")
+            error.add_note(f"This is about {owner}, in {shown}.")
             raise
     for j, (_, _, all_new) in zip(call.live, results, strict=True):
         for mine, new in zip(slots, all_new, strict=True):

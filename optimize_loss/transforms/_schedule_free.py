@@ -64,6 +64,7 @@ class StepByScheduleFree(Link):
     epsilon: Positive = 1e-8
     warmup_steps: Annotated[int, STEP] = 0
     reads_params = True
+    elementwise = True
 
     def __post_init__(self):
         check_number("beta_1", self.beta_1, INNER_DECAY)  # no schedule: see `averaged`

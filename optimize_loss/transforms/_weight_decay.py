@@ -15,6 +15,7 @@ class _WeightDecay(Link):
     weight_decay: NotNegative
     exclude: tuple[Pattern, ...] = ()
     reads_params = True
+    elementwise = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -27,8 +28,9 @@ class _WeightDecay(Link):
     def for_each(self, names, k):
         """Return the decay of each parameter."""
         rate = k["weight_decay"]
+        zero = jnp.zeros_like(rate)
         for excluded in any_matches("exclude", self.exclude, names):
-            yield {"weight_decay": jnp.zeros_like(rate) if excluded else rate}
+            yield {"weight_decay": zero if excluded else rate}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +61,8 @@ class AddWeightDecay(_WeightDecay):
       https://arxiv.org/abs/1711.05101, algorithm 1, lines 6 and 12; here, as in Keras and optax,
       the decay is multiplied by the whole learning rate.
     """
+
+    elementwise = True
 
     def leaf(self, update, slots, param, k):
         """Add the decay to one update."""
@@ -94,6 +98,7 @@ class ShrinkParams(_WeightDecay):
     """
 
     borrows = ("learning_rate",)
+    elementwise = True
 
     def move(self, param, k):
         """Return the decay of one parameter."""

@@ -1,1 +1,1 @@
-"""How fast, how small, how exact: this package beside its peers. `python -m benchmarks` runs all."""
+"""How fast, small and exact this package is beside its peers. `python -m benchmarks` runs all."""

@@ -80,6 +80,7 @@ class Pool:
             try:
                 worker.started()
             except Missing as error:
+                worker.close()
                 self.missing[name] = str(error)
                 print(f"MISSING: {name}: {error}")
                 return None
@@ -108,7 +109,7 @@ class Pool:
     def close(self) -> None:
         for worker in self.workers.values():
             worker.close()
-        self.workers = {}
+        self.workers.clear()
 
 
 def relative_error(got: Any, wanted: np.ndarray, first: np.ndarray) -> float:

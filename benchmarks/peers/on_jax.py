@@ -16,7 +16,7 @@ Update = Callable[[Any, Any, Any], tuple[Any, Any]]  # (grads, params, state) to
 def batches_of(problem: Problem) -> list[Any]:
     """Return the batches one by one, on the device."""
     stacked = jax.tree.map(jnp.asarray, problem.batches())
-    return [jax.tree.map(lambda x: x[i], stacked) for i in range(len(stacked[0]))]
+    return list(zip(*stacked, strict=True))
 
 
 def counted(compiled: Any) -> dict[str, int]:

@@ -75,5 +75,5 @@ class Step:
         return self.state.params
 
 
-def Peer(problem: Problem) -> Update | Step:  # noqa: N802
+def Peer(problem: Problem) -> Update | Step:
     return Step(problem) if problem.packed or problem.kind != "update" else Update(problem)

@@ -24,7 +24,7 @@ VERSIONS = on_jax.versions(keras)
 
 
 def optimizer() -> Any:
-    rate = keras.optimizers.schedules.CosineDecay(
+    rate: Any = keras.optimizers.schedules.CosineDecay(
         0.0, STEPS - WARM_UP, warmup_target=PEAK, warmup_steps=WARM_UP
     )
     return keras.optimizers.AdamW(rate, DECAY, BETA_1, BETA_2, EPSILON, global_clipnorm=CLIP)
@@ -73,5 +73,5 @@ class Fit:
 DENSE = ((128, "relu"), (128, "relu"), (10, None))
 
 
-def Peer(problem: Problem) -> Stateless | Fit:  # noqa: N802
+def Peer(problem: Problem) -> Stateless | Fit:
     return Fit(problem) if problem.kind == "digits" else Stateless(problem)

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import os
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from benchmarks._worker import Missing, Name, Worker
 
 OURS = "ours"
 CHECKED, TOLERANCE = 10, 1e-2  # steps before the comparison; error over movement, both rms
+PARTS = 4  # in which a peer takes its steps, to stop early where the machine is suddenly busy
 UNITS = {"temporary": "B/parameter", "donated": "B/parameter", "error": "rms"}
 BUILDS = ("trace", "lower", "compile")
 
@@ -68,15 +69,23 @@ class Pool:
 
     def __init__(self, names: Mapping[str, Name], only: list[str] | None = None) -> None:
         self.names = {n: x for n, x in names.items() if not only or n in (*only, OURS, "float64")}
+        self.starting: dict[str, Worker] = {}
         self.workers: dict[str, Worker] = {}
         self.missing: dict[str, str] = {n: "not asked for" for n in names if n not in self.names}
         self.problems: dict[str, Problem] = {}
+
+    def start(self, names: Iterable[str]) -> None:
+        """Start these if they are not there, all at once."""
+        for name in names:
+            if not any(name in known for known in (self.missing, self.starting, self.workers)):
+                self.starting[name] = Worker(self.names[name])
 
     def get(self, name: str) -> Worker | None:
         if name in self.missing:
             return None
         if name not in self.workers:
-            worker = Worker(self.names[name])
+            self.start([name])
+            worker = self.starting.pop(name)
             try:
                 worker.started()
             except Missing as error:
@@ -107,7 +116,7 @@ class Pool:
         return {k: v for w in self.workers.values() for k, v in w.versions.items()}
 
     def close(self) -> None:
-        for worker in self.workers.values():
+        for worker in (*self.workers.values(), *self.starting.values()):
             worker.close()
         self.workers.clear()
 
@@ -133,6 +142,7 @@ class Comparison:
     seconds: float  # of each peer in each round
 
     def __post_init__(self) -> None:
+        self.pool.start((OURS, "float64", *self.row.targets))
         self.names = [n for n in (OURS, *self.row.targets) if self.pool.get(n)]
         if self.row.rounds:
             self.rounds = min(self.rounds, self.row.rounds)
@@ -195,12 +205,12 @@ class Comparison:
         return errors
 
     def _run(self) -> dict[str, tuple[str, dict[str, Any]]]:
-        """Return for each peer as many steps as take about the seconds wanted."""
+        """Return what to ask of each peer: to take steps for about the seconds wanted."""
         problem, asked = self.row.problem, {}
         for name in self.names:
-            once = self.pool.need(name).ask("timed", steps=in_whole_calls(1, problem))[0]
-            steps = in_whole_calls(self.seconds / once, problem)
-            asked[name] = ("timed", {"steps": steps})
+            once = self.pool.need(name).ask("timed", steps=in_whole_calls(1, problem), seconds=0)[0]
+            part = in_whole_calls(self.seconds / once / PARTS, problem)
+            asked[name] = ("timed", {"steps": part, "seconds": self.seconds})
         return asked
 
     def _in_turns(self, asked: dict[str, tuple[str, dict[str, Any]]]) -> dict[str, Any]:
@@ -237,7 +247,7 @@ class Comparison:
             "quartiles": [float(q) for q in np.quantile(ratios, (0.25, 0.75))],
             "met": None if target is None else ratio >= target,
             "cpu_ratio": statistics.median(t[1] / o[1] for o, t in zip(ours, theirs, strict=True)),
-            "pairs": pairs,
+            "ratios": ratios,
         }
 
 

@@ -6,7 +6,7 @@ import pathlib
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from benchmarks import _report
@@ -77,7 +77,7 @@ def measure(
 
 
 def main(
-    benchmarks: dict[str, tuple[Sequence[Row], Finish | None]],
+    benchmarks: Mapping[str, tuple[Sequence[Row], Finish | None]],
     arguments: Sequence[str] | None,
     description: str | None,
 ) -> None:

@@ -41,7 +41,7 @@ ROWS = (
     Row(
         "update, 1e5 parameters, 100 leaves, packed gradients",
         problem(1e5, 100, packed=True),
-        {"optax": 5.0, "keras": None, **dict.fromkeys(TORCH), "limit": None},
+        {"optax": 5.0, "keras": None, **dict.fromkeys(TORCH)},
     ),
     Row("error of 200 steps", problem(1e5, 100), {"optax": 0.99, "keras": None}, "error"),
     Row("trace of the update, 300 leaves", problem(2400, 300), {"optax": None}, "trace", rounds=5),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as everything
-from benchmarks import _compare, _report, _run, compile
+from benchmarks import _compare, _report, _run, compile, dispatch, memory, step, update
 from benchmarks._compare import Comparison, Name, Pool, Row
 from benchmarks._problems import Problem
 from benchmarks.peers import ours, with_optax
@@ -19,7 +19,7 @@ OPTIONS = ("--tiny", "--seconds", "0.001", "--torch", sys.executable)
 PEERS = "optax,limit,torch-1"
 RECORD = {"what", "measure", "peer", "target", "problem"}
 MEASURED = RECORD | {"load", "note", "ours", "theirs", "met"}
-TIMED = MEASURED | {"ratio", "quartiles", "cpu_ratio", "pairs"}
+TIMED = MEASURED | {"ratio", "quartiles", "cpu_ratio", "ratios"}
 
 
 def few(rows):
@@ -63,7 +63,7 @@ def test_each_benchmark_leaves_a_record_of_every_row(folder, name):
         else:
             assert record.keys() - {"temporary", "disagreement"} == TIMED
             assert record["ratio"] > 0
-    agreeing = [r for r in result["rows"] if r["measure"] == "run" and "pairs" in r]
+    agreeing = [r for r in result["rows"] if r["measure"] == "run" and "ratio" in r]
     assert all(e < 1e-2 for r in agreeing for e in r["disagreement"].values())
 
 
@@ -97,6 +97,9 @@ class Rehearsal(Pool):
         self.asked, self.errors = [], errors
         self.seconds = {"ours": iter((1, 1, 2, 4)), "optax": iter((1, 3, 4, 20))}
 
+    def start(self, names):
+        pass
+
     def get(self, name):
         return Asked(self, name)
 
@@ -125,7 +128,7 @@ def test_rounds_go_forward_then_backward_and_ratios_are_paired():
     [record] = Comparison(ROW, pool, rounds=3, seconds=1.0).results()
     forward, backward = ["ours", "optax"], ["optax", "ours"]
     assert pool.asked == [*forward, *forward, *backward, *forward]  # the first is to find how many
-    assert record["pairs"] == [(1, 3), (2, 4), (4, 20)]
+    assert record["ratios"] == [3, 2, 5]
     assert (record["ratio"], record["quartiles"], record["met"]) == (3, [2.5, 4], False)
 
 
@@ -141,12 +144,14 @@ def test_a_row_that_does_not_fit_in_memory_is_skipped(monkeypatch):
     assert "needs" in _report.table([record])
 
 
-def test_one_benchmark_runs_alone(tmp_path):
-    compile.main(
-        (*OPTIONS, "--peers", "optax", "--only", "100 small", "--out", str(tmp_path / "new"))
-    )
-    [row] = json.loads((tmp_path / "new" / "compile-cpu.json").read_text())["rows"]
-    assert row["what"] == "compile, 100 small leaves"
+@pytest.mark.parametrize("module", [compile, dispatch, memory, step, update])
+def test_each_benchmark_runs_alone(module, monkeypatch):
+    ran = []
+    monkeypatch.setattr(_run, "main", lambda *arguments: ran.append(arguments))
+    module.main(OPTIONS)
+    [(benchmarks, options, description)] = ran
+    assert benchmarks == {name: everything.ALL[name] for name in benchmarks}
+    assert (options, description) == (OPTIONS, module.__doc__)
 
 
 TRANSFORMER = Problem("transformer", leaves=2)

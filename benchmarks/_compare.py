@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks._problems import Problem
-from benchmarks._worker import Missing, Name, Worker
+from benchmarks._worker import Late, Missing, Name, Worker
 
 OURS = "ours"
 CHECKED, TOLERANCE = 10, 1e-2  # steps before the comparison; error over movement, both rms
@@ -112,6 +112,12 @@ class Pool:
             self.workers[name].ask("release")
         self.problems = {}
 
+    def forget_the_dead(self) -> None:
+        """Let ended workers start anew when they are needed."""
+        for name in [n for n, w in self.workers.items() if w.process.poll() is not None]:
+            del self.workers[name]
+            self.problems.pop(name, None)
+
     def versions(self) -> dict[str, str]:
         return {k: v for w in self.workers.values() for k, v in w.versions.items()}
 
@@ -153,6 +159,13 @@ class Comparison:
         if self.row.gigabytes() > 0.8 * available:
             reason = f"needs {self.row.gigabytes():.0f} GB, there are {available:.0f}"
             return [{**self._facts(n), "skipped": reason} for n in self.row.targets]
+        try:
+            return self._measured()
+        except Late as error:
+            self.pool.forget_the_dead()
+            return [{**self._facts(n), "skipped": str(error)} for n in self.row.targets]
+
+    def _measured(self) -> list[dict[str, Any]]:
         load = os.getloadavg()[0]
         self.pool.release()
         notes = {n: self.pool.prepare(n, self.row.problem) for n in self.names}

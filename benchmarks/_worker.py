@@ -12,6 +12,7 @@ import importlib
 import json
 import os
 import pathlib
+import select
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from typing import Any
 from benchmarks._problems import Problem
 
 ROOT = pathlib.Path(__file__).parent.parent
+PATIENCE = 240  # seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,10 +37,15 @@ class Missing(Exception):
     """A peer that is not installed."""
 
 
+class Late(Exception):
+    """A peer that did not answer in time."""
+
+
 class Worker:
     """The near end: starts a peer's process and asks it."""
 
     def __init__(self, name: Name) -> None:
+        self.name = name
         quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         threads = {"OMP_NUM_THREADS": str(name.threads)} if name.threads else {}
         self.process = subprocess.Popen(
@@ -57,9 +64,19 @@ class Worker:
         return self.versions
 
     def ask(self, what: str, **arguments: Any) -> Any:
+        """Have the server do something, and return its answer.
+
+        Raises:
+          Late: there is none in time; the process is ended.
+        """
         assert self.process.stdin is not None
+        assert self.process.stdout is not None
         self.process.stdin.write(json.dumps({"what": what, **arguments}) + "\n")
         self.process.stdin.flush()
+        if not select.select([self.process.stdout], [], [], PATIENCE)[0]:
+            self.process.kill()
+            self.close()
+            raise Late(f"{self.name.module} did not answer in {PATIENCE} s")
         return self._answer()["result"]
 
     def _answer(self) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The benchmarks run, in tiny sizes, and what they count stays as it is."""
 
+import dataclasses
 import json
 import pathlib
 import sys
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as everything
-from benchmarks import _compare, _report, _run, compile, dispatch, memory, step, update
+from benchmarks import _compare, _report, _run, _worker, compile, dispatch, memory, step, update
 from benchmarks._compare import Comparison, Name, Pool, Row
 from benchmarks._problems import Problem
 from benchmarks.peers import ours, with_optax
@@ -135,6 +136,16 @@ def test_rounds_go_forward_then_backward_and_ratios_are_paired():
 def test_peers_that_do_not_agree_are_not_timed():
     with pytest.raises(AssertionError, match=r"not the float64 answer, by \{'optax'"):
         Comparison(ROW, Rehearsal(errors=0.1), rounds=3, seconds=1.0).results()
+
+
+def test_a_peer_that_does_not_answer_is_ended_and_told_of(monkeypatch):
+    monkeypatch.setattr(_worker, "PATIENCE", 0)
+    pool = Pool({"ours": Name("float64"), "float64": Name("float64")})
+    [record] = Comparison(
+        dataclasses.replace(ROW, targets={"float64": 1.0}), pool, 1, 1.0
+    ).results()
+    pool.close()
+    assert record["skipped"] == "float64 did not answer in 0 s"
 
 
 def test_a_row_that_does_not_fit_in_memory_is_skipped(monkeypatch):

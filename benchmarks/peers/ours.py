@@ -1,0 +1,79 @@
+"""This package: the chain for updates alone, `optimize_loss` for the rest."""
+
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import optimize_loss as ol
+from benchmarks._losses import loss_of
+from benchmarks._problems import BETA_1, BETA_2, CLIP, DECAY, EPSILON, PEAK, STEPS, WARM_UP, Problem
+from benchmarks.peers import on_jax
+
+VERSIONS = on_jax.versions(ol)
+T = ol.transforms
+
+
+def schedule() -> Any:
+    return ol.schedules.CosineDecay(
+        0.0, decay_steps=STEPS - WARM_UP, warmup_target=PEAK, warmup_steps=WARM_UP
+    )
+
+
+def adamw() -> dict[str, Any]:
+    return {"adam": T.ScaleByAdam(BETA_1, BETA_2, EPSILON), "decay": T.AddWeightDecay(DECAY)}
+
+
+class Update(on_jax.JaxPeer):
+    """The chain by itself: gradients in, parameters out."""
+
+    def rule(self, params: Any) -> Any:
+        rate = T.ScaleByLearningRate(schedule())
+        tx = T.chain(clip=T.ClipByGlobalNorm(CLIP), **adamw(), rate=rate)
+        return tx.init(params), lambda grads, params, state: tx.apply(grads, state, params)
+
+
+class Step:
+    """The training step, as the user gets it."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.step = self.made()
+        self.state = self.step.init(problem.params())
+        self.batches = on_jax.batches_of(problem)
+        self.many: list[Any] = []
+        k = problem.steps_per_call
+        if k > 1:
+            some = [self.batches[i : i + k] for i in range(0, len(self.batches) - k + 1, k)]
+            self.many = [jax.tree.map(lambda *x: jnp.stack(x), *calls) for calls in some]
+        self.turns = itertools.cycle(self.many or self.batches)
+
+    def made(self) -> ol.TrainStep:
+        return ol.optimize_loss(
+            loss_of(self.problem),
+            learning_rate=schedule(),
+            optimizer=T.chain(**adamw()),
+            clip_gradients=CLIP,
+            summaries=["loss"],
+        )
+
+    def built(self, stage: str) -> Any:
+        lowered = self.made().lower(self.state, *self.batches[0])
+        return lowered.compile() if stage == "compile" else lowered
+
+    def counts(self) -> dict[str, int]:
+        return on_jax.counted(self.built("compile"))
+
+    def run(self, steps: int) -> None:
+        call = self.step.many if self.many else self.step
+        for _ in range(steps // self.problem.steps_per_call):
+            self.state, _ = call(self.state, *next(self.turns))
+        jax.block_until_ready(self.state)
+
+    def values(self) -> Any:
+        return self.state.params
+
+
+def Peer(problem: Problem) -> Update | Step:
+    return Step(problem) if problem.packed or problem.kind != "update" else Update(problem)

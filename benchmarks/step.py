@@ -1,0 +1,35 @@
+"""Time whole steps: a small MLP on digits, and a small transformer written out layer by layer.
+
+    python -m benchmarks.step
+
+The digits are generated, of the shape of scikit-learn's. The transformer has 8 layers of width 64,
+one sequence of 16 tokens, 99 leaves.
+"""
+
+from collections.abc import Sequence
+
+from benchmarks import _run
+from benchmarks._compare import Row
+from benchmarks._problems import Problem
+
+TRANSFORMER = Problem("transformer", leaves=8)
+
+ROWS = (
+    Row(
+        "digits, 100 steps a call",
+        Problem("digits", steps_per_call=100),
+        {"optax": 2.0, "keras": 2.8, "flax": None, "torch-1": 6.0, "torch-2": 6.0},
+    ),
+    Row("digits, single steps", Problem("digits"), {"optax": None}),
+    Row("transformer", TRANSFORMER, {"optax": 1.12, "flax": None}),
+    Row("transformer, temporaries", TRANSFORMER, {"optax": 1.0}, "temporary"),
+    Row("transformer, compiling", TRANSFORMER, {"optax": 1 / 0.75}, "compile", rounds=3),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    _run.main({"step": (ROWS, None)}, arguments, __doc__)
+
+
+if __name__ == "__main__":
+    main()

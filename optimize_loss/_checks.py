@@ -65,6 +65,7 @@ FULL_DECAY = Rule("in [0, 1]", lambda x: (x >= 0) & (x <= 1), kind="decay")
 COUNT = Rule(
     "an integer of at least 1 and below 2**31", lambda x: (x >= 1) & (x < 2**31), kind="count"
 )
+AT_LEAST_1 = Rule("an integer of at least 1", lambda x: x >= 1, kind="count")
 STEP = Rule(
     "an integer of at least 0 and below 2**31", lambda x: (x >= 0) & (x < 2**31), kind="count"
 )

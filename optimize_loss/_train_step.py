@@ -24,6 +24,7 @@ from optimize_loss._checks import (
     check_number,
     received,
 )
+from optimize_loss._loop import Run, check_plan
 from optimize_loss._loss import Loss
 from optimize_loss._model_state import run_update_ops
 from optimize_loss._names import Pattern
@@ -163,7 +164,7 @@ class TrainStep:
         Raises:
           RuntimeError: this state was given to a step before.
         """
-        return self._run(False, state, batch)
+        return self._dispatch(False, state, batch)
 
     def many(self, state: TrainState, *batches: Any) -> tuple[TrainState, dict[str, Any]]:
         """Take k steps in one call, without returning to Python between them.
@@ -187,7 +188,68 @@ class TrainStep:
                 "`batches` must be arrays with one first axis, of one length: the number of steps. "
                 f"Received: shapes {[np.shape(x) for x in jax.tree.leaves(batches)]}."
             )
-        return self._run(True, state, batches)
+        return self._dispatch(True, state, batches)
+
+    def run(
+        self,
+        state: TrainState,
+        batches: Iterable[Any],
+        *,
+        steps: int | None = None,
+        steps_per_call: int = 1,
+        hooks: Mapping[int, Callable[[TrainState, dict[str, Any]], Any]] | None = None,
+        prefetch: int = 2,
+        sharding: Any = None,
+        progress: bool = False,
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """Take a step for each batch of an iterable, while the device stays busy.
+
+        The results are those of single steps, and of `many` for calls of several steps. Batches
+        are pulled, stacked and sent to the device while it computes, up to a call before they are
+        needed but never more than `steps`. What comes from the host is copied when it is pulled.
+
+        Args:
+          state: from `init` or from the step before; its memory is taken, as by a single step.
+          batches: an iterable. A tuple or list in it is `*batch` of a single step, anything else
+            is a batch of one part. Leaves that are not jax arrays become numpy arrays, such as
+            torch's and TensorFlow's tensors.
+          steps: how many steps to take, at least 1; None to take them until `batches` ends.
+          steps_per_call: the most steps in one call of the device, at least 1. A call has fewer
+            where a hook is due, where shapes change and at the end; each number of steps is
+            compiled once.
+          hooks: {n: function of (state, metrics)}, called after every n steps of this run with
+            the metrics of these n. It returns None, or the state to go on with, such as
+            `state.set(learning_rate=1e-4)`. Its state is donated to the next step: copy what is
+            to be kept. Several that are due are called in this order.
+          prefetch: the most calls in flight, at least 1. Before one more, the loop waits for the
+            metrics of the oldest.
+          sharding: where the arrays of a batch go, a NamedSharding or a device: one for all, or a
+            tuple with one, or a tree of them, for each part. Stacked batches get an axis before.
+          progress: whether to show a bar of steps and the loss, with tqdm.
+
+        Returns:
+          The state after the last step, and the metrics of all, stacked along a first axis as
+          numpy arrays. A metric whose shape differs between steps is a list, an entry a step.
+
+        Raises:
+          ImportError: tqdm is not installed, for `progress`.
+          InvalidType: an argument is of the wrong kind, or a hook returned something else.
+          ValueError: an argument is out of range, or `batches` is empty.
+          RuntimeError: this state was given to a step before.
+
+          What the iterable, a hook or a step raises is passed on; the state reached is then the
+          error's attribute `state`. There is a warning if `batches` ends before `steps`.
+
+        Example:
+          >>> import optimize_loss as ol
+          >>> step = ol.optimize_loss(lambda p, x: p["w"] * x, learning_rate=1.0, optimizer="SGD")
+          >>> state, metrics = step.run(step.init({"w": 10.0}), [1.0, 2.0, 3.0])
+          >>> print(state.params["w"], metrics["loss"])
+          4.0 [10. 18. 21.]
+        """
+        self._check_state(state)
+        plan = check_plan(steps, steps_per_call, hooks, prefetch, sharding, progress)
+        return Run(self, self.many, f"{self.name}loss", plan, state).over(batches)
 
     @functools.cached_property
     def _programs(self) -> dict[tuple[bool, bool], Any]:
@@ -214,15 +276,9 @@ class TrainStep:
         """Return the program of a single step before compilation, to look at or to compile."""
         return self._program(False, True).lower(self._shardings(state), state, batch)
 
-    def _run(self, many: bool, state: TrainState, batch: tuple[Any, ...]) -> Any:
+    def _dispatch(self, many: bool, state: TrainState, batch: tuple[Any, ...]) -> Any:
         self._check_state(state)
-        step = state.packed_optimizer["step"]
-        traced = isinstance(step, Tracer)
-        if not traced and isinstance(step, jax.Array) and step.is_deleted():
-            raise RuntimeError(
-                "This state was donated: a step gives its memory to the state that it returns. "
-                "Use that one, as in `state, metrics = step(state, batch)`."
-            )
+        traced = isinstance(state.packed_optimizer["step"], Tracer)
         try:
             return self._program(many, not traced)(self._shardings(state), state, batch)
         except TypeError as error:
@@ -235,7 +291,7 @@ class TrainStep:
             ) from error
 
     def _check_state(self, state: Any) -> None:
-        """Raise unless `state` is one of this step, or of one with equal options."""
+        """Raise unless `state` is one of this step, or of one with equal options, and alive."""
         if not isinstance(state, TrainState):
             raise InvalidType(
                 "`state` must be a TrainState, from `step.init(params)` or the step before. "
@@ -257,6 +313,12 @@ class TrainStep:
                 f"Links that differ: {differ or 'their order'}. Received: "
                 f"{ {n: theirs.get(n) for n in differ} }, for a step with "
                 f"{ {n: ours.get(n) for n in differ} }."
+            )
+        step = state.packed_optimizer["step"]
+        if isinstance(step, jax.Array) and not isinstance(step, Tracer) and step.is_deleted():
+            raise RuntimeError(
+                "This state was donated: a step gives its memory to the state that it returns. "
+                "Use that one, as in `state, metrics = step(state, batch)`."
             )
 
     def _shardings(self, state: TrainState) -> tuple[Any, ...] | None:

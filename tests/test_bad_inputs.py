@@ -12,7 +12,8 @@ does not exist yet, or because there is nothing to assert:
 - 71: interrupts, which matter to files.
 
 Rows 16 to 18 are about links here, as the class with these options does not exist; 49 leaves out
-files, and 70 the hooks of a training loop. Rows named 0 or contrib have no number in the list.
+files; 70 goes on in `test_loop.py`, with iterators and hooks. Rows named 0 or contrib have no
+number in the list.
 """
 
 import dataclasses

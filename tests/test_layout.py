@@ -24,13 +24,16 @@ FLOORS = {
     "_state": 4,
     "optimizers": 4,
     "tensorboard": 4,
-    "_train_step": 5,
-    "keras": 5,
-    "__init__": 6,
-    "_photo": 7,
-    "_painting": 8,
-    "_picture": 9,
-    "__main__": 10,
+    "_batches": 5,
+    "_history": 5,
+    "_loop": 6,
+    "_train_step": 7,
+    "keras": 7,
+    "__init__": 8,
+    "_photo": 9,
+    "_painting": 10,
+    "_picture": 11,
+    "__main__": 12,
 }
 EXTRAS = ("matplotlib", "PIL", "tqdm", "tensorboardX", "flax", "keras", "tensorboard")
 

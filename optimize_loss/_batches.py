@@ -1,0 +1,176 @@
+"""Batches on their way to the device: pulled, gathered into calls, stacked and sent."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from optimize_loss._checks import InvalidType, received
+
+
+class Batch(NamedTuple):
+    """What one step takes, flat.
+
+    Attributes:
+      leaves: numpy arrays, jax arrays and Python numbers.
+      kind: equal for batches that can be stacked.
+      structure: of the tuple of parts.
+    """
+
+    leaves: list[Any]
+    kind: Any
+    structure: Any
+
+
+class Call(NamedTuple):
+    """What one call takes.
+
+    Attributes:
+      steps: how many.
+      parts: of the batch, or of that many stacked ones if there are several; on the device.
+    """
+
+    steps: int
+    parts: tuple[Any, ...]
+
+
+class Source:
+    """The batches of an iterable, as calls."""
+
+    def __init__(self, batches: Iterable[Any], sharding: Any):
+        self._iterator = iter(batches)
+        self._shardings = (sharding, jax.tree.map(_of_stacked, sharding))
+        self._pulled: Batch | None = None  # not given to a call yet
+        self._end: Exception | None = None  # StopIteration, or what went wrong
+
+    def gather(self, most: int) -> Call | None:
+        """Return a call of at most so many steps; None if there is nothing more to take.
+
+        What the iterator raises waits for `raise_error`, so that what came before it is used.
+        """
+        batches: list[Batch] = []
+        while len(batches) < most and (batch := self._peek()) is not None:
+            if batches and (not batch.leaves or batch[1:] != batches[0][1:]):
+                break  # nothing tells `many` how often to take what has no leaves
+            batches.append(batch)
+            self._pulled = None
+        try:
+            return Call(len(batches), self._send(batches)) if batches else None
+        except Exception as error:
+            self._end = error
+            return None
+
+    def raise_error(self) -> None:
+        """Raise what ended the batches, if it was not that there are no more."""
+        error, self._end = self._end, StopIteration()
+        if error is not None and not isinstance(error, StopIteration):
+            raise error
+
+    def _peek(self) -> Batch | None:
+        """Return the next batch, which stays the next; None if there is none."""
+        if self._pulled is None and self._end is None:
+            try:
+                self._pulled = _read(next(self._iterator))
+            except Exception as error:
+                self._end = error
+        return self._pulled
+
+    def _send(self, batches: list[Batch]) -> tuple[Any, ...]:
+        """Start the transfer of one batch, or of several as one."""
+        sharding = self._shardings[len(batches) > 1]
+        leaves = batches[0].leaves
+        if len(batches) > 1:
+            columns = zip(*(batch.leaves for batch in batches), strict=True)
+            leaves = [_stacked(column) for column in columns]
+        parts = jax.tree.unflatten(batches[0].structure, leaves)
+        return jax.device_put(parts) if sharding is None else jax.device_put(parts, sharding)
+
+
+def _read(item: Any) -> Batch:
+    leaves, structure = jax.tree.flatten(tuple(item) if _is_parts(item) else (item,))
+    leaves = [_array(leaf) for leaf in leaves]
+    return Batch(leaves, [_kind(leaf) for leaf in leaves], structure)
+
+
+def _is_parts(tree: Any) -> bool:
+    return type(tree) in (tuple, list)  # a NamedTuple is one part
+
+
+def _array(leaf: Any) -> Any:
+    """Return a leaf as a step takes it.
+
+    Numpy's memory is copied: who made it may use it again, and a transfer may still read it then.
+    Python numbers stay what they are, since they do not decide a dtype.
+    """
+    if isinstance(leaf, jax.Array) or type(leaf) in (bool, int, float, complex):
+        return leaf
+    array = np.asarray(leaf).copy()
+    if array.dtype.kind in "OSUTMm":
+        raise InvalidType(
+            "`batches` must hold arrays and numbers. "
+            f"Received: {leaf!r} of type {type(leaf).__name__}."
+        )
+    return array
+
+
+def _kind(leaf: Any) -> Any:
+    if isinstance(leaf, np.ndarray):
+        return leaf.shape, leaf.dtype
+    return jax.typeof(leaf), getattr(leaf, "sharding", None)
+
+
+def _stacked(leaves: Sequence[Any]) -> Any:
+    """Stack leaves where they are: on the host, or where their sharding has them."""
+    if isinstance(leaves[0], np.ndarray):
+        return np.stack(leaves)
+    sharding = getattr(leaves[0], "sharding", None)
+    stacked = _stack_on_device(*leaves)
+    many = isinstance(sharding, NamedSharding)
+    return jax.device_put(stacked, _of_stacked(sharding)) if many else stacked
+
+
+@jax.jit
+def _stack_on_device(*leaves: Any) -> jax.Array:
+    return jnp.stack(leaves)
+
+
+def _of_stacked(sharding: Any) -> Any:
+    """Return the sharding of stacked arrays for that of one of them."""
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    spec = PartitionSpec(None, *sharding.spec)
+    return NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
+
+
+def check_batches(batches: Any) -> None:
+    """Raise unless `batches` is an iterable of batches, rather than a batch.
+
+    Raises:
+      InvalidType: it is an array, a mapping or text, or cannot be iterated.
+    """
+    single = hasattr(batches, "__array__") or isinstance(batches, Mapping | str | bytes)
+    if single or not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")):
+        raise InvalidType(
+            "`batches` must be an iterable of batches: write [batch] for a single one, and call "
+            f"`step.many` for stacked ones. Received: {type(batches).__name__}."
+        )
+
+
+def check_sharding(sharding: Any) -> Any:
+    """Return `sharding` as a prefix of the tuple of parts of a batch.
+
+    Raises:
+      InvalidType: a leaf is no NamedSharding, and no single device.
+    """
+    for leaf in jax.tree.leaves(sharding):
+        if not isinstance(leaf, NamedSharding | SingleDeviceSharding | jax.Device):
+            raise InvalidType(
+                "`sharding` must be a NamedSharding or a device, or a tuple with one for each part "
+                f"of a batch. {received('sharding', leaf)}"
+            )
+    if _is_parts(sharding):
+        return tuple(sharding)
+    return sharding if sharding is None or jax.tree.leaves(sharding) == [sharding] else (sharding,)

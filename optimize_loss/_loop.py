@@ -1,0 +1,174 @@
+"""The loop around a training step: calls in flight, hooks, and no state lost."""
+
+import contextlib
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+from jax.core import Tracer
+
+from optimize_loss._batches import Source, check_batches, check_sharding
+from optimize_loss._checks import (
+    AT_LEAST_1,
+    InvalidType,
+    check_flags,
+    check_integer,
+    check_takes,
+    received,
+)
+from optimize_loss._history import History
+from optimize_loss._state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How to run: the options of `TrainStep.run`, checked."""
+
+    steps: int | None
+    steps_per_call: int
+    hooks: dict[int, Callable[[TrainState, dict[str, Any]], Any]]
+    prefetch: int
+    sharding: Any
+    progress: bool
+
+    def room(self, taken: int) -> int:
+        """Return how many steps the next call may have, after so many were taken."""
+        ends = [n - taken % n for n in self.hooks]
+        ends += [] if self.steps is None else [self.steps - taken]
+        return min([self.steps_per_call, *ends])
+
+
+def check_plan(
+    steps: Any, steps_per_call: Any, hooks: Any, prefetch: Any, sharding: Any, progress: Any
+) -> Plan:
+    """Return the options of a run.
+
+    Raises:
+      InvalidType: one is of the wrong kind.
+      ValueError: one is out of range.
+    """
+    check_flags(progress=progress)
+    return Plan(
+        steps=None if steps is None else check_integer("steps", steps, AT_LEAST_1),
+        steps_per_call=check_integer("steps_per_call", steps_per_call, AT_LEAST_1),
+        hooks=_check_hooks({} if hooks is None else hooks),
+        prefetch=check_integer("prefetch", prefetch, AT_LEAST_1),
+        sharding=check_sharding(sharding),
+        progress=progress,
+    )
+
+
+def _check_hooks(hooks: Any) -> dict[int, Callable[..., Any]]:
+    rule = "`hooks` must map numbers of steps to functions of (state, metrics)."
+    if not isinstance(hooks, Mapping) or not all(map(callable, hooks.values())):
+        raise InvalidType(f"{rule} {received('hooks', hooks)}")
+    for hook in hooks.values():
+        check_takes(rule, hook, None, {})
+    return {check_integer("n in hooks", n, AT_LEAST_1): hook for n, hook in hooks.items()}
+
+
+@dataclasses.dataclass
+class Run:
+    """A run over batches, and how far it has come.
+
+    Attributes:
+      single: the function that takes one step.
+      many: the function that takes several, with stacked batches.
+      loss: the tag of the loss among the metrics.
+      plan: the options.
+      state: the state reached.
+      taken: the number of steps taken.
+    """
+
+    single: Callable[..., tuple[TrainState, dict[str, Any]]]
+    many: Callable[..., tuple[TrainState, dict[str, Any]]]
+    loss: str
+    plan: Plan
+    state: TrainState
+    taken: int = 0
+
+    def over(self, batches: Iterable[Any]) -> tuple[TrainState, dict[str, Any]]:
+        """Return the state after the last step, and the metrics of all."""
+        check_batches(batches)
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(self.state)):
+            raise InvalidType(
+                "`state` must not be traced by jit or vmap: `run` is a loop in Python. "
+                "`step.many` works there."
+            )
+        with _bar(self.plan, self.loss) as show:
+            try:
+                metrics = self._take(Source(batches, self.plan.sharding), History(show))
+                if self.plan.steps not in (None, self.taken):
+                    warnings.warn(
+                        f"`batches` ended after {self.taken} of {self.plan.steps} steps.",
+                        stacklevel=3,
+                    )
+                return self.state, metrics
+            except BaseException as error:
+                self._attach_state(error)
+                raise
+
+    def _take(self, source: Source, history: History) -> dict[str, Any]:
+        """Take all steps; the next call is on its way to the device while the last computes."""
+        call = source.gather(self.plan.room(0))
+        while call is not None:
+            history.wait(self.plan.prefetch - 1)
+            advance = self.single if call.steps == 1 else self.many
+            self.state, metrics = advance(self.state, *call.parts)
+            self.taken += call.steps
+            history.add(call.steps, metrics)
+            call = source.gather(self.plan.room(self.taken))
+            self._call_hooks(history)
+        source.raise_error()
+        if not self.taken:
+            raise ValueError("`batches` must hold a batch: it is empty, or an iterator at its end.")
+        return history.stacked()
+
+    def _call_hooks(self, history: History) -> None:
+        for n, hook in self.plan.hooks.items():
+            if self.taken % n:
+                continue
+            new = hook(self.state, history.stacked(n))
+            if new is not None and not isinstance(new, TrainState):
+                raise InvalidType(
+                    f"`hooks[{n}]` must return None or a TrainState. "
+                    f"Received: {new!r} of type {type(new).__name__}, from {hook!r}."
+                )
+            self.state = self.state if new is None else new
+
+    def _attach_state(self, error: Any) -> None:
+        """Make the state reached an attribute of the error, if it can be used."""
+        leaves = [leaf for leaf in jax.tree.leaves(self.state) if isinstance(leaf, jax.Array)]
+        if any(leaf.is_deleted() for leaf in leaves):
+            return
+        # The device may have failed, or an exception may take no attributes.
+        with contextlib.suppress(Exception):
+            jax.block_until_ready(leaves)
+            error.state = self.state
+            error.add_note(
+                f"The state after {self.taken} steps of this run is the error's attribute `state`, "
+                "as in `sys.last_value.state`."
+            )
+
+
+@contextlib.contextmanager
+def _bar(plan: Plan, loss: str) -> Iterator[Callable[[int, Any], None]]:
+    """Give a function that shows fetched metrics of so many steps, or one that does nothing."""
+    if not plan.progress:
+        yield lambda steps, metrics: None
+        return
+    try:
+        from tqdm.auto import tqdm
+    except ImportError as error:
+        raise ImportError(
+            f"`progress` needs tqdm. Install it with: pip install 'optimize_loss[demo]'. ({error})"
+        ) from error
+    with tqdm(total=plan.steps, unit="step") as bar:
+
+        def show(steps: int, metrics: Any) -> None:
+            bar.set_postfix(loss=float(metrics[loss][-1]), refresh=False)
+            bar.update(steps)
+
+        yield show

@@ -37,7 +37,7 @@ class Problem:
       size: how many parameters, for the first two.
       leaves: in how many arrays; for a transformer, how many layers.
       steps_per_call: how many steps ours takes in a call; the others have their own ways.
-      packed: whether ours is given the gradients as one vector, by way of a linear loss.
+      packed: whether ours is given the gradients as one vector, by a loss that costs nothing.
     """
 
     kind: str

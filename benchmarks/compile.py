@@ -3,7 +3,8 @@
     python -m benchmarks.compile
 
 Nothing is kept between measurements, on disk or in memory. "Packed" is our training step, given
-gradients as one vector by way of a linear loss, against the update alone of optax, given a tree.
+gradients as one vector by a loss that costs nothing, against the update alone of optax, given a
+tree.
 A loss that reads all leaves as one vector is itself slow to compile: in the last row both have it.
 """
 

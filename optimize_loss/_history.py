@@ -49,7 +49,7 @@ class History:
         """Fetch the metrics of the oldest calls until at most so many are in flight."""
         while len(self._in_flight) > most:
             steps, metrics = self._in_flight.popleft()
-            fetched = jax.tree.map(np.asarray, jax.device_get(metrics))
+            fetched = fetch(metrics)
             if steps == 1:
                 fetched = jax.tree.map(lambda x: x[None], fetched)
             self._records.append(Record(steps, fetched))
@@ -77,6 +77,12 @@ class History:
             steps -= taken
             if not steps:
                 return
+
+
+def fetch(tree: Any) -> Any:
+    """Return a tree as numpy arrays, once they are there."""
+    with jax.transfer_guard_device_to_host("allow"):
+        return jax.tree.map(np.asarray, tree)
 
 
 def _joined(records: list[Record]) -> list[Record]:

@@ -28,7 +28,7 @@ class TrainState:
 
     Attributes:
       packed_params: the parameters as a step takes them: the small ones in one array.
-      packed_optimizer: the chain's state in the same form.
+      packed_optimizer: the chain's state in the same form: its numbers in few arrays, too.
       model_state: what the loss keeps besides parameters, such as running statistics; or None.
       key: the random key from which the key of each step is derived; or None.
       first_step: the global step before the first update, an int32.
@@ -59,6 +59,17 @@ class TrainState:
         """
         packed = self.packed_optimizer
         return packed if self.layout is None else self.layout.unpack_state(packed)
+
+    @functools.cached_property
+    def links(self) -> dict[str, Any]:
+        """The chain's state with slots as a step takes them: what the chain is given."""
+        packed = self.packed_optimizer
+        return packed if self.layout is None else self.layout.split_numbers(packed)
+
+    def with_links(self, links: dict[str, Any]) -> "TrainState":
+        """Return the state with another state of the chain, in the form of `links`."""
+        packed = links if self.layout is None else self.layout.join_numbers(links)
+        return dataclasses.replace(self, packed_optimizer=packed)
 
     def with_trees(self, params: Any = None, optimizer: Any = None) -> "TrainState":
         """Return the state with other parameters, or another state of the chain, in these trees.
@@ -123,5 +134,5 @@ class TrainState:
                 step = check_integer("step", step, STEP)
             made = self.packed_optimizer["step"] if self.increment_step else 0
             first_step = placed_like(self.first_step, jnp.asarray(step, jnp.int32) - made)
-        optimizer = self.chain.set(self.packed_optimizer, **values)
-        return dataclasses.replace(self, first_step=first_step, packed_optimizer=optimizer)
+        new = self.with_links(self.chain.set(self.links, **values))
+        return dataclasses.replace(new, first_step=first_step)

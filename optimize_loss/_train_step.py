@@ -93,6 +93,9 @@ class TrainStep:
             layout = self._layout(trainable)
             packed = params if layout is None else layout.pack(params)
             optimizer = self.chain.init(trained if layout is None else layout.only_trained(packed))
+            if layout is not None:
+                layout = layout.with_numbers(optimizer)
+                optimizer = layout.join_numbers(optimizer)
         except ValueError as error:
             if self.variables is not None:
                 error.add_note(f"Only these parameters are trained: {trainable.names}.")
@@ -339,21 +342,20 @@ class TrainStep:
             key = jax.random.fold_in(key, state.packed_optimizer["step"])
             for name, link in self.chain.links:
                 if isinstance(link, Accumulate):  # calls between two updates
-                    key = jax.random.fold_in(key, state.packed_optimizer[name]["gathered"])
+                    key = jax.random.fold_in(key, state.links[name]["gathered"])
         trainable = find_trainable(state.params, self.variables)
         loss, aux, grads = gradients(
             lambda params: self.loss(params, batch, model_state, key),
             trainable,
-            self.chain.loss_scale(state.packed_optimizer, state.step),
+            self.chain.loss_scale(state.links, state.step),
         )
         if shardings is not None:
             grads = colocated(grads, shardings)
         new = self._updated(state, trainable, grads, loss)
         new = dataclasses.replace(new, model_state=aux.model_state)
-        metrics = {"loss": loss, **_metrics.read(self.chain, new.packed_optimizer)}
+        metrics = {"loss": loss, **_metrics.read(self.chain, new.links)}
         if "learning_rate" in self.summaries:
-            old = state.packed_optimizer
-            metrics |= _metrics.rates(self.chain, old, state.step, self.learning_rate)
+            metrics |= _metrics.rates(self.chain, state.links, state.step, self.learning_rate)
         return new, _metrics.joined(metrics, aux.metrics, self.name)
 
     def _updated(
@@ -361,7 +363,7 @@ class TrainStep:
     ) -> TrainState:
         """Return the state with the parameters and the optimizer's state after an update."""
         apply = functools.partial(self.chain.apply, schedule_step=state.step, value=loss)
-        packed, optimizer, layout = state.packed_params, state.packed_optimizer, state.layout
+        packed, optimizer, layout = state.packed_params, state.links, state.layout
         if layout is None or not layout.trains(trainable.names):
             tree = trainable.tree
             trained, optimizer = apply(tree(grads), state.optimizer, tree(trainable.leaves))
@@ -377,9 +379,8 @@ class TrainStep:
             trained, optimizer = apply(parted.gather_grads(by_name), optimizer, old)
             trained = layout.gather(unpacked(trained))
             optimizer = layout.regather_state(optimizer)
-        return dataclasses.replace(
-            state, packed_params={**packed, **trained}, packed_optimizer=optimizer
-        )
+        new = dataclasses.replace(state, packed_params={**packed, **trained})
+        return new.with_links(optimizer)
 
     def _advance_many(self, shardings: Any, state: TrainState, batches: Any) -> Any:
         """Take as many steps as the batches have entries, while being traced."""
@@ -449,7 +450,8 @@ def optimize_loss(
       seed: of the noise, and of the key of losses that take one; an integer in [0, 2**32).
       bucket: parameters of at most so many entries share one array inside of the state, which
         makes a step with many small ones faster. None: none do. What is computed is the same, but
-        for the order of sums in a norm over all gradients. Links that are not `elementwise` keep
+        for the order of sums in a norm over all gradients, and last bits where XLA contracts other
+        products and sums. Links that are not `elementwise` keep
         their parameters by themselves, and an optax transformation, or any other that sees the
         whole tree, keeps all.
 

@@ -343,7 +343,7 @@ class Traffic:
 @pytest.fixture
 def traffic(monkeypatch):
     seen = Traffic([])
-    get = jax.device_get
+    get = _history.fetch
 
     def counted_get(tree):
         seen.events.append("fetch")
@@ -360,7 +360,7 @@ def traffic(monkeypatch):
 
         return call
 
-    monkeypatch.setattr(jax, "device_get", counted_get)
+    monkeypatch.setattr(_history, "fetch", counted_get)
     for name in ("__call__", "many"):
         monkeypatch.setattr(ol.TrainStep, name, counted(getattr(ol.TrainStep, name), "call"))
     return seen
@@ -396,7 +396,7 @@ def test_batches_are_pulled_while_the_device_computes(traffic):
 
 def test_nothing_else_comes_back_from_the_device():
     step, state = made("state-and-key")
-    with jax.transfer_guard_device_to_host("disallow"):  # what device_get fetches is allowed
+    with jax.transfer_guard_device_to_host("disallow"):  # what is fetched on purpose is allowed
         step.run(state, pairs([4] * 7), steps_per_call=3, hooks={2: lambda state, metrics: None})
 
 

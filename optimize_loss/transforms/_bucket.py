@@ -159,20 +159,22 @@ class Layout(Static):
       names: of its leaves.
       buckets: the members of each bucket, by the name of the bucket.
       trained: the names in the packed tree, of leaves and buckets, that are trained.
+      numbers: of the chain's links, `link/number`, that share an array, by the name of the array.
     """
 
     treedef: Any
     names: tuple[str, ...]
     buckets: tuple[tuple[str, Members], ...]
     trained: frozenset[str]
+    numbers: tuple[tuple[str, Members], ...] = ()
 
     def _key(self) -> Any:
-        return self.treedef, self.names, self.buckets, self.trained
+        return self.treedef, self.names, self.buckets, self.trained, self.numbers
 
     def __reduce__(self) -> Any:
         # As a tree, since pickle refuses structures with nodes of a user's.
         tree = jax.tree.unflatten(self.treedef, range(len(self.names)))
-        return _layout_of, (tree, self.names, self.buckets, self.trained)
+        return _layout_of, (tree, self.names, self.buckets, self.trained, self.numbers)
 
     def pack(self, tree: Any) -> dict[str, Any]:
         """Return a tree like the user's, packed."""
@@ -204,13 +206,45 @@ class Layout(Static):
         leaves = unpacked(packed)
         return jax.tree.unflatten(self.treedef, [leaves.get(name) for name in self.names])
 
+    def with_numbers(self, state: Mapping[str, Any]) -> "Layout":
+        """Return the layout in which the numbers of this state share an array for each dtype."""
+        groups: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+        for link, mine in state.items():
+            for name, x in mine.items() if isinstance(mine, dict) else ():
+                if _is_number(x):
+                    found = groups.setdefault(f"numbers/{x.dtype.name}", [])
+                    found.append((f"{link}/{name}", x.shape))
+        numbers = [(key, Members(*zip(*found, strict=True))) for key, found in groups.items()]
+        return dataclasses.replace(self, numbers=tuple(numbers))
+
+    def join_numbers(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the state of a chain with its numbers in few arrays."""
+        joined: dict[str, Any] = _map_links(
+            lambda mine: {name: x for name, x in mine.items() if not _is_number(x)}, state
+        )
+        for key, members in self.numbers:
+            pairs = (name.split("/", 1) for name in members.names)
+            joined[key] = members.join([state[link][number] for link, number in pairs])
+        return joined
+
+    def split_numbers(self, joined: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the state of a chain with its numbers by link."""
+        arrays = dict(self.numbers)
+        state = _map_links(dict, {name: x for name, x in joined.items() if name not in arrays})
+        for key, members in self.numbers:
+            for name, x in zip(members.names, members.split(joined[key]), strict=True):
+                link, number = name.split("/", 1)
+                state[link][number] = x
+        return state
+
     def unpack_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """Return the state of a chain with every slot as a tree like the user's."""
-        return _map_slots(self.unpack, state)
+        return _map_slots(self.unpack, self.split_numbers(state))
 
     def pack_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the state of a chain with every slot packed."""
-        return _map_slots(lambda tree: self.only_trained(self.pack(tree)), state)
+        """Return the state of a chain, packed."""
+        packed = _map_slots(lambda tree: self.only_trained(self.pack(tree)), state)
+        return self.join_numbers(packed)
 
     def regather_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """Return the state of a chain with every slot packed as here, not in another layout."""
@@ -248,16 +282,21 @@ def _wide(leaf: jax.Array) -> jax.Array:
     return leaf.astype(compute_dtype(leaf.dtype))
 
 
+def _map_links(function: Callable[[Any], Any], state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the state of a chain with a function applied to that of each link."""
+    return {name: function(x) if isinstance(x, dict) else x for name, x in state.items()}
+
+
 def _map_slots(function: Callable[[Any], Any], state: Mapping[str, Any]) -> dict[str, Any]:
     """Return the state of a chain with a function applied to each slot, which is a tree."""
+    return _map_links(
+        lambda mine: {n: x if _is_number(x) else function(x) for n, x in mine.items()}, state
+    )
 
-    def mapped(x: Any) -> Any:
-        return x if jax.tree_util.all_leaves([x]) else function(x)
 
-    return {
-        name: {n: mapped(x) for n, x in mine.items()} if isinstance(mine, dict) else mine
-        for name, mine in state.items()
-    }
+def _is_number(x: Any) -> bool:
+    """Return whether what a link keeps is a number, and not the tree of a slot."""
+    return jax.tree_util.all_leaves([x])
 
 
 def _layout_of(tree: Any, *rest: Any) -> Layout:

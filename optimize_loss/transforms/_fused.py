@@ -7,7 +7,7 @@ links before it are computed once for the norm and once again for the update.
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -19,6 +19,8 @@ from optimize_loss.transforms._bucket import Members
 
 Slots = dict[str, jax.Array]
 Links = tuple[Link, ...]
+
+GROUP = 16  # leaves in a call
 
 
 Wanted = Literal["params", "updates", "rest"]
@@ -280,17 +282,52 @@ def _squares(links: Links, dtype: Any, leaf: Leaf, ks: tuple[Numbers, ...]) -> j
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _scaled_norm(
+def _scaled_squares(
     links: Links, dtype: Any, leaf: Leaf, ks: tuple[Numbers, ...], squares: jax.Array
 ) -> jax.Array:
-    """Return √Σ|u|² of one leaf, of shape (1,), where Σ|u|² itself may leave the dtype's range."""
+    """Return Σ|u|² of one leaf, of shape (1,), once more, of entries times the scale for it."""
     update = _update_behind(links, leaf, ks)
-    real = jnp.finfo(update.dtype).dtype
-    # A scale of its own for each leaf: XLA on CPU would write a shared one out as an array.
-    big = _safe_power(real)
-    scale = jnp.where(squares > big, 1 / big, jnp.where(squares < 1 / big, big, 1)).astype(real)
-    scaled = update * scale[0].astype(update.dtype)
-    return (sqrt(jnp.sum(abs_squared(scaled))) / scale).astype(dtype)
+    scale = _scale(squares)[0].astype(jnp.finfo(update.dtype).dtype).astype(update.dtype)
+    return jnp.sum(abs_squared(update * scale)).astype(dtype)[None]
+
+
+def for_all(
+    function: Callable[..., Any],
+    option: Any,
+    arguments: Sequence[Any],
+    owners: Sequence[Owner],
+) -> list[Any]:
+    """Return `function(links, option, *rest)` for each of the arguments, `(links, *rest)`.
+
+    Leaves that are alike go in groups, each of which is one call to trace and to lower.
+    """
+    groups: dict[Any, list[int]] = {}
+    for i, (links, *rest) in enumerate(arguments):
+        leaves, structure = jax.tree.flatten(rest)
+        groups.setdefault((links, structure, *map(jax.typeof, leaves)), []).append(i)
+    results: list[Any] = [None] * len(arguments)
+    for (links, *_), found in groups.items():
+        for start in range(0, len(found), GROUP):
+            some = found[start : start + GROUP]
+            try:
+                group = _group(function, links, option, [arguments[i][1:] for i in some])
+            except Exception as error:
+                error.add_note(f"This is about {owners[some[0]]}.")
+                raise
+            for i, result in zip(some, group, strict=True):
+                results[i] = result
+    return results
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _group(function: Callable[..., Any], links: Links, option: Any, each: Any) -> list[Any]:
+    return [function(links, option, *rest) for rest in each]
+
+
+def _scale(squares: jax.Array) -> jax.Array:
+    """Return by what to multiply leaves whose sum of squares may have left the dtype's range."""
+    big = _safe_power(squares.dtype)
+    return jnp.where(squares > big, 1 / big, jnp.where(squares < 1 / big, big, 1))
 
 
 def _safe_power(dtype: Any) -> float:
@@ -315,7 +352,7 @@ class _Norms:
     ) -> None:
         self.links, self.own, self.owners = links, own, owners
         self.leaves, self.dtype = leaves, dtype
-        self.squares: dict[tuple[tuple[int, ...], ...], jax.Array] = {}
+        self.squares: dict[tuple[tuple[int, ...], ...], list[jax.Array]] = {}
 
     def before(
         self, place: int, here: Sequence[int], ks: Sequence[tuple[Numbers, ...]]
@@ -337,19 +374,19 @@ class _Norms:
         while changing and self._multiplies(changing[-1], here, ks):
             factor = factor * self._factor(changing.pop(), here, ks)
         prefixes = [_pick(self.own[i], self.leaves[i], ks[i], changing) for i in here]
+        owners = [self.owners[i] for i in here]
         key = (tuple(changing), tuple(here))
         if key not in self.squares:
-            parts = [_squares(links, self.dtype, *rest) for links, *rest in prefixes]
-            self.squares[key] = jnp.concatenate(parts)
-        squares = self.squares[key]
+            self.squares[key] = for_all(_squares, self.dtype, prefixes, owners)
+        parts = self.squares[key]
+        squares = jnp.concatenate(parts)
         plain, total = jnp.sum(squares), jnp.sum(squares * (factor * factor))
 
         def rescaled() -> jax.Array:
-            norms = [
-                _scaled_norm(links, self.dtype, *rest, squares[j : j + 1])
-                for j, (links, *rest) in enumerate(prefixes)
-            ]
-            return norm(jnp.concatenate(norms) * factor)
+            # A scale of its own for each leaf: XLA on CPU would write a shared one out as an array.
+            arguments = [(*p, part) for p, part in zip(prefixes, parts, strict=True)]
+            scaled = jnp.concatenate(for_all(_scaled_squares, self.dtype, arguments, owners))
+            return norm(sqrt(scaled) / _scale(squares) * factor)
 
         low, high = jnp.minimum(plain, total), jnp.maximum(plain, total)
         in_range = (low > 1 / _safe_power(self.dtype)) & (high < jnp.inf)

@@ -7,7 +7,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optimize_loss.transforms._fused import PASS, Behind, Leaf, Wanted, averaged_leaf, run_leaf
+from optimize_loss.transforms._fused import (
+    PASS,
+    Behind,
+    Leaf,
+    Wanted,
+    averaged_leaf,
+    for_all,
+    run_leaf,
+)
 from optimize_loss.transforms._params import Params
 from optimize_loss.transforms._pass import (
     Call,
@@ -100,14 +108,12 @@ def _run_links(places: list[Place], call: Call, flow: Flow, wanted: Wanted) -> t
         )
     ]
     ks, shared, memories = prepared(places, call, own, leaves)
-    results = []
-    for owner, mine, leaf, k in zip(call.owners, own, leaves, ks, strict=True):
-        try:
-            results.append(run_leaf(mine, wanted, leaf, k))
-        except Exception as error:
-            shown = {place.name: place.link for place in places}
-            error.add_note(f"This is about {owner}, in {shown}.")
-            raise
+    arguments = list(zip(own, leaves, ks, strict=True))
+    try:
+        results = for_all(run_leaf, wanted, arguments, call.owners)
+    except Exception as error:
+        error.add_note(f"The links are { ({place.name: place.link for place in places}) }.")
+        raise
     for j, (_, _, all_new) in zip(call.live, results, strict=True):
         for mine, new in zip(slots, all_new, strict=True):
             for slot, value in new.items():

@@ -25,6 +25,7 @@ def peers(torch_python: str) -> dict[str, Name]:
         OURS: Name("ours"),
         "optax": Name("with_optax"),
         "keras": Name("with_keras"),
+        "keras-10": Name("with_keras", setting=("KERAS_STEPS", "10")),
         "flax": Name("with_flax"),
         "torch-1": Name("with_torch", 1, torch_python),
         "torch-2": Name("with_torch", min(2, cores), torch_python),

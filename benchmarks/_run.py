@@ -6,13 +6,11 @@ import pathlib
 import platform
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks import _report
 from benchmarks._compare import OURS, Comparison, Pool, Row, peers
-
-Finish = Callable[[dict[str, Any]], None]  # adds to a result what its benchmark alone has
 
 
 def options(arguments: Sequence[str] | None, description: str | None) -> argparse.Namespace:
@@ -37,7 +35,6 @@ def machine(pool: Pool) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "versions": pool.versions(),
-        **{name: pool.versions().get(name) for name in ("jax", "optax")},
     }
 
 
@@ -50,9 +47,7 @@ def processor() -> str:
     return next(names, platform.machine())
 
 
-def measure(
-    name: str, rows: Sequence[Row], chosen: argparse.Namespace, pool: Pool, finish: Finish | None
-) -> None:
+def measure(name: str, rows: Sequence[Row], chosen: argparse.Namespace, pool: Pool) -> None:
     """Measure the rows of one benchmark, print them as they come, and write the report."""
     start = time.monotonic()
     print(f"\n{name}: load {os.getloadavg()[0]:.2f} of {os.cpu_count()} cores", flush=True)
@@ -71,20 +66,18 @@ def measure(
         "missing": dict(pool.missing),
         "rows": records,
     }
-    if finish is not None:
-        finish(result)
     print(_report.write(name, result, chosen.out), f"{result['minutes']:.1f} minutes", flush=True)
 
 
 def main(
-    benchmarks: Mapping[str, tuple[Sequence[Row], Finish | None]],
+    benchmarks: Mapping[str, Sequence[Row]],
     arguments: Sequence[str] | None,
     description: str | None,
 ) -> None:
     chosen = options(arguments, description)
     pool = Pool(peers(chosen.torch), chosen.peers)
     try:
-        for name, (rows, finish) in benchmarks.items():
-            measure(name, rows, chosen, pool, finish)
+        for name, rows in benchmarks.items():
+            measure(name, rows, chosen, pool)
     finally:
         pool.close()

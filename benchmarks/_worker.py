@@ -26,11 +26,15 @@ PATIENCE = 240  # seconds
 
 @dataclasses.dataclass(frozen=True)
 class Name:
-    """Which file a peer is in, how many threads it may have (0: all), and whose Python runs it."""
+    """Which file a peer is in, how many threads it may have (0: all), and whose Python runs it.
+
+    `setting` is a variable of its environment.
+    """
 
     module: str
     threads: int = 0
     python: str = sys.executable
+    setting: tuple[str, str] | None = None
 
 
 class Missing(Exception):
@@ -48,13 +52,14 @@ class Worker:
         self.name = name
         quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         threads = {"OMP_NUM_THREADS": str(name.threads)} if name.threads else {}
+        own = dict([name.setting]) if name.setting else {}
         self.process = subprocess.Popen(
             [name.python, "-m", "benchmarks._worker", name.module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
-            env={**os.environ, "KERAS_BACKEND": "jax", **quiet, **threads},
+            env={**os.environ, "KERAS_BACKEND": "jax", **quiet, **threads, **own},
         )
         self.versions: dict[str, Any] = {}
 

@@ -31,7 +31,7 @@ ROWS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    _run.main({"dispatch": (ROWS, None)}, arguments, __doc__)
+    _run.main({"dispatch": ROWS}, arguments, __doc__)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ ROWS = tuple(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    _run.main({"memory": (ROWS, None)}, arguments, __doc__)
+    _run.main({"memory": ROWS}, arguments, __doc__)
 
 
 if __name__ == "__main__":

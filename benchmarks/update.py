@@ -44,56 +44,11 @@ ROWS = (
         {"optax": 5.0, "keras": None, **dict.fromkeys(TORCH)},
     ),
     Row("error of 200 steps", problem(1e5, 100), {"optax": 0.99, "keras": None}, "error"),
-    Row("trace of the update, 300 leaves", problem(2400, 300), {"optax": None}, "trace", rounds=5),
 )
 
 
-def finish(result: dict[str, Any]) -> None:
-    """Add what the README shows: the rows against optax, and the tracing."""
-    against_optax = [r for r in result["rows"] if r["peer"] == "optax" and "ratio" in r]
-    plain = [r for r in against_optax if r["measure"] == "run" and not r["problem"]["packed"]]
-    counted = {(r["problem"]["size"], r["problem"]["leaves"]): r for r in plain if "temporary" in r}
-    result["update"] = [
-        {
-            "parameters": size,
-            "leaves": leaves,
-            "ratio": row["ratio"],
-            "quartiles": row["quartiles"],
-            "ours_ms": 1e3 * row["ours"],
-            "optax_ms": 1e3 * row["theirs"],
-            "ours_temporary_bytes_per_parameter": row["temporary"]["ours"],
-            "optax_temporary_bytes_per_parameter": row["temporary"]["peer"],
-        }
-        for (size, leaves), row in counted.items()
-    ]
-    for row in against_optax:
-        if row["measure"] == "trace":
-            result["tracing"] = {
-                "leaves": row["problem"]["leaves"],
-                "ours_over_optax": 1 / row["ratio"],
-                "ours_ms": 1e3 * row["ours"],
-                "optax_ms": 1e3 * row["theirs"],
-            }
-    print(table(result["update"]))
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    head = (
-        "| parameters | leaves | optax / ours | quartiles | temporaries, B/parameter: ours, optax |"
-    )
-    lines = [head, "|---:|---:|---:|---:|---:|"]
-    for row in rows:
-        low, high = row["quartiles"]
-        lines.append(
-            f"| {row['parameters']:.0e} | {row['leaves']} | {row['ratio']:.2f} "
-            f"| {low:.2f}-{high:.2f} | {row['ours_temporary_bytes_per_parameter']:.2f}, "
-            f"{row['optax_temporary_bytes_per_parameter']:.2f} |"
-        )
-    return "\n".join(lines)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    _run.main({"update": (ROWS, finish)}, arguments, __doc__)
+    _run.main({"update": ROWS}, arguments, __doc__)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def few(rows):
     return list(kinds.values())
 
 
-FEW = {name: (few(rows), finish) for name, (rows, finish) in everything.ALL.items()}
+FEW = {name: few(rows) for name, rows in everything.ALL.items()}
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def folder(tmp_path_factory):
 def test_each_benchmark_leaves_a_record_of_every_row(folder, name):
     result = json.loads((folder / f"{name}-cpu.json").read_text())
     assert {"benchmark", "machine", "rounds", "missing", "minutes", "rows"} <= result.keys()
-    rows, _ = FEW[name]
+    rows = FEW[name]
     assert [(r["what"], r["peer"]) for r in result["rows"]] == [
         (row.what, peer) for row in rows for peer in row.targets
     ]
@@ -66,14 +66,6 @@ def test_each_benchmark_leaves_a_record_of_every_row(folder, name):
             assert record["ratio"] > 0
     agreeing = [r for r in result["rows"] if r["measure"] == "run" and "ratio" in r]
     assert all(e < 1e-2 for r in agreeing for e in r["disagreement"].values())
-
-
-def test_the_update_leaves_what_the_readme_shows(folder):
-    made = json.loads((folder / "update-cpu.json").read_text())
-    shown = json.loads((ROOT / "benchmarks" / "results" / "update.json").read_text())
-    assert made["update"][0].keys() == shown["update"][0].keys()
-    assert made["tracing"].keys() == shown["tracing"].keys()
-    assert made["machine"]["jax"] == jax.__version__
 
 
 def test_all_are_in_the_table_and_the_chart(folder):

@@ -42,12 +42,15 @@ class Step:
         self.step = self.made()
         self.state = self.step.init(problem.params())
         self.batches = on_jax.batches_of(problem)
-        self.many: list[Any] = []
+        self.turns: Any = itertools.cycle(self.batches)
+        self.feed: Any = None
         k = problem.steps_per_call
-        if k > 1:
+        if problem.kind == "digits" and k > 1:  # from the host, as `run` takes them
+            self.feed = itertools.cycle(zip(*problem.batches(), strict=True))
+        elif k > 1:
             some = [self.batches[i : i + k] for i in range(0, len(self.batches) - k + 1, k)]
-            self.many = [jax.tree.map(lambda *x: jnp.stack(x), *calls) for calls in some]
-        self.turns = itertools.cycle(self.many or self.batches)
+            calls = [jax.tree.map(lambda *x: jnp.stack(x), *batches) for batches in some]
+            self.turns = itertools.cycle(calls)
 
     def made(self) -> ol.TrainStep:
         return ol.optimize_loss(
@@ -66,9 +69,13 @@ class Step:
         return on_jax.counted(self.built("compile"))
 
     def run(self, steps: int) -> None:
-        call = self.step.many if self.many else self.step
-        for _ in range(steps // self.problem.steps_per_call):
-            self.state, _ = call(self.state, *next(self.turns))
+        k = self.problem.steps_per_call
+        if self.feed is not None:
+            self.state, _ = self.step.run(self.state, self.feed, steps=steps, steps_per_call=k)
+        else:
+            call = self.step.many if k > 1 else self.step
+            for _ in range(steps // k):
+                self.state, _ = call(self.state, *next(self.turns))
         jax.block_until_ready(self.state)
 
     def values(self) -> Any:

@@ -8,7 +8,6 @@ import jax
 import pytest
 
 import optimize_loss as ol
-from benchmarks import update
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -70,8 +69,6 @@ def test_the_table_of_speed_is_what_the_benchmarks_recorded():
 
 
 def test_the_figures_of_the_older_jax_are_what_the_benchmark_recorded():
-    result = json.loads(
-        (RESULTS / "update-jax-0.8.json").read_text()
-    )
+    result = json.loads((RESULTS / "update-jax-0.8.json").read_text())
     large = [f"{r['ratio']:.2f}" for r in result["update"] if r["parameters"] == 10_000_000]
     assert f"{' and '.join(large)} at 1e7" in README.read_text()

@@ -77,8 +77,8 @@ def _rank(update: jax.Array, ranks: list[int], members: Members | None, none: in
     if members is None or not update.size:
         return jnp.where(_is_bad(update), ranks[0], none).astype(jnp.int32)
     ends = np.cumsum(members.sizes).astype(np.int32)
-    first = jnp.argmax(~jnp.isfinite(update)).astype(jnp.int32)
-    # A count, as a search in a table of no more than a few thousand ends.
+    index = jax.lax.iota(jnp.int32, update.size)
+    first = jnp.min(jnp.where(update - update == 0, update.size - 1, index))
     which = jnp.sum(first >= jnp.asarray(ends), dtype=jnp.int32)
     rank = jnp.asarray(np.array(ranks, np.int32))[which]
     return jnp.where(_is_bad(update), rank, none).astype(jnp.int32)
@@ -86,4 +86,5 @@ def _rank(update: jax.Array, ranks: list[int], members: Members | None, none: in
 
 @jax.jit
 def _is_bad(update: jax.Array) -> jax.Array:
-    return ~jnp.all(jnp.isfinite(update))
+    # XLA on CPU would write `isfinite` out as an array.
+    return jnp.sum(jnp.abs(update - update)) != 0

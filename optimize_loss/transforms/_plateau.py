@@ -15,7 +15,7 @@ class ReduceOnPlateau(Link):
     """Multiply the learning rate by a factor when the loss has not improved for a while.
 
         improved:  mean loss < best - threshold · |best|   (- threshold, if not `relative`)
-        after more than `patience` means without, outside of a cooldown:  scale ← factor · scale
+        after more than `patience` means without, outside of a cooldown:  scale ← multiplier · scale
 
     `scale` starts at 1, is kept in the state, and multiplies the `learning_rate` of all links,
     whatever that is: a number, a schedule, or the part of a rule. The loss of an update counts
@@ -23,7 +23,7 @@ class ReduceOnPlateau(Link):
     several updates, `every`, is less noisy. A loss that is not finite is no improvement.
 
     Args:
-      factor: in [0, 1].
+      multiplier: in [0, 1].
       patience: how many means in a row may be no improvement, an integer of at least 0.
       threshold: the least improvement, at least 0: a share of the best, or a difference.
       cooldown: for how many means after a reduction none is counted, an integer of at least 0.
@@ -36,7 +36,7 @@ class ReduceOnPlateau(Link):
 
       >>> import optimize_loss as ol
       >>> tx = ol.transforms.chain(rate=ol.transforms.ScaleByLearningRate(1.0),
-      ...     plateau=ol.transforms.ReduceOnPlateau(factor=0.5, patience=0))
+      ...     plateau=ol.transforms.ReduceOnPlateau(0.5, patience=0))
       >>> state = tx.init({"w": 0.0})
       >>> for loss in (-3.0, -3.0, -4.0):
       ...     updates, state = tx.update({"w": 1.0}, state, value=loss)
@@ -48,7 +48,7 @@ class ReduceOnPlateau(Link):
       that of `optax.contrib.reduce_on_plateau` ask a negative loss for less than no improvement.
     """
 
-    factor: Fraction = 0.1
+    multiplier: Fraction = 0.1
     patience: Annotated[int, STEP] = 10
     threshold: NotNegative = 1e-4
     cooldown: Annotated[int, STEP] = 0
@@ -85,7 +85,7 @@ class ReduceOnPlateau(Link):
         cooling = memory["cooling"] > 0
         without = jnp.where(improved | cooling, 0, memory["without"] + 1)
         reduces = without > numbers["patience"]
-        lowered = jnp.maximum(memory["scale"] * numbers["factor"], numbers["min_scale"])
+        lowered = jnp.maximum(memory["scale"] * numbers["multiplier"], numbers["min_scale"])
         seen = improved | ~is_first
         return {
             # A `min_scale` above the scale does not lift it.

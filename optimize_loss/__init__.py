@@ -5,6 +5,7 @@ from optimize_loss import schedules as schedules
 from optimize_loss import transforms as transforms
 from optimize_loss._checks import CheckpointMismatch as CheckpointMismatch
 from optimize_loss._checks import InvalidType as InvalidType
+from optimize_loss._checks import NonFiniteError as NonFiniteError
 from optimize_loss._checks import TreeMismatch as TreeMismatch
 from optimize_loss._loss import Aux as Aux
 from optimize_loss._metrics import OPTIMIZER_SUMMARIES as OPTIMIZER_SUMMARIES
@@ -14,6 +15,7 @@ from optimize_loss._train_step import TrainStep as TrainStep
 from optimize_loss._train_step import optimize_loss as optimize_loss
 from optimize_loss.optimizers._tf1 import OPTIMIZER_CLS_NAMES as OPTIMIZER_CLS_NAMES
 from optimize_loss.optimizers._variable import Variable as Variable
+from optimize_loss.transforms._guard import SkipSpikes as Spike
 
 __all__ = [
     "OPTIMIZER_CLS_NAMES",
@@ -21,6 +23,8 @@ __all__ = [
     "Aux",
     "CheckpointMismatch",
     "InvalidType",
+    "NonFiniteError",
+    "Spike",
     "TrainState",
     "TrainStep",
     "TreeMismatch",

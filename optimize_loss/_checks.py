@@ -29,6 +29,16 @@ class CheckpointMismatch(ValueError):
     """A file or state is not of what it is loaded into; the message says what differs."""
 
 
+class NonFiniteError(FloatingPointError):
+    """Too many batches in a row were left out; the message says why, `state` is what to go on with.
+
+    Attributes:
+      state: the state as it is without these batches, which counts from 0 again.
+    """
+
+    state: Any = None
+
+
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """What a hyperparameter must satisfy, and how it is kept in the state.

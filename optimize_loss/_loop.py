@@ -13,12 +13,14 @@ from optimize_loss._batches import Source, check_batches, check_sharding
 from optimize_loss._checks import (
     AT_LEAST_1,
     InvalidType,
+    NonFiniteError,
     check_flags,
     check_integer,
     check_takes,
     received,
 )
 from optimize_loss._history import History
+from optimize_loss._skips import check_metric
 from optimize_loss._state import TrainState
 
 
@@ -99,7 +101,8 @@ class Run:
             )
         with _bar(self.plan, self.loss) as show:
             try:
-                metrics = self._take(Source(batches, self.plan.sharding), History(show))
+                seen = self._watched(show)
+                metrics = self._take(Source(batches, self.plan.sharding), History(seen))
                 if self.plan.steps not in (None, self.taken):
                     warnings.warn(
                         f"`batches` ended after {self.taken} of {self.plan.steps} steps.",
@@ -138,8 +141,21 @@ class Run:
                 )
             self.state = self.state if new is None else new
 
+    def _watched(self, show: Callable[[int, Any], None]) -> Callable[[int, Any], None]:
+        """Return a function that shows fetched metrics, and raises if too much was left out."""
+        tag = f"{self.loss.removesuffix('loss')}skipped_in_a_row"
+
+        def seen(steps: int, metrics: Any) -> None:
+            show(steps, metrics)
+            if tag in metrics:
+                check_metric(self.state, metrics[tag])
+
+        return seen
+
     def _attach_state(self, error: Any) -> None:
         """Make the state reached an attribute of the error, if it can be used."""
+        if isinstance(error, NonFiniteError) and error.state is not None:
+            self.state = error.state
         leaves = [leaf for leaf in jax.tree.leaves(self.state) if isinstance(leaf, jax.Array)]
         if any(leaf.is_deleted() for leaf in leaves):
             return

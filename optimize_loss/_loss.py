@@ -14,16 +14,19 @@ from optimize_loss._model_state import is_array, like_model_state
 
 
 class Aux(NamedTuple):
-    """What a loss may return beside its value: `return loss, Aux(metrics=..., model_state=...)`.
+    """What a loss may return beside its value: `return loss, Aux(metrics=...)`.
 
     Attributes:
       metrics: {name: array}, reported beside the step's own metrics.
       model_state: the new model state, with the structure, shapes and dtypes of the old one; None
         keeps the old one.
+      weight: how much there was in the batch over which the loss is a mean, such as its number of
+        tokens, at least 0: a scalar, for `Accumulate(reduce="weighted")`.
     """
 
     metrics: Mapping[str, Any] = {}
     model_state: Any = None
+    weight: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +130,13 @@ def _check_aux(aux: Aux, old: Any) -> Aux:
             raise InvalidType(
                 f"`metrics` must map names to arrays. Received: metrics[{name!r}] = {value!r}."
             )
+    if aux.weight is not None:
+        if not is_array(aux.weight) or jnp.issubdtype(
+            jnp.result_type(aux.weight), jnp.complexfloating
+        ):
+            raise InvalidType(f"`weight` must be a real number. {received('weight', aux.weight)}")
+        if jnp.shape(aux.weight):
+            raise ValueError(f"`weight` must be a scalar. Received: shape {jnp.shape(aux.weight)}.")
     if aux.model_state is None:
         return aux._replace(model_state=old)
     if old is None:

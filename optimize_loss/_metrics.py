@@ -15,7 +15,9 @@ from optimize_loss.transforms import (
     ObserveHistograms,
     ObserveNorm,
     ObserveNorms,
+    ReduceOnPlateau,
 )
+from optimize_loss.transforms._guard import guard_of
 
 OPTIMIZER_SUMMARIES = (
     "learning_rate",
@@ -80,6 +82,11 @@ def read(chain: Chain, state: dict[str, Any]) -> dict[str, Any]:
         counts, edges = (state["gradient_histograms"][slot] for slot in ("counts", "edges"))
         pairs = zip(jax.tree.leaves(counts), jax.tree.leaves(edges), strict=True)
         metrics |= _by_name("gradients", counts, pairs)
+    if guard := guard_of(chain.links):
+        metrics |= {n: state[guard[0]][n] for n in ("skipped", "skipped_in_a_row")}
+    for name, link in chain.links:
+        if isinstance(link, ReduceOnPlateau):
+            metrics["plateau_scale"] = state[name]["scale"]
     if "loss_mean" in state:
         metrics["loss/mean"] = state["loss_mean"]["mean"]
     for name, _ in chain.links:

@@ -31,6 +31,7 @@ from optimize_loss.transforms import (
 )
 from optimize_loss.transforms._base import is_transformation
 from optimize_loss.transforms._bucket import LARGEST_IN_A_BUCKET
+from optimize_loss.transforms._guard import Guard
 
 Links = dict[str, Any]
 
@@ -152,7 +153,7 @@ def joined(links: Links, rule: Links) -> Links:
     return first | links | rule
 
 
-_FIRST = (SumOverAxis, DivideByLossScale, DivideByDynamicLossScale, Accumulate)
+_FIRST = (SumOverAxis, Guard, DivideByLossScale, DivideByDynamicLossScale, Accumulate)
 
 
 def check_variables(variables: Any) -> tuple[Pattern, ...] | None:

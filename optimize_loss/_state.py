@@ -9,9 +9,13 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from optimize_loss._checks import STEP, InvalidType, check_integer
+from optimize_loss._names import leaf_names
 from optimize_loss.transforms import Chain
 from optimize_loss.transforms._bucket import Layout
+from optimize_loss.transforms._guard import guard_of
+from optimize_loss.transforms._health import blamed
 from optimize_loss.transforms._params import placed_like
+from optimize_loss.transforms._views import averaged_params
 
 
 @functools.partial(
@@ -96,6 +100,35 @@ class TrainState:
             return self.first_step
         most = jnp.iinfo(jnp.int32).max - jnp.maximum(self.first_step, 0)
         return self.first_step + jnp.minimum(self.packed_optimizer["step"], most)
+
+    @property
+    def eval_params(self) -> Any:
+        """The parameters to evaluate: the average, or the slow ones, where a link keeps such.
+
+        What `ema`, `lookahead` and schedule-free optimizers have users keep; all else is as in
+        `params`.
+
+        Example:
+          >>> import optimize_loss as ol
+          >>> step = ol.optimize_loss(
+          ...     lambda p, x: p["w"] * x, learning_rate=1.0, optimizer="SGD", ema=0.5)
+          >>> state, _ = step.many(step.init({"w": 4.0}), [1.0, 3.0])
+          >>> print(state.params["w"], state.eval_params["w"])  # of 3 and 0, the newest twice
+          0.0 1.0
+        """
+        return averaged_params(self.chain, self.optimizer, self.params)
+
+    @property
+    def offender(self) -> str | None:
+        """Why the last batch was left out by `skip`: a parameter's name, or what else it was.
+
+        The name is that of the first parameter whose gradient was not finite; "the loss" stands
+        for a loss alone, "the norm of all gradients" for a spike. None if there was no such batch.
+        Waits for the device.
+        """
+        if (guard := guard_of(self.chain.links)) is None:
+            return None
+        return blamed(int(self.links[guard[0]]["offender"]), leaf_names(self.params))
 
     def set(self, *, step: Any = None, **values: Any) -> "TrainState":
         """Return the state with another step or other hyperparameters; nothing is traced anew.

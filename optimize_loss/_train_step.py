@@ -13,6 +13,7 @@ from jax.core import Tracer
 
 from optimize_loss import _metrics
 from optimize_loss import _options as options
+from optimize_loss._around import Around
 from optimize_loss._checks import (
     DECAY,
     SEED,
@@ -28,11 +29,23 @@ from optimize_loss._loop import Run, check_plan
 from optimize_loss._loss import Loss
 from optimize_loss._model_state import run_update_ops
 from optimize_loss._names import Pattern
+from optimize_loss._skips import check_ready
 from optimize_loss._state import TrainState
-from optimize_loss._trainable import Trainable, colocated, find_trainable, gradients
+from optimize_loss._steepest import flat_gradients, weight_of
+from optimize_loss._trainable import Trainable, colocated, find_trainable
 from optimize_loss.optimizers._resolve import resolve
-from optimize_loss.transforms import Accumulate, AverageLoss, Chain, chain
+from optimize_loss.transforms import (
+    Accumulate,
+    AverageLoss,
+    Chain,
+    Lookahead,
+    ReduceOnPlateau,
+    SkipNonFinite,
+    SkipSpikes,
+    chain,
+)
 from optimize_loss.transforms._bucket import Layout, find_layout, unpacked
+from optimize_loss.transforms._guard import kept
 from optimize_loss.transforms._params import PARAMETER, copied, distinct, placed_like
 
 logger = logging.getLogger("optimize_loss")
@@ -281,6 +294,7 @@ class TrainStep:
 
     def _dispatch(self, many: bool, state: TrainState, batch: tuple[Any, ...]) -> Any:
         self._check_state(state)
+        check_ready(state)
         traced = isinstance(state.packed_optimizer["step"], Tracer)
         try:
             return self._program(many, not traced)(self._shardings(state), state, batch)
@@ -344,25 +358,27 @@ class TrainStep:
                 if isinstance(link, Accumulate):  # calls between two updates
                     key = jax.random.fold_in(key, state.links[name]["gathered"])
         trainable = find_trainable(state.params, self.variables)
-        loss, aux, grads = gradients(
+        loss, aux, grads = flat_gradients(
             lambda params: self.loss(params, batch, model_state, key),
             trainable,
             self.chain.loss_scale(state.links, state.step),
+            self.chain.numbers_named("rho", state.links, state.step).get("sam"),
         )
         if shardings is not None:
             grads = colocated(grads, shardings)
-        new = self._updated(state, trainable, grads, loss)
-        new = dataclasses.replace(new, model_state=aux.model_state)
+        new = self._updated(state, trainable, grads, {"value": loss, **weight_of(aux, self.chain)})
+        model_state = kept(self.chain.links, new.links, state.model_state, aux.model_state)
+        new = dataclasses.replace(new, model_state=model_state)
         metrics = {"loss": loss, **_metrics.read(self.chain, new.links)}
         if "learning_rate" in self.summaries:
             metrics |= _metrics.rates(self.chain, state.links, state.step, self.learning_rate)
         return new, _metrics.joined(metrics, aux.metrics, self.name)
 
     def _updated(
-        self, state: TrainState, trainable: Trainable, grads: list[Any], loss: jax.Array
+        self, state: TrainState, trainable: Trainable, grads: list[Any], extra: dict[str, Any]
     ) -> TrainState:
         """Return the state with the parameters and the optimizer's state after an update."""
-        apply = functools.partial(self.chain.apply, schedule_step=state.step, value=loss)
+        apply = functools.partial(self.chain.apply, schedule_step=state.step, **extra)
         packed, optimizer, layout = state.packed_params, state.links, state.layout
         if layout is None or not layout.trains(trainable.names):
             tree = trainable.tree
@@ -404,6 +420,13 @@ def optimize_loss(
     increment_global_step: bool = True,
     *,
     moving_average_decay: float | None = None,
+    skip: Literal["nonfinite"] | SkipNonFinite | SkipSpikes | None = None,
+    loss_scale: Any = None,
+    accumulate: int | Accumulate | None = None,
+    ema: Any = None,
+    lookahead: int | Lookahead | None = None,
+    sam: Any = None,
+    plateau: ReduceOnPlateau | None = None,
     seed: int = 0,
     bucket: Literal["auto"] | int | None = "auto",
 ) -> TrainStep:
@@ -447,6 +470,27 @@ def optimize_loss(
       increment_global_step: whether a step advances the global step that schedules see.
       moving_average_decay: where given, the metric `loss/mean` is a moving average of the loss,
         which starts at 0. Training is not affected.
+      skip: "nonfinite", `ol.transforms.SkipNonFinite()` or `ol.Spike()`: a batch whose loss or
+        gradients are not finite, or unusually large, leaves no trace in the state, the model state
+        included, but for being counted, in the metrics `skipped` and `skipped_in_a_row`.
+        `state.offender` names the parameter. So many in a row, by default 10, are a
+        `NonFiniteError`, raised when the host comes to know of it. With a dynamic loss scale
+        above 1, gradients alone that are not finite are left to that.
+      loss_scale: "dynamic", or a number above 0, or a link of that kind: by what the loss is
+        multiplied for the gradients, which lifts those of float16 over its smallest number.
+      accumulate: how many batches make one update, at least 1, or an `ol.transforms.Accumulate`
+        with another `reduce` than the mean. What goes by steps, goes by updates.
+      ema: the decay of an average of the parameters, in [0, 1), a schedule of it, or an
+        `ol.transforms.AverageParams`. `state.eval_params` shows the average, in which the first
+        parameters do not count: after n updates the newest have the weight (1-β) / (1-βⁿ), about
+        1/n at first.
+      lookahead: how many updates come before one of slow parameters, at least 1, or an
+        `ol.transforms.Lookahead`. `state.eval_params` shows the slow ones.
+      sam: the radius ρ within which the parameters are first moved to where the loss is larger,
+        above 0: sharpness-aware minimization. The gradients are those of there, at twice the
+        cost; loss, metrics and model state those of the parameters. `state.set(rho=...)` sets it.
+      plateau: an `ol.transforms.ReduceOnPlateau`, which lowers the learning rate where the loss
+        does not fall; its factor is the metric `plateau_scale`.
       seed: of the noise, and of the key of losses that take one; an integer in [0, 2**32).
       bucket: parameters of at most so many entries share one array inside of the state, which
         makes a step with many small ones faster. None: none do. What is computed is the same, but
@@ -488,9 +532,10 @@ def optimize_loss(
     if moving_average_decay is not None:
         check_number("moving_average_decay", moving_average_decay, DECAY)
         links["loss_mean"] = AverageLoss(moving_average_decay)
+    around = Around(skip, loss_scale, accumulate, ema, lookahead, sam, plateau)
     return TrainStep(
         loss=Loss(loss),
-        chain=chain(**options.joined(links, resolve(optimizer, rate))),
+        chain=chain(**around.links(options.joined(links, resolve(optimizer, rate)))),
         variables=options.check_variables(variables),
         update_ops=options.check_functions("update_ops", update_ops),
         summaries=chosen,

@@ -164,6 +164,26 @@ def gates(initial_scale, growth_steps, every, rate):
     )
 
 
+def guarded(spikes, initial_scale, every, rate, average):
+    """All that goes around a rule: three gates, and two averages behind it."""
+    return T.chain(
+        skip=T.SkipSpikes(*spikes),
+        unscale=T.DivideByDynamicLossScale(initial_scale, every),
+        accumulate=T.Accumulate(every),
+        seen=T.ObserveNorm(),
+        momentum=T.ScaleByMomentum(average),
+        rate=T.ScaleByLearningRate(rate),
+        lookahead=T.Lookahead(every, average),
+        average=T.AverageParams(average, bias_free=True),
+    )
+
+
+def plateau(*numbers):
+    """A loss that is always the same, and a rate that it lowers."""
+    rate = T.ScaleByLearningRate(numbers[0])
+    return T.chain(link=T.ReduceOnPlateau(*numbers), rate=rate)
+
+
 def is_no_bias(name, param):
     return not name.endswith("bias")
 
@@ -246,6 +266,11 @@ CASES = [
         T.chain(link=T.ShrinkParams(0.2), rate=T.ScaleByLearningRate(0.2)),
     ),
     case("accumulate", T.Accumulate(1), T.Accumulate(2)),
+    case("accumulate-sum", T.Accumulate(1, "sum"), T.Accumulate(2, "sum")),
+    case("skip-nonfinite", T.SkipNonFinite(), T.SkipNonFinite()),
+    case("skip-spikes", T.SkipSpikes(), T.SkipSpikes(3.0, 0.9, 1, 0.2, 1e-6)),
+    case("lookahead", T.Lookahead(2), T.Lookahead(3, 0.25)),
+    case("plateau", plateau(0.5, 0, 1e-4, 0, 0.0, 1), plateau(0.1, 1, 1e-3, 1, 0.2, 2)),
     case("sum-over-axis", T.SumOverAxis(()), T.SumOverAxis(())),  # of no mapped axis
     case("loss-scale", T.DivideByLossScale(4.0), T.DivideByLossScale(5.0)),
     case(
@@ -372,6 +397,11 @@ CASES = [
         scaled(4.0, 1, 0.1, (0.1, -0.5, 0.1, 0.01, 0.01, 0.01, 0.1)),
         scaled(5.0, 2, 0.2, (0.2, -0.4, 0.2, 0.02, 0.02, 0.02, 0.2)),
         complex_ok=False,
+    ),
+    case(
+        "chain-guarded",
+        guarded((6.0, 0.99, 20, 0.1, 1e-8), 4.0, 1, 0.1, 0.9),
+        guarded((5.0, 0.9, 2, 0.2, 1e-6), 5.0, 2, 0.2, 0.5),
     ),
     case("chain-gates", gates(4.0, 1, 1, 0.1), gates(5.0, 2, 2, 0.2)),
     case(

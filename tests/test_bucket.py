@@ -89,7 +89,7 @@ def norm_ulps(case):
     kernels, where it contracts another product and sum into one operation.
     """
     links = [case.chain.link(name) for name, _ in case.chain.links]
-    norms = [getattr(link, "needs", None) == "global_norm" for link in links]
+    norms = [getattr(link, "needs", None) in ("global_norm", "health") for link in links]
     return 4 if any(norms) or any(isinstance(link, T.ScaleByNadam) for link in links) else 0
 
 

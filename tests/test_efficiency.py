@@ -80,6 +80,9 @@ BEHIND_GATES = {
     "loss-scale": (T.chain(gate=SCALE, **ADAM), 12),
     "loss-scale-and-clip": (T.chain(gate=SCALE, clip=CLIP, decay=FIRST, **ADAM), 12),
     "both": (T.chain(scale=SCALE, gate=ACCUMULATE, clip=CLIP, **ADAM), 16),
+    "guard": (T.chain(skip=T.SkipNonFinite(), seen=NORM, clip=CLIP, **ADAM), 12),
+    "guard-of-spikes": (T.chain(skip=T.SkipSpikes(), clip=CLIP, decay=FIRST, **ADAM), 12),
+    "three": (T.chain(skip=T.SkipSpikes(), scale=SCALE, gate=ACCUMULATE, clip=CLIP, **ADAM), 16),
     "average": (T.chain(gate=ACCUMULATE, **ADAM, average=T.AverageParams()), 20),
 }
 
@@ -107,8 +110,11 @@ def test_all_norms_around_a_clip_cost_one_pass():
 
     alone = T.chain(clip=CLIP, rate=RATE)
     observed = T.chain(multiply=T.MultiplyGradients({"*": 2.0}), a=NORM, clip=CLIP, b=NORM, r=RATE)
+    scaled = T.chain(skip=T.SkipSpikes(), scale=SCALE, a=NORM, clip=CLIP, rate=RATE)
     assert reductions(alone) == 1
     assert reductions(observed) == 1
+    assert reductions(T.chain(skip=T.SkipNonFinite(), a=NORM, clip=CLIP, rate=RATE)) == 1
+    assert reductions(scaled) == 1
 
 
 def equations(jaxpr):

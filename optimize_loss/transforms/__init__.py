@@ -30,8 +30,11 @@ from optimize_loss.transforms._clip import ClipByNorm as ClipByNorm
 from optimize_loss.transforms._clip import ClipByValue as ClipByValue
 from optimize_loss.transforms._for_parameters import ForParameters as ForParameters
 from optimize_loss.transforms._ftrl import StepByFtrl as StepByFtrl
+from optimize_loss.transforms._guard import SkipNonFinite as SkipNonFinite
+from optimize_loss.transforms._guard import SkipSpikes as SkipSpikes
 from optimize_loss.transforms._lamb import ScaleByLamb as ScaleByLamb
 from optimize_loss.transforms._lion import ScaleByLion as ScaleByLion
+from optimize_loss.transforms._lookahead import Lookahead as Lookahead
 from optimize_loss.transforms._loss_scale import (
     DivideByDynamicLossScale as DivideByDynamicLossScale,
 )
@@ -44,6 +47,7 @@ from optimize_loss.transforms._noise import AddNoise as AddNoise
 from optimize_loss.transforms._observe import ObserveHistograms as ObserveHistograms
 from optimize_loss.transforms._observe import ObserveNorm as ObserveNorm
 from optimize_loss.transforms._observe import ObserveNorms as ObserveNorms
+from optimize_loss.transforms._plateau import ReduceOnPlateau as ReduceOnPlateau
 from optimize_loss.transforms._proximal import StepByDualAveraging as StepByDualAveraging
 from optimize_loss.transforms._proximal import StepByProximalAdagrad as StepByProximalAdagrad
 from optimize_loss.transforms._proximal import StepByProximalGradient as StepByProximalGradient
@@ -75,6 +79,7 @@ __all__ = [
     "Fraction",
     "FullDecay",
     "Link",
+    "Lookahead",
     "MultiplyGradients",
     "NotNegative",
     "NotPositive",
@@ -83,6 +88,7 @@ __all__ = [
     "ObserveNorms",
     "Positive",
     "PositiveStart",
+    "ReduceOnPlateau",
     "ScaleByAdadelta",
     "ScaleByAdagrad",
     "ScaleByAdam",
@@ -96,6 +102,8 @@ __all__ = [
     "ScaleByRMS",
     "Seed",
     "ShrinkParams",
+    "SkipNonFinite",
+    "SkipSpikes",
     "Start",
     "StepByAdafactor",
     "StepByDualAveraging",

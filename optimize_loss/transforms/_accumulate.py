@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optimize_loss._checks import InvalidType, received
+from optimize_loss._checks import InvalidType, check_choice, received
 from optimize_loss.transforms._base import Count, Link, TreeLink, zeros
 
 
@@ -15,14 +15,22 @@ class Accumulate(Link):
     """Let the links behind run once in `every` calls, on the mean of the gradients since.
 
         s ← s + g,   and in every `every`-th call:  u = s / every;  the next one begins with s ← g
+        reduce="sum":       u = s
+        reduce="weighted":  s ← s + w · g,  W ← W + w,  u = s / W
 
     In all other calls parameters, the slots of the links behind and the count of updates stay as
     they are: schedules, Adam's correction and averages go by updates. The sum is kept in float32
     or wider. Which parameters have no gradient must be the same in all calls of one update: what
     was gathered for one that has none in the last call is lost.
 
+    Weighted, the mean over batches of different sizes is that over one large batch: w is how much
+    there was in the batch over which its loss is a mean, such as its number of tokens. A loss for
+    `optimize_loss` returns it in `Aux(weight=...)`; elsewhere it is passed to `update`. Where all
+    weights of an update are 0, so is u.
+
     Args:
       every: how many gradients make one update, an integer of at least 1.
+      reduce: "mean", "sum" or "weighted".
 
     Example:
       >>> import optimize_loss as ol
@@ -39,16 +47,22 @@ class Accumulate(Link):
     """
 
     every: Count
+    reduce: str = "mean"
+    needs = "weight"
     gates = True
     elementwise = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_choice("reduce", self.reduce, ("mean", "sum", "weighted"))
 
     def slots(self, param):
         """Return the sum."""
         return {"sum": zeros(param)}
 
     def memory(self):
-        """Return how many gradients are in the sum."""
-        return {"gathered": 0}
+        """Return how many gradients are in the sum, and their weights' sum."""
+        return {"gathered": 0} | ({"weight": 0.0} if self.reduce == "weighted" else {})
 
     def scalars(self, numbers, memory, total, step):
         """Count one gradient, and open when they are enough."""
@@ -57,16 +71,28 @@ class Accumulate(Link):
         # The count, not `every`, divides: `every` may have been set lower in between.
         share = 1 / gathered.astype(float)
         k = {"open": enough, "is_first": gathered == 1, "share": share}
-        return k, {"gathered": jnp.where(enough, 0, gathered)}
+        new = {"gathered": jnp.where(enough, 0, gathered)}
+        if self.reduce == "weighted":
+            if total is None:
+                raise ValueError(
+                    f"{self!r} needs a weight: return it in `Aux(weight=...)` of the loss, or pass "
+                    "`weight=...` to `update`."
+                )
+            weight = jnp.where(k["is_first"], total, memory["weight"] + total)
+            share = jnp.where(weight == 0, 0, 1 / jnp.where(weight == 0, 1, weight))
+            k, new = {**k, "share": share, "weight": total}, {**new, "weight": weight}
+        return k, new
 
     def leaf(self, update, slots, param, k):
         """Add one gradient to the sum."""
+        if self.reduce == "weighted":
+            update = update * k["weight"]
         total = jnp.where(k["is_first"], update, slots["sum"] + update)
         return total, {"sum": total}
 
     def factor(self, k):
         """Return what makes the sum a mean."""
-        return k["share"]
+        return jnp.ones_like(k["share"]) if self.reduce == "sum" else k["share"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -121,12 +121,20 @@ class Link:
       [-1.  0.  1.] 0.5
     """
 
-    needs: ClassVar[Literal["global_norm", "loss"] | None] = None
+    needs: ClassVar[Literal["global_norm", "loss", "weight", "health"] | None] = None
     """What `scalars` receives as `total` where there is no `measure`: the L2 norm of all updates
-    at this place in the chain, safe from overflow, or the loss of this step."""
+    at this place in the chain, safe from overflow; the loss of this step; the weight that it came
+    with, or None; or, for guards, the `Health` of the step."""
 
     borrows: ClassVar[tuple[str, ...]] = ()
     """Numbers of other links that `scalars` receives with its own, such as `learning_rate`."""
+
+    lowers: ClassVar[tuple[str, ...]] = ()
+    """Numbers that are multiplied, in all links that have them, by the `scale` in its memory."""
+
+    sees_loss_scale: ClassVar[bool] = False
+    """True where `scalars` receives the `loss_scale` of all links with its numbers, if there is
+    one, and whether it `scale_shrinks`, if it is dynamic. Such a link stands before these links."""
 
     observes: ClassVar[bool] = False
     """True where `leaf` returns the update as it came."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ import optax
 
 from optimize_loss._checks import InvalidType, TreeMismatch, nearest
 from optimize_loss.transforms import _numbers
-from optimize_loss.transforms._base import Link, is_transformation, number_rules
+from optimize_loss.transforms._base import Link, Numbers, is_transformation, number_rules
 from optimize_loss.transforms._for_parameters import ForParameters
 from optimize_loss.transforms._fused import Wanted
 from optimize_loss.transforms._init import init_link
@@ -135,8 +135,9 @@ class Chain(optax.GradientTransformationExtraArgs):
     def numbers_named(self, name: str, state: State, schedule_step: Any = None) -> State:
         """Return the hyperparameter `name` of every link that has it, at this step, by link."""
         step = state["step"] if schedule_step is None else schedule_step
+        lowered = self._lowered(state)
         return {
-            owner: _numbers.all_at_step(owner, self.link(owner), state[owner], step)[name]
+            owner: lowered(_numbers.all_at_step(owner, self.link(owner), state[owner], step))[name]
             for owner, number in self._numbers()
             if number == name and self._is_declared(owner, number)
         }
@@ -271,8 +272,9 @@ class Chain(optax.GradientTransformationExtraArgs):
     def _numbers_at(self, state: State, step: Any) -> dict[str, dict[str, jax.Array]]:
         """Return for each link of ours its numbers at this step, with those that it borrows."""
         entries = dict(self.links)
+        lowered = self._lowered(state)
         own = {
-            name: _numbers.all_at_step(name, link, state[name], step)
+            name: lowered(_numbers.all_at_step(name, link, state[name], step))
             for name, link in self._linked()
             if isinstance(link, Link)
         }
@@ -281,7 +283,38 @@ class Chain(optax.GradientTransformationExtraArgs):
             for name, link in self._linked()
             if isinstance(link, Link)
         }
-        return {name: {**own[name], **borrowed[name]} for name in own}
+        seen = {
+            name: self._scale_seen(state, step) if self.link(name).sees_loss_scale else {}
+            for name in own
+        }
+        return {name: {**own[name], **borrowed[name], **seen[name]} for name in own}
+
+    def _lowered(self, state: State) -> Callable[[Numbers], Numbers]:
+        """Return the function that multiplies the numbers of a link by what lowers them."""
+        scales = [
+            (number, state[name]["scale"])
+            for name, link in self._linked()
+            for number in getattr(link, "lowers", ())
+        ]
+
+        def lowered(numbers: Numbers) -> Numbers:
+            for name, scale in scales:
+                if name in numbers:
+                    numbers = {**numbers, name: numbers[name] * scale.astype(numbers[name].dtype)}
+            return numbers
+
+        return lowered
+
+    def _scale_seen(self, state: State, step: Any) -> dict[str, jax.Array]:
+        """Return the loss scale of all links, and whether it is one that can shrink."""
+        scale = self.loss_scale(state, step)
+        dynamic = [
+            state[name]["loss_scale"] > 1
+            for name, link in self._linked()
+            if isinstance(link, Link) and "loss_scale" in link.memory()
+        ]
+        can_shrink = {"scale_shrinks": functools.reduce(jnp.logical_or, dynamic)} if dynamic else {}
+        return {} if scale is None else {"loss_scale": scale, **can_shrink}
 
     def _run(
         self,

@@ -7,7 +7,7 @@ links before it are computed once for the norm and once again for the update.
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from optimize_loss._checks import InvalidType, TreeMismatch
 from optimize_loss.transforms._base import Link, Numbers, abs_squared, compute_dtype, norm, sqrt
 from optimize_loss.transforms._bucket import Members
+from optimize_loss.transforms._health import health
 
 Slots = dict[str, jax.Array]
 Links = tuple[Link, ...]
@@ -24,6 +25,9 @@ GROUP = 16  # leaves in a call
 
 
 Wanted = Literal["params", "updates", "rest"]
+
+# For leaves of these numbers, Σ|u|² of each.
+Squares = MutableMapping[tuple[int, ...], list[jax.Array]]
 
 
 class Leaf(NamedTuple):
@@ -65,7 +69,9 @@ class Settings(NamedTuple):
     memories: list[dict[str, jax.Array]]  # for each link, its memory for the whole tree
     step: jax.Array  # number of updates made before this one, an int32
     loss: jax.Array | None
+    weight: jax.Array | None  # that the loss came with
     dtype: Any  # of numbers that are not one parameter's
+    squares: Squares  # found by passes before, and by this one, of updates as they come to it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +119,7 @@ def prepare(
     """
     ks: list[tuple[Numbers, ...]] = [() for _ in leaves]
     shared, memories = [], []
-    norms = _Norms(links, own, owners, leaves, settings.dtype)
+    norms = _Norms(links, own, owners, leaves, settings)
     for i, link in enumerate(links):
         here = [j for j, mine in enumerate(own) if mine[i] is not PASS]
         total = None
@@ -122,10 +128,16 @@ def prepare(
             total = _sum(parts, settings.dtype)
         elif link.needs == "global_norm":
             total = norms.before(i, here, ks)
+        elif link.needs == "health":
+            updates, mine = [leaves[j].update for j in here], [owners[j] for j in here]
+            parts = (settings.loss, settings.weight)
+            total = health(norms.before(i, here, ks), parts, updates, mine)
         elif link.needs == "loss":
             if settings.loss is None:
                 raise ValueError(f"{link!r} needs the loss: pass `value=loss` to `update`.")
             total = jnp.asarray(settings.loss, settings.dtype)
+        elif link.needs == "weight" and settings.weight is not None:
+            total = jnp.asarray(settings.weight, settings.dtype)
         k, memory = link.scalars(settings.numbers[i], settings.memories[i], total, settings.step)
         memories.append({m: memory[m].astype(old.dtype) for m, old in settings.memories[i].items()})
         shared.append(k)
@@ -348,11 +360,13 @@ class _Norms:
         own: Sequence[Links],
         owners: Sequence[Owner],
         leaves: Sequence[Leaf],
-        dtype: Any,
+        settings: Settings,
     ) -> None:
         self.links, self.own, self.owners = links, own, owners
-        self.leaves, self.dtype = leaves, dtype
-        self.squares: dict[tuple[tuple[int, ...], ...], list[jax.Array]] = {}
+        self.leaves, self.dtype, self.known = leaves, settings.dtype, settings.squares
+        self.squares: dict[tuple[tuple[int, ...], ...], list[jax.Array]] = {
+            ((), here): parts for here, parts in settings.squares.items()
+        }
 
     def before(
         self, place: int, here: Sequence[int], ks: Sequence[tuple[Numbers, ...]]
@@ -378,6 +392,8 @@ class _Norms:
         key = (tuple(changing), tuple(here))
         if key not in self.squares:
             self.squares[key] = for_all(_squares, self.dtype, prefixes, owners)
+            if not changing:
+                self.known[tuple(here)] = self.squares[key]
         parts = self.squares[key]
         squares = jnp.concatenate(parts)
         plain, total = jnp.sum(squares), jnp.sum(squares * (factor * factor))

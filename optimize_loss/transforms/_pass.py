@@ -1,5 +1,6 @@
 """What the passes over a tree of parameters share."""
 
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -8,7 +9,7 @@ import jax
 from optimize_loss._checks import TreeMismatch
 from optimize_loss._names import same_leaves
 from optimize_loss.transforms._base import Link, Numbers, TreeLink, compute_dtype
-from optimize_loss.transforms._fused import Leaf, Owner, Settings, Wanted, prepare
+from optimize_loss.transforms._fused import Leaf, Owner, Settings, Squares, Wanted, prepare
 from optimize_loss.transforms._params import Params
 
 State = dict[str, Any]
@@ -83,9 +84,12 @@ class Flow(NamedTuple):
     updates: list[jax.Array]  # in the dtype in which they came, or in float32 or wider
     params: list[jax.Array]  # as stored; in float32 or wider where links have moved them
     gate: Gate | None = None  # whose factor is still to be applied
+    squares: Mapping[tuple[int, ...], list[jax.Array]] = types.MappingProxyType({})  # if known
 
 
-def prepared(places: list[Place], call: Call, own: Sequence[Any], leaves: list[Leaf]) -> Any:
+def prepared(
+    places: list[Place], call: Call, own: Sequence[Any], leaves: list[Leaf], squares: Squares
+) -> Any:
     """Return what the leaf functions need: for each leaf, and shared; and the new memories."""
     meant = [place.names(call.params) for place in places]
     settings = Settings(
@@ -93,7 +97,9 @@ def prepared(places: list[Place], call: Call, own: Sequence[Any], leaves: list[L
         memories=[{m: call.state[p.name][m] for m in p.link.memory()} for p in places],
         step=call.state["step"],
         loss=call.extra.get("value"),
+        weight=call.extra.get("weight"),
         dtype=call.params.dtype,
+        squares=squares,
     )
     return prepare(tuple(p.link for p in places), own, call.owners, meant, leaves, settings)
 

@@ -62,6 +62,7 @@ def where(entry: Any) -> Any:
 def check_order(entries: Mapping[str, Any]) -> None:
     """Raise if a link lacks its lender, or one for all parameters does not stand where it must."""
     check_last([Place(n, x, (where(entries[n]) is None,)) for n, x in linked(entries)])
+    _check_head(entries)
     for name, link in linked(entries):
         if isinstance(link, TreeLink) and (link.gates or link.moves or link.needs_stored):
             raise InvalidType(
@@ -70,6 +71,28 @@ def check_order(entries: Mapping[str, Any]) -> None:
             )
         for number in getattr(link, "borrows", ()):
             lender(entries, name, number)
+
+
+def _check_head(entries: Mapping[str, Any]) -> None:
+    """Raise if a guard has a gate or a loss scale before it, or a number to lower is not there."""
+    links = dict(linked(entries))
+    before: list[str] = []
+    for name, link in links.items():
+        if not isinstance(link, Link):
+            continue
+        if link.sees_loss_scale and before:
+            raise ValueError(
+                f"The link {name!r} must stand before {before}, so that nothing of a batch that is "
+                f"left out stays in the state. Received: {[*links]}."
+            )
+        if link.gates or "loss_scale" in {**number_rules(type(link)), **link.memory()}:
+            before.append(name)
+        for number in link.lowers:
+            if not any(isinstance(x, Link) and number in x.numbers() for x in links.values()):
+                raise ValueError(
+                    f"The link {name!r} lowers the `{number}` of other links, and none has one. "
+                    f"Received: {[*links]}."
+                )
 
 
 def check_last(places: list[Place]) -> None:

@@ -107,7 +107,8 @@ def _run_links(places: list[Place], call: Call, flow: Flow, wanted: Wanted) -> t
             call.live, flow.updates, flow.params, call.leaves, strict=True
         )
     ]
-    ks, shared, memories = prepared(places, call, own, leaves)
+    squares = dict(flow.squares)
+    ks, shared, memories = prepared(places, call, own, leaves, squares)
     arguments = list(zip(own, leaves, ks, strict=True))
     try:
         results = for_all(run_leaf, wanted, arguments, call.owners)
@@ -125,7 +126,8 @@ def _run_links(places: list[Place], call: Call, flow: Flow, wanted: Wanted) -> t
     }
     moved = [p if new is None else new for p, (_, new, _) in zip(flow.params, results, strict=True)]
     gate = Gate(links[-1], shared[-1]) if places and places[-1].gates else None
-    return Flow([update for update, _, _ in results], moved, gate), new_state
+    known = squares if all(link.observes for link in links) else {}
+    return Flow([update for update, _, _ in results], moved, gate, known), new_state
 
 
 def averaged(places: Sequence[Place], state: State, params: Params) -> list[Any]:

@@ -19,7 +19,7 @@ def run_tree(places: list[Place], call: Call, flow: Flow, wanted: Wanted) -> tup
     (place,) = places
     own = [(place.link if place.takes[j] else PASS,) for j in call.live]
     parts = [Leaf(u, p, None, ({},)) for u, p in zip(flow.updates, flow.params, strict=True)]
-    _, (k,), (memory,) = prepared(places, call, own, parts)
+    _, (k,), (memory,) = prepared(places, call, own, parts, {})
     mine = call.state[place.name]
     slots = {n: x for n, x in mine.items() if n not in {**place.link.numbers(), **memory}}
     leaves = {
@@ -37,7 +37,7 @@ def run_tree(places: list[Place], call: Call, flow: Flow, wanted: Wanted) -> tup
     new, new_slots = _check_result(place, result, updates, slots)
     results = [new.get(name, old) for name, old in zip(call.names, flow.updates, strict=True)]
     state = {place.name: {**mine, **memory, **new_slots}}
-    return last(call, flow._replace(updates=results), wanted), state
+    return last(call, flow._replace(updates=results, squares={}), wanted), state
 
 
 def _wide(leaf: Any) -> jax.Array:
@@ -87,4 +87,5 @@ def run_optax(places: list[Place], call: Call, flow: Flow, wanted: Wanted) -> tu
     tree, new = update(trees[0], call.state[place.name], trees[1], **call.extra)
     flat = same_leaves(f"the updates from {place.name}", tree, "params", call.params.tree)
     results = [flat[j] for j in call.live]
-    return last(call, flow._replace(updates=results), wanted), {place.name: new}
+    flow = flow._replace(updates=results, squares={})
+    return last(call, flow, wanted), {place.name: new}

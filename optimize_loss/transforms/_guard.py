@@ -1,0 +1,181 @@
+"""Leave out a batch whose loss or gradients are not finite, or unusually large."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optimize_loss._checks import AT_LEAST_1, STEP
+from optimize_loss.transforms._base import Decay, Link, NotNegative, Numbers, Positive, sqrt
+from optimize_loss.transforms._health import THE_LOSS, THE_NORM, Health
+
+Most = Annotated[int, dataclasses.replace(AT_LEAST_1, initial=True)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Guard(Link):
+    """What the guards have in common: what they count, and that they stand before other gates.
+
+    Subclasses have a field `most`: how many skips in a row are an error, or None.
+    """
+
+    needs = "health"
+    gates = True
+    observes = True
+    elementwise = True
+    sees_loss_scale = True
+
+    def memory(self):
+        """Return how many batches were left out, in all and last in a row, and who was to blame."""
+        return {"skipped": 0, "skipped_in_a_row": 0, "offender": 0}
+
+    def is_sound(self, numbers: Numbers, health: Health) -> jax.Array:
+        """Return whether the loss is finite, and so are the gradients or else the scale shrinks."""
+        of_scale = numbers.get("scale_shrinks", jnp.array(False))
+        return health.loss_is_finite & (jnp.isfinite(health.norm) | of_scale)
+
+    def counted(self, memory: Numbers, health: Health, is_open: jax.Array) -> Numbers:
+        """Return the memory after this batch, of what all guards count."""
+        skipped, in_a_row, offender = (memory[x] for x in Guard.memory(self))
+        who = jnp.where(health.loss_is_finite, THE_NORM, THE_LOSS)
+        who = jnp.where(health.offender == 0, who, health.offender)
+        return {
+            "skipped": jnp.where(is_open, skipped, optax.safe_increment(skipped)),
+            "skipped_in_a_row": jnp.where(is_open, 0, optax.safe_increment(in_a_row)),
+            "offender": jnp.where(is_open, offender, who),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class SkipNonFinite(Guard):
+    """Let the links behind run only if the loss and all gradients are finite.
+
+        loss or ‖g‖ not finite:  parameters, slots, counts stay;  skipped ← skipped + 1
+
+    Stands at the head of a chain, before loss scales and `Accumulate`: then nothing in the state
+    but its own counts tells that the batch came. `optimize_loss(skip="nonfinite")` puts it there,
+    and lets the model state, too, stay as it was. A gradient that is infinite while a dynamic
+    loss scale above 1 stands behind goes to that, which shrinks and skips it; the loss counts in
+    any case. Without `value=loss` in `update`, gradients alone are judged.
+
+    The state keeps `skipped`, the number so far, `skipped_in_a_row`, and `offender`, a mark of the
+    first parameter, by name, whose gradient was not finite in the last batch left out.
+
+    Args:
+      most: so many left out in a row are a `NonFiniteError` of `optimize_loss`; at least 1, or
+        None for no error.
+
+    Example:
+      >>> import jax.numpy as jnp, optimize_loss as ol
+      >>> tx = ol.transforms.chain(
+      ...     skip=ol.transforms.SkipNonFinite(), rate=ol.transforms.ScaleByLearningRate(1.0))
+      >>> p = {"w": jnp.array([5.0])}
+      >>> updates, state = tx.update({"w": jnp.array([jnp.nan])}, tx.init(p), p)
+      >>> print(updates["w"], state["skip"]["skipped"], state["step"])
+      [0.] 1 0
+
+    References:
+      `optax.apply_if_finite`, which lets the update through after so many errors in a row.
+    """
+
+    most: Most | None = 10
+
+    def scalars(self, numbers, memory, total, step):
+        """Open where all is finite, and count."""
+        is_open = self.is_sound(numbers, total)
+        return {"open": is_open}, self.counted(memory, total, is_open)
+
+
+@dataclasses.dataclass(frozen=True)
+class SkipSpikes(Guard):
+    """Let the links behind run only if all is finite and the gradients are not unusually large.
+
+        ℓ = log(n + ε),  n the joint norm of the gradients;  t batches were let through before
+        spike:  t ≥ warmup_steps  and  ℓ > μ + k_sigma · max(σ, min_sigma),  σ² = s - μ²
+        else:   β' = min(β, t / (t+1)),  μ ← μ + (1-β')(ℓ - μ),  s ← s + (1-β')(ℓ² - s)
+
+    The running means of the log-norm and of its square are those of `ClipByAdaptiveNorm`, here
+    over batches that were let through: a spike is judged by what came before it, and leaves no
+    trace in them. What is not finite is left out as by `SkipNonFinite`, which see for the rest.
+
+    Args:
+      k_sigma: how many standard deviations of the log-norm count as usual, at least 0.
+      decay: β, in [0, 1).
+      warmup_steps: batches to let through before the first is judged, at least 0.
+      min_sigma: the least standard deviation of the log-norm, at least 0. At 0.1, with a
+        `k_sigma` of 6, a norm below 1.8 times the usual one is never a spike.
+      epsilon: ε, above 0; added to the norm.
+      most: so many left out in a row are a `NonFiniteError` of `optimize_loss`; at least 1, or
+        None for no error.
+
+    Example:
+      A norm of 50 after two of 5 is 10 times the usual one; log 10 is 2.3, above 6 · 0.1:
+
+      >>> import jax.numpy as jnp, optimize_loss as ol
+      >>> tx = ol.transforms.chain(skip=ol.transforms.SkipSpikes(6.0, warmup_steps=2))
+      >>> g = {"w": jnp.array([3.0, 4.0])}
+      >>> state = tx.init(g)
+      >>> for times in (1.0, 1.0, 10.0):
+      ...     updates, state = tx.update({"w": times * g["w"]}, state)
+      >>> print(updates["w"], state["skip"]["skipped"])
+      [0. 0.] 1
+
+    References:
+      `tf.contrib.layers.adaptive_clipping_fn`, whose means contain the batch that they judge: a
+      β of 0.95 then lets nothing be more than 4.4 σ.
+    """
+
+    k_sigma: NotNegative = 6.0
+    decay: Decay = 0.99
+    warmup_steps: Annotated[int, STEP] = 20
+    min_sigma: NotNegative = 0.1
+    epsilon: Positive = 1e-8
+    most: Most | None = 10
+
+    def memory(self):
+        """Return the counts, and the running means over so many batches."""
+        return {**super().memory(), "seen": 0, "mean": 0.0, "sq_mean": 0.0}
+
+    def scalars(self, numbers, memory, total, step):
+        """Open where all is finite and usual; then update the running means."""
+        mean, sq_mean, seen = memory["mean"], memory["sq_mean"], memory["seen"]
+        norm = total.norm / numbers["loss_scale"] if "loss_scale" in numbers else total.norm
+        log_norm = jnp.log(norm + numbers["epsilon"])
+        root = sqrt(sq_mean)
+        variance = jnp.maximum((root - mean) * (root + mean), numbers["min_sigma"] ** 2)
+        bound = mean + numbers["k_sigma"] * sqrt(variance)
+        is_spike = (seen >= numbers["warmup_steps"]) & jnp.isfinite(norm) & (log_norm > bound)
+        is_open = self.is_sound(numbers, total) & ~is_spike
+        weight = jnp.maximum(numbers["decay"][1], 1 / (seen.astype(mean.dtype) + 1))
+        counts = is_open & jnp.isfinite(norm)  # else it is the loss scale's
+        new = {
+            **self.counted(memory, total, is_open),
+            "seen": jnp.where(counts, optax.safe_increment(seen), seen),
+            "mean": jnp.where(counts, mean + (log_norm - mean) * weight, mean),
+            "sq_mean": jnp.where(counts, sq_mean + (log_norm**2 - sq_mean) * weight, sq_mean),
+        }
+        return {"open": is_open}, new
+
+
+def guard_of(links: Sequence[tuple[str, Any]]) -> tuple[str, Any] | None:
+    """Return the name of the guard among the links of a chain, and the guard; None without one."""
+    return next(((name, link) for name, link in links if isinstance(link, Guard)), None)
+
+
+def kept(links: Sequence[tuple[str, Any]], state: Any, old: Any, new: Any) -> Any:
+    """Return a new tree, or the old one where the guard has just left out the batch.
+
+    Args:
+      links: of a chain.
+      state: their new state.
+      old: a tree of arrays.
+      new: a tree like it.
+    """
+    found = guard_of(links)
+    if found is None:
+        return new
+    is_open = state[found[0]]["skipped_in_a_row"] == 0
+    return jax.tree.map(lambda a, b: jnp.where(is_open, a, b), new, old)

@@ -1,0 +1,65 @@
+"""Let fast parameters look ahead of slow ones."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from optimize_loss.transforms._base import Count, Fraction, Link, compute_dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Lookahead(Link):
+    """Go back, every few updates, to a point between where they began and where they led.
+
+        φ ← φ + slow_rate · (p - φ)  and  p ← φ,   in every `every`-th update,  p after the update
+
+    The slow parameters φ are the slot `slow`, in float32 or wider, and start as a copy of the
+    parameters. They are what to evaluate and to keep: `averaged` returns them. For any rule:
+    stands behind it and its rate. The rule's own memory goes on.
+
+    Args:
+      every: how many updates of the fast parameters come before one of the slow ones; at least 1.
+      slow_rate: in [0, 1]; at 1 the fast parameters are taken as they are.
+
+    Example:
+      Two updates lead from 8 to 4; half of the way is kept:
+
+      >>> import optimize_loss as ol
+      >>> tx = ol.transforms.chain(rate=ol.transforms.ScaleByLearningRate(1.0),
+      ...                          lookahead=ol.transforms.Lookahead(every=2))
+      >>> p = {"w": 8.0}
+      >>> state = tx.init(p)
+      >>> for _ in range(2):
+      ...     p, state = tx.apply({"w": 2.0}, state, p)
+      >>> print(p["w"], state["lookahead"]["slow"]["w"])
+      6.0 6.0
+
+    References:
+      M. Zhang et al., "Lookahead Optimizer: k steps forward, 1 step back", 2019,
+      https://arxiv.org/abs/1907.08610, algorithm 1. `optax.lookahead` keeps pairs of parameters
+      in their place.
+    """
+
+    every: Count = 6
+    slow_rate: Fraction = 0.5
+    reads_params = True
+    elementwise = True
+
+    def slots(self, param):
+        """Return a copy of the parameter."""
+        return {"slow": jnp.array(param, dtype=compute_dtype(param.dtype), copy=True)}
+
+    def scalars(self, numbers, memory, total, step):
+        """Return whether this update is the last of its few."""
+        every = numbers["every"]
+        return {"rate": numbers["slow_rate"], "syncs": step % every == every - 1}, memory
+
+    def averaged(self, param, slots, numbers):
+        """Return the slow parameters."""
+        return slots["slow"]
+
+    def leaf(self, update, slots, param, k):
+        """Let one slow parameter follow, and go back to it, when its time has come."""
+        slow = slots["slow"]
+        slow = jnp.where(k["syncs"], slow + k["rate"] * (param + update - slow), slow)
+        return jnp.where(k["syncs"], slow - param, update), {"slow": slow}

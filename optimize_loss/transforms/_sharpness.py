@@ -1,0 +1,54 @@
+"""Take gradients where the loss is worst nearby."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optimize_loss.transforms._base import Link, NotNegative, compute_dtype, norm
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharpness(Link):
+    """Hold the radius of `optimize_loss(sam=...)`, which takes the gradients; updates pass.
+
+    Args:
+      rho: ρ, at least 0, in the unit of the parameters.
+    """
+
+    rho: NotNegative
+    observes = True
+    elementwise = True
+
+
+def climbed(params: Sequence[Any], grads: Sequence[Any], rho: jax.Array) -> list[Any]:
+    """Return the parameters from which a step of length ρ up the gradient leads.
+
+        p + ρ · g / ‖g‖,   ‖g‖ over all parameters;  p where all gradients are 0
+
+    Args:
+      params: the parameters, in whose dtypes the result is.
+      grads: a gradient for each; None stands for zeros.
+      rho: ρ.
+
+    References:
+      P. Foret et al., "Sharpness-Aware Minimization for Efficiently Improving Generalization",
+      2021, https://arxiv.org/abs/2010.01412, equation 2 and algorithm 1.
+    """
+    norms = [norm(_wide(g)).astype(rho.dtype) for g in grads if g is not None]
+    total = norm(jnp.stack(norms))
+    scale = jnp.where(total == 0, 0, rho / jnp.where(total == 0, 1, total))
+    return [
+        p if g is None else (_wide(p) + _like(scale, p) * _wide(g)).astype(p.dtype)
+        for p, g in zip(params, grads, strict=True)
+    ]
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(compute_dtype(x.dtype))
+
+
+def _like(scale: jax.Array, param: jax.Array) -> jax.Array:
+    return scale.astype(compute_dtype(param.dtype))

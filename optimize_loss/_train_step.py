@@ -28,6 +28,8 @@ from optimize_loss._loop import Run, check_plan
 from optimize_loss._loss import Loss
 from optimize_loss._model_state import run_update_ops
 from optimize_loss._names import Pattern
+from optimize_loss._rule_links import clips, with_noise, with_rules
+from optimize_loss._rules import Rules, check_rules
 from optimize_loss._state import TrainState
 from optimize_loss._trainable import Trainable, colocated, find_trainable, gradients
 from optimize_loss.optimizers._resolve import resolve
@@ -55,6 +57,7 @@ class TrainStep:
       seed: of the random key, for losses that take one.
       learning_rate: the rate that the optimizer was made with; None if it brings its own.
       bucket: the most entries of a parameter that shares an array with others; None for none.
+      rules: what some parameters have for themselves.
     """
 
     loss: Loss
@@ -69,6 +72,7 @@ class TrainStep:
     seed: int
     learning_rate: Any
     bucket: int | None
+    rules: Rules = Rules()
 
     def init(self, params: Any, *, model_state: Any = None, key: Any = None) -> TrainState:
         """Return the state before the first step.
@@ -87,7 +91,8 @@ class TrainStep:
         if isinstance(params, TrainState):
             raise InvalidType("`params` must be a tree of arrays. Received: a TrainState.")
         params = copied(PARAMETER, params)
-        trainable = find_trainable(params, self.variables)
+        self.rules.check(params)
+        trainable = self._trainable(params)
         trained = trainable.tree(trainable.leaves)
         try:
             layout = self._layout(trainable)
@@ -111,6 +116,11 @@ class TrainStep:
             layout=layout,
         )
         return placed_like(params, distinct(state))
+
+    def _trainable(self, params: Any) -> Trainable:
+        """Return the parameters with a mark for those that are trained."""
+        frozen = self.rules.frozen if self.rules.having_frozen else None
+        return find_trainable(params, self.variables, frozen)
 
     def _layout(self, trainable: Trainable) -> Layout | None:
         """Return how small parameters lie in one array; None where each lies by itself."""
@@ -327,7 +337,7 @@ class TrainStep:
     def _shardings(self, state: TrainState) -> tuple[Any, ...] | None:
         if not self.colocate_gradients:
             return None
-        trained = find_trainable(state.params, self.variables).leaves
+        trained = self._trainable(state.params).leaves
         return tuple(getattr(leaf, "sharding", None) for leaf in trained)
 
     def _advance(
@@ -343,7 +353,7 @@ class TrainStep:
             for name, link in self.chain.links:
                 if isinstance(link, Accumulate):  # calls between two updates
                     key = jax.random.fold_in(key, state.links[name]["gathered"])
-        trainable = find_trainable(state.params, self.variables)
+        trainable = self._trainable(state.params)
         loss, aux, grads = gradients(
             lambda params: self.loss(params, batch, model_state, key),
             trainable,
@@ -404,6 +414,7 @@ def optimize_loss(
     increment_global_step: bool = True,
     *,
     moving_average_decay: float | None = None,
+    rules: Mapping[Pattern, Mapping[str, Any]] | None = None,
     seed: int = 0,
     bucket: Literal["auto"] | int | None = "auto",
 ) -> TrainStep:
@@ -447,6 +458,22 @@ def optimize_loss(
       increment_global_step: whether a step advances the global step that schedules see.
       moving_average_decay: where given, the metric `loss/mean` is a moving average of the loss,
         which starts at 0. Training is not affected.
+      rules: {pattern: rule}, in order: the first pattern that matches a parameter decides which rule
+        it has. A rule is a dict with some of these keys, whose numbers may be schedules, and are
+        set as `state.set(**{"rules.weight_decay/**/bias": 0.0})`:
+        `learning_rate_multiplier`: at least 0, of all that a step moves the parameter by, decay
+        that goes by the rate too; or a list with one for each entry of the first axis, for layers
+        that are stacked, set as `rules.learning_rate_multiplier_of_layers/pattern[0]`.
+        `weight_decay`: at least 0, in place of the optimizer's; where that has none, as in `AdamW`.
+        `clip_norm`: above 0, the largest joint norm of the rule's parameters, before
+        `clip_gradients`, which stays global; set as `rules.clip_norm.` + the pattern with `.` for
+        `/` + `/max_norm`.
+        `noise_scale`: at least 0, in place of `gradient_noise_scale`.
+        `freeze`: True for no gradient and no state, as if `variables` did not name it.
+        `optimizer`: as the argument of this name; the others do not see the parameter. Its links
+        are called by its name, as `SGD.rate`; without a rate of its own it has `learning_rate`.
+        `state_dtype`: "float32".
+        A rule that decides for no float parameter raises in `step.init`.
       seed: of the noise, and of the key of losses that take one; an integer in [0, 2**32).
       bucket: parameters of at most so many entries share one array inside of the state, which
         makes a step with many small ones faster. None: none do. What is computed is the same, but
@@ -483,14 +510,16 @@ def optimize_loss(
     )
     rate = options.check_rate(learning_rate, learning_rate_decay_fn, global_step)
     chosen = _metrics.check_summaries(summaries)
+    own = check_rules(rules)
     links = options.gradient_links(gradient_noise_scale, seed, gradient_multipliers)
-    links |= _metrics.observed(chosen, options.clip_links(clip_gradients))
+    links = with_noise(own, links, seed)
+    links |= _metrics.observed(chosen, clips(own) | options.clip_links(clip_gradients))
     if moving_average_decay is not None:
         check_number("moving_average_decay", moving_average_decay, DECAY)
         links["loss_mean"] = AverageLoss(moving_average_decay)
     return TrainStep(
         loss=Loss(loss),
-        chain=chain(**options.joined(links, resolve(optimizer, rate))),
+        chain=chain(**options.joined(links, with_rules(own, resolve(optimizer, rate), rate))),
         variables=options.check_variables(variables),
         update_ops=options.check_functions("update_ops", update_ops),
         summaries=chosen,
@@ -501,4 +530,5 @@ def optimize_loss(
         seed=check_integer("seed", seed, SEED),
         learning_rate=rate,
         bucket=options.check_bucket(bucket),
+        rules=own,
     )

@@ -73,7 +73,7 @@ def clips(rules: Rules) -> Links:
 
 
 def with_rules(rules: Rules, links: Links, rate: Any) -> Links:
-    """Return the links of the optimizer with those of the rules' optimizers, decays and multipliers.
+    """Return the links of the optimizer, with optimizers, decays and multipliers of rules.
 
     Args:
       rules: the rules.

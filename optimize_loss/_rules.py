@@ -100,6 +100,9 @@ class Rules:
                 )
 
 
+NO_RULES = Rules()
+
+
 def check_rules(rules: Any) -> Rules:
     """Return rules, checked as far as they can be without parameters.
 
@@ -115,7 +118,7 @@ def check_rules(rules: Any) -> Rules:
 Received: 'wieght_decay'. Nearest: 'weight_decay'.
     """
     if rules is None:
-        return Rules()
+        return NO_RULES
     if not isinstance(rules, Mapping):
         raise InvalidType(f"`rules` must map patterns to dicts. {received('rules', rules)}")
     patterns = tuple(check_pattern("rules", pattern) for pattern in rules)
@@ -140,7 +143,9 @@ def _check_rule(pattern: Pattern, rule: Any) -> dict[str, Any]:
                 f"`{name}` must have keys of {[*KEYS]}. Received: {key!r}. Nearest: {near!r}."
             )
     if "noise_scale" in rule and pattern_text(pattern) == "seed":
-        raise ValueError(f"`{name}` must be written otherwise, such as 'seed|seed': `seed` is taken.")
+        raise ValueError(
+            f"`{name}` must be written otherwise, such as 'seed|seed': `seed` is taken."
+        )
     return {key: _check(_label(pattern, key), key, value) for key, value in rule.items()}
 
 

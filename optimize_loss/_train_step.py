@@ -24,12 +24,14 @@ from optimize_loss._checks import (
     check_number,
     received,
 )
+from optimize_loss._explain import Explanation, Setup, explain
+from optimize_loss._lint import check_horizon
 from optimize_loss._loop import Run, check_plan
 from optimize_loss._loss import Loss
 from optimize_loss._model_state import run_update_ops
 from optimize_loss._names import Pattern
 from optimize_loss._rule_links import clips, with_noise, with_rules
-from optimize_loss._rules import Rules, check_rules
+from optimize_loss._rules import NO_RULES, Rules, check_rules
 from optimize_loss._state import TrainState
 from optimize_loss._trainable import Trainable, colocated, find_trainable, gradients
 from optimize_loss.optimizers._resolve import resolve
@@ -72,7 +74,7 @@ class TrainStep:
     seed: int
     learning_rate: Any
     bucket: int | None
-    rules: Rules = Rules()
+    rules: Rules = NO_RULES
 
     def init(self, params: Any, *, model_state: Any = None, key: Any = None) -> TrainState:
         """Return the state before the first step.
@@ -263,6 +265,47 @@ class TrainStep:
         self._check_state(state)
         plan = check_plan(steps, steps_per_call, hooks, prefetch, sharding, progress)
         return Run(self, self.many, f"{self.name}loss", plan, state).over(batches)
+
+    def explain(
+        self, params: Any, *, steps: int | None = None, model_state: Any = None
+    ) -> Explanation:
+        """Return what this step will do with each parameter, before anything is allocated.
+
+        Printed, it is a table: the rule of each parameter, its rate and decay at the first step,
+        the bytes of its state, and the array that it shares with others, or its sharding; then the
+        links in order, the bytes in all, and warnings of what looks like a mistake: parameters of
+        at most one axis that are decayed, 16-bit parameters that small updates do not move, a
+        schedule that begins at 0 or ends before the run, clipping behind the rule, and options
+        without effect.
+
+        Args:
+          params: as for `init`; `jax.ShapeDtypeStruct`s, too.
+          steps: of the run that is planned, at least 1; None if that is open.
+          model_state: as for `init`; it counts in `total_bytes`.
+
+        Raises:
+          InvalidType, ValueError: as `init`.
+
+        Example:
+          >>> import jax.numpy as jnp, optimize_loss as ol
+          >>> step = ol.optimize_loss(lambda p: p["w"].sum(), learning_rate=0.1,
+          ...                         rules={"w": dict(learning_rate_multiplier=0.5)})
+          >>> told = step.explain({"w": jnp.zeros((2, 3))})
+          >>> told.rows[0].rule, told.rows[0].multiplier, told.rows[0].state_bytes, told.warnings
+          ('w', 0.5, 48, ())
+        """
+        key = jax.random.key(0) if self.loss.takes("key") else None
+        return explain(
+            Setup(
+                chain=self.chain,
+                rules=self.rules,
+                trainable=self._trainable,
+                layout=self._layout,
+                horizon=check_horizon(self.first_step, steps, self.increment_step),
+                rest=(np.int32(self.first_step), key, model_state),
+            ),
+            params,
+        )
 
     @functools.cached_property
     def _programs(self) -> dict[tuple[bool, bool], Any]:
@@ -458,9 +501,9 @@ def optimize_loss(
       increment_global_step: whether a step advances the global step that schedules see.
       moving_average_decay: where given, the metric `loss/mean` is a moving average of the loss,
         which starts at 0. Training is not affected.
-      rules: {pattern: rule}, in order: the first pattern that matches a parameter decides which rule
-        it has. A rule is a dict with some of these keys, whose numbers may be schedules, and are
-        set as `state.set(**{"rules.weight_decay/**/bias": 0.0})`:
+      rules: {pattern: rule}, in order: the first pattern that matches a parameter decides which
+        rule it has. A rule is a dict with some of these keys, whose numbers may be schedules, and
+        are set as `state.set(**{"rules.weight_decay/**/bias": 0.0})`:
         `learning_rate_multiplier`: at least 0, of all that a step moves the parameter by, decay
         that goes by the rate too; or a list with one for each entry of the first axis, for layers
         that are stacked, set as `rules.learning_rate_multiplier_of_layers/pattern[0]`.

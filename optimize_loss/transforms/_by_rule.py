@@ -68,7 +68,7 @@ class _OfRules(Link):
 class MultiplySteps(_OfRules):
     """Multiply all that a step moves a parameter by: the update, and decay that went before.
 
-        p_new - p ← multiplier · (p_new - p)
+    p_new - p ← multiplier · (p_new - p)
     """
 
     scales_moves = True

@@ -32,5 +32,6 @@ class RunOptax(TreeLink):
         """Return what the transformation makes of the updates."""
         given = {name: updates.get(name, jnp.zeros_like(p)) for name, p in params.items()}
         update = optax.with_extra_args_support(self.transformation).update
+        new: Any
         new, state = update(given, slots["state"], dict(params))
         return {name: new[name] for name in updates}, {"state": state}

@@ -167,6 +167,21 @@ Nearest names: 'head/bias', 'body/bias'.
     return chosen
 
 
+@functools.lru_cache(maxsize=64)
+def first_index(patterns: tuple[Pattern, ...], names: tuple[str, ...]) -> list[int]:
+    """Return for each name the index of the first pattern that matches; behind the last for none.
+
+    Unlike in `first_matches`, a pattern may match nothing.
+
+    Example:
+      >>> first_index(("head/**", "**/bias"), ("head/bias", "body/bias", "body/kernel"))
+      [0, 1, 2]
+    """
+    found = [matching(pattern, names) for pattern in patterns]
+    pairs = zip(*found, [True] * len(names), strict=True)
+    return [marks.index(True) for marks in pairs]
+
+
 def same_leaves(what: str, tree: Any, reference: str, expected: Any) -> list[Any]:
     """Return the leaves of `tree` in the order of `expected`, None where it has None.
 

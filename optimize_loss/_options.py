@@ -149,11 +149,11 @@ def joined(links: Links, rule: Links) -> Links:
     """
     if twice := sorted(set(links) & set(rule)):
         raise ValueError(f"The links of `optimizer` must have other names than {twice}.")
-    first = dict(itertools.takewhile(lambda pair: isinstance(pair[1], _FIRST), rule.items()))
+    first = dict(itertools.takewhile(lambda pair: isinstance(pair[1], FIRST), rule.items()))
     return first | links | rule
 
 
-_FIRST = (SumOverAxis, Guard, DivideByLossScale, DivideByDynamicLossScale, Accumulate)
+FIRST = (SumOverAxis, Guard, DivideByLossScale, DivideByDynamicLossScale, Accumulate)
 
 
 def check_variables(variables: Any) -> tuple[Pattern, ...] | None:

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from optimize_loss._checks import STEP, InvalidType, check_integer
-from optimize_loss._names import leaf_names
+from optimize_loss._names import Pattern, any_matches, check_patterns, leaf_names
 from optimize_loss.transforms import Chain
 from optimize_loss.transforms._bucket import Layout
 from optimize_loss.transforms._guard import guard_of
 from optimize_loss.transforms._health import blamed
-from optimize_loss.transforms._params import placed_like
+from optimize_loss.transforms._params import distinct, placed_like
+from optimize_loss.transforms._reset import reset
 from optimize_loss.transforms._views import averaged_params
 
 
@@ -169,3 +170,42 @@ class TrainState:
             first_step = placed_like(self.first_step, jnp.asarray(step, jnp.int32) - made)
         new = self.with_links(self.chain.set(self.links, **values))
         return dataclasses.replace(new, first_step=first_step)
+
+    def reset(self, *patterns: Pattern) -> "TrainState":
+        """Return the state in which some parameters have slots as before the first update.
+
+        They are what the links make for the parameters as they are now: means start anew at zero,
+        averages at the parameter. The step, hyperparameters and memories for the whole tree, such
+        as a running mean of the norm, stay. So Adam's correction of the start, which goes by the
+        step, is not made again: late in training its first update after this is
+        (1-β₁) / √(1-β₂), mostly 3.2, times the rate. What `Accumulate` has gathered for these
+        parameters since the last update is lost. Nothing is traced anew.
+
+        Args:
+          *patterns: names or patterns of the parameters.
+
+        Raises:
+          InvalidType: something given is no pattern.
+          ValueError: a pattern matches no parameter, or none of those matched has slots although
+            others have: they are not trained.
+
+        Example:
+          >>> import optimize_loss as ol
+          >>> step = ol.optimize_loss(lambda p: p["a"] + p["b"], learning_rate=0.1)
+          >>> state, _ = step(step.init({"a": 1.0, "b": 1.0}))
+          >>> state = state.reset("a")
+          >>> print(state.optimizer["adam"]["m"]["a"], state.optimizer["adam"]["m"]["b"].round(3))
+          0.0 0.1
+        """
+        if not patterns:
+            raise InvalidType("`patterns` must be given: `reset('**')` is for all parameters.")
+        names = leaf_names(self.params)
+        marks = any_matches("reset", check_patterns("reset", patterns), names)
+        meant = {name for name, mark in zip(names, marks, strict=True) if mark}
+        optimizer, have = reset(self.chain, self.optimizer, self.params, meant)
+        if have and not have & meant:
+            raise ValueError(
+                "`reset` must name a parameter that has slots. "
+                f"Received: {sorted(meant)[:5]}, while these have some: {sorted(have)[:5]}."
+            )
+        return distinct(self.with_trees(optimizer=optimizer))

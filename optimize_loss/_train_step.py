@@ -25,10 +25,14 @@ from optimize_loss._checks import (
     check_number,
     received,
 )
+from optimize_loss._explain import Explanation, Setup, explain
+from optimize_loss._lint import check_horizon
 from optimize_loss._loop import Run, check_plan
 from optimize_loss._loss import Loss
 from optimize_loss._model_state import run_update_ops
 from optimize_loss._names import Pattern
+from optimize_loss._rule_links import clips, with_noise, with_rules
+from optimize_loss._rules import NO_RULES, Rules, check_rules
 from optimize_loss._skips import check_ready
 from optimize_loss._state import TrainState
 from optimize_loss._steepest import flat_gradients, weight_of
@@ -68,6 +72,7 @@ class TrainStep:
       seed: of the random key, for losses that take one.
       learning_rate: the rate that the optimizer was made with; None if it brings its own.
       bucket: the most entries of a parameter that shares an array with others; None for none.
+      rules: what some parameters have for themselves.
     """
 
     loss: Loss
@@ -82,6 +87,7 @@ class TrainStep:
     seed: int
     learning_rate: Any
     bucket: int | None
+    rules: Rules = NO_RULES
 
     def init(self, params: Any, *, model_state: Any = None, key: Any = None) -> TrainState:
         """Return the state before the first step.
@@ -100,7 +106,8 @@ class TrainStep:
         if isinstance(params, TrainState):
             raise InvalidType("`params` must be a tree of arrays. Received: a TrainState.")
         params = copied(PARAMETER, params)
-        trainable = find_trainable(params, self.variables)
+        self.rules.check(params)
+        trainable = self._trainable(params)
         trained = trainable.tree(trainable.leaves)
         try:
             layout = self._layout(trainable)
@@ -124,6 +131,11 @@ class TrainStep:
             layout=layout,
         )
         return placed_like(params, distinct(state))
+
+    def _trainable(self, params: Any) -> Trainable:
+        """Return the parameters with a mark for those that are trained."""
+        frozen = self.rules.frozen if self.rules.having_frozen else None
+        return find_trainable(params, self.variables, frozen)
 
     def _layout(self, trainable: Trainable) -> Layout | None:
         """Return how small parameters lie in one array; None where each lies by itself."""
@@ -267,6 +279,47 @@ class TrainStep:
         plan = check_plan(steps, steps_per_call, hooks, prefetch, sharding, progress)
         return Run(self, self.many, f"{self.name}loss", plan, state).over(batches)
 
+    def explain(
+        self, params: Any, *, steps: int | None = None, model_state: Any = None
+    ) -> Explanation:
+        """Return what this step will do with each parameter, before anything is allocated.
+
+        Printed, it is a table: the rule of each parameter, its rate and decay at the first step,
+        the bytes of its state, and the array that it shares with others, or its sharding; then the
+        links in order, the bytes in all, and warnings of what looks like a mistake: parameters of
+        at most one axis that are decayed, 16-bit parameters that small updates do not move, a
+        schedule that begins at 0 or ends before the run, clipping behind the rule, and options
+        without effect.
+
+        Args:
+          params: as for `init`; `jax.ShapeDtypeStruct`s, too.
+          steps: of the run that is planned, at least 1; None if that is open.
+          model_state: as for `init`; it counts in `total_bytes`.
+
+        Raises:
+          InvalidType, ValueError: as `init`.
+
+        Example:
+          >>> import jax.numpy as jnp, optimize_loss as ol
+          >>> step = ol.optimize_loss(lambda p: p["w"].sum(), learning_rate=0.1,
+          ...                         rules={"w": dict(learning_rate_multiplier=0.5)})
+          >>> told = step.explain({"w": jnp.zeros((2, 3))})
+          >>> told.rows[0].rule, told.rows[0].multiplier, told.rows[0].state_bytes, told.warnings
+          ('w', 0.5, 48, ())
+        """
+        key = jax.random.key(0) if self.loss.takes("key") else None
+        return explain(
+            Setup(
+                chain=self.chain,
+                rules=self.rules,
+                trainable=self._trainable,
+                layout=self._layout,
+                horizon=check_horizon(self.first_step, steps, self.increment_step),
+                rest=(np.int32(self.first_step), key, model_state),
+            ),
+            params,
+        )
+
     @functools.cached_property
     def _programs(self) -> dict[tuple[bool, bool], Any]:
         """The compiled programs; they live as long as this object."""
@@ -341,7 +394,7 @@ class TrainStep:
     def _shardings(self, state: TrainState) -> tuple[Any, ...] | None:
         if not self.colocate_gradients:
             return None
-        trained = find_trainable(state.params, self.variables).leaves
+        trained = self._trainable(state.params).leaves
         return tuple(getattr(leaf, "sharding", None) for leaf in trained)
 
     def _advance(
@@ -357,7 +410,7 @@ class TrainStep:
             for name, link in self.chain.links:
                 if isinstance(link, Accumulate):  # calls between two updates
                     key = jax.random.fold_in(key, state.links[name]["gathered"])
-        trainable = find_trainable(state.params, self.variables)
+        trainable = self._trainable(state.params)
         loss, aux, grads = flat_gradients(
             lambda params: self.loss(params, batch, model_state, key),
             trainable,
@@ -420,6 +473,7 @@ def optimize_loss(
     increment_global_step: bool = True,
     *,
     moving_average_decay: float | None = None,
+    rules: Mapping[Pattern, Mapping[str, Any]] | None = None,
     skip: Literal["nonfinite"] | SkipNonFinite | SkipSpikes | None = None,
     loss_scale: Any = None,
     accumulate: int | Accumulate | None = None,
@@ -470,6 +524,22 @@ def optimize_loss(
       increment_global_step: whether a step advances the global step that schedules see.
       moving_average_decay: where given, the metric `loss/mean` is a moving average of the loss,
         which starts at 0. Training is not affected.
+      rules: {pattern: rule}, in order: the first pattern that matches a parameter decides which
+        rule it has. A rule is a dict with some of these keys, whose numbers may be schedules, and
+        are set as `state.set(**{"rules.weight_decay/**/bias": 0.0})`:
+        `learning_rate_multiplier`: at least 0, of all that a step moves the parameter by, decay
+        that goes by the rate too; or a list with one for each entry of the first axis, for layers
+        that are stacked, set as `rules.learning_rate_multiplier_of_layers/pattern[0]`.
+        `weight_decay`: at least 0, in place of the optimizer's; where that has none, as in `AdamW`.
+        `clip_norm`: above 0, the largest joint norm of the rule's parameters, before
+        `clip_gradients`, which stays global; set as `rules.clip_norm.` + the pattern with `.` for
+        `/` + `/max_norm`.
+        `noise_scale`: at least 0, in place of `gradient_noise_scale`.
+        `freeze`: True for no gradient and no state, as if `variables` did not name it.
+        `optimizer`: as the argument of this name; the others do not see the parameter. Its links
+        are called by its name, as `SGD.rate`; without a rate of its own it has `learning_rate`.
+        `state_dtype`: "float32".
+        A rule that decides for no float parameter raises in `step.init`.
       skip: "nonfinite", `ol.transforms.SkipNonFinite()` or `ol.Spike()`: a batch whose loss or
         gradients are not finite, or unusually large, leaves no trace in the state, the model state
         included, but for being counted, in the metrics `skipped` and `skipped_in_a_row`.
@@ -527,15 +597,18 @@ def optimize_loss(
     )
     rate = options.check_rate(learning_rate, learning_rate_decay_fn, global_step)
     chosen = _metrics.check_summaries(summaries)
+    own = check_rules(rules)
     links = options.gradient_links(gradient_noise_scale, seed, gradient_multipliers)
-    links |= _metrics.observed(chosen, options.clip_links(clip_gradients))
+    links = with_noise(own, links, seed)
+    links |= _metrics.observed(chosen, clips(own) | options.clip_links(clip_gradients))
     if moving_average_decay is not None:
         check_number("moving_average_decay", moving_average_decay, DECAY)
         links["loss_mean"] = AverageLoss(moving_average_decay)
     around = Around(skip, loss_scale, accumulate, ema, lookahead, sam, plateau)
+    inner = options.joined(links, with_rules(own, resolve(optimizer, rate), rate))
     return TrainStep(
         loss=Loss(loss),
-        chain=chain(**around.links(options.joined(links, resolve(optimizer, rate)))),
+        chain=chain(**around.links(inner)),
         variables=options.check_variables(variables),
         update_ops=options.check_functions("update_ops", update_ops),
         summaries=chosen,
@@ -546,4 +619,5 @@ def optimize_loss(
         seed=check_integer("seed", seed, SEED),
         learning_rate=rate,
         bucket=options.check_bucket(bucket),
+        rules=own,
     )

@@ -43,8 +43,17 @@ class Trainable:
         return jax.tree.unflatten(jax.tree.structure(self.params), leaves)
 
 
-def find_trainable(params: Any, variables: tuple[Pattern, ...] | None) -> Trainable:
-    """Mark the float parameters that `variables` names; all of them if it is None.
+def find_trainable(
+    params: Any,
+    variables: tuple[Pattern, ...] | None,
+    frozen: Callable[[Sequence[str]], list[bool]] | None = None,
+) -> Trainable:
+    """Mark the float parameters that `variables` names and `frozen` does not tell.
+
+    Args:
+      params: a tree of arrays.
+      variables: names or patterns; None for all.
+      frozen: tells for each name whether its parameter is left out; None for none.
 
     Raises:
       ValueError: a pattern matches no parameter, or nothing is to be trained.
@@ -55,10 +64,13 @@ def find_trainable(params: Any, variables: tuple[Pattern, ...] | None) -> Traina
     if variables is not None:
         chosen = first_matches("variables", variables, names)
         marks = [mark and c is not None for mark, c in zip(marks, chosen, strict=True)]
+    if frozen is not None:
+        marks = [mark and not f for mark, f in zip(marks, frozen(names), strict=True)]
     if not any(marks):
         raise ValueError(
             "There are no variables to optimize: `params` has no float parameter"
-            + (" that `variables` names." if variables else ".")
+            + (" that `variables` names" if variables else "")
+            + (" and `rules` do not freeze." if frozen and any(frozen(names)) else ".")
             + f" Parameters: {names}; integers are not trained, so write 1.0 for 1."
         )
     return Trainable(params, tuple(marks))

@@ -20,6 +20,12 @@ import pytest
 from optimize_loss import optimizers as optim
 from optimize_loss import schedules
 from optimize_loss import transforms as T
+from optimize_loss.transforms._by_rule import (
+    AddDecayByRule,
+    ByRule,
+    MultiplySteps,
+    ShrinkByRule,
+)
 
 LOSS = np.float32(2.0)  # what links that read the loss are given
 SHAPES = {"encoder": {"layer_0": {"bias": (2,), "kernel": (8, 2)}}, "scale": ()}
@@ -114,6 +120,22 @@ def adaptive(std, decay, epsilon, momentum, rate):
         again=T.ClipByGlobalNorm(std),
         momentum=T.ScaleByMomentum(momentum),
         rate=T.ScaleByLearningRate(rate),
+    )
+
+
+def by_rule(multiplier, decay, added, rate):
+    """Links whose number goes by the rule of a parameter."""
+    patterns = ("**/bias", "scale")
+
+    def some(link, *chosen):
+        return T.ForParameters(ByRule(patterns, chosen), link, optional=True)
+
+    return T.chain(
+        shrink=some(ShrinkByRule(patterns, (decay, None)), 0),
+        adam=T.ScaleByAdam(),
+        add=some(AddDecayByRule(patterns, (None, added)), 1),
+        rate=T.ScaleByLearningRate(rate),
+        multiply=some(MultiplySteps(patterns, (multiplier, 2 * multiplier)), 0, 1),
     )
 
 
@@ -425,6 +447,7 @@ CASES = [
         is_value=False,
         keeps_slots=False,
     ),
+    case("chain-by-rule", by_rule(0.5, 0.1, 0.2, 0.1), by_rule(0.25, 0.2, 0.1, 0.2)),
     case(
         "tf1-momentum",
         optim.MomentumOptimizer(0.1, 0.9, use_nesterov=True),

@@ -103,7 +103,7 @@ class Link:
         move(param, k)                         what the parameter moves by before the links behind
 
     and set the class attributes `needs`, `borrows`, `observes`, `gates`, `needs_stored`,
-    `elementwise`, `reads_params` where they differ from the defaults below.
+    `elementwise`, `scales_moves`, `reads_params` where they differ from the defaults below.
 
     Example:
       A link that takes the sign of the gradient where it is large, and sends zero elsewhere:
@@ -152,6 +152,10 @@ class Link:
     `move` and `averaged` do to an entry what they would do to it alone, `measure` is a sum over
     entries, and `for_each` gives scalars. `optimize_loss` then keeps small parameters in one array.
     It must be set anew by a subclass that defines one of these functions anew."""
+
+    scales_moves: ClassVar[bool] = False
+    """True where `leaf` multiplies, and what links before have moved the parameter by, too: as if
+    that were part of the update."""
 
     reads_params: ClassVar[bool] = False
     """True where `leaf` uses the values in `param`, so that `update` must be given them. Without

@@ -68,9 +68,14 @@ class ForParameters:
 
     def takes(self, names: Sequence[str], leaves: Sequence[jax.Array]) -> list[bool]:
         """Return for each parameter whether the link acts on it."""
-        if isinstance(self.where, Selection):
-            return self.where.takes(names, leaves)
-        if callable(self.where):
-            return [bool(self.where(*each)) for each in zip(names, leaves, strict=True)]
-        patterns = check_patterns("where", self.where)
-        return [chosen is not None for chosen in first_matches("where", patterns, names)]
+        return told(self.where, names, leaves)
+
+
+def told(where: Any, names: Sequence[str], leaves: Sequence[Any]) -> list[bool]:
+    """Return for each parameter whether the `where` of a `ForParameters` means it."""
+    if isinstance(where, Selection):
+        return where.takes(names, leaves)
+    if callable(where):
+        return [bool(where(*each)) for each in zip(names, leaves, strict=True)]
+    patterns = check_patterns("where", where)
+    return [chosen is not None for chosen in first_matches("where", patterns, names)]

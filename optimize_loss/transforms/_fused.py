@@ -190,6 +190,7 @@ def _run(
     """
     dtype = compute_dtype(leaf.param.dtype)
     update, param = leaf.update.astype(dtype), leaf.param.astype(dtype)
+    start = param if leaf.start is None else leaf.start.astype(dtype)
     moved, move, new_slots = _moved(links), None, []
     for i, (link, old, given) in enumerate(zip(links, leaf.slots, ks, strict=True)):
         k = _widened(given, dtype)
@@ -198,11 +199,16 @@ def _run(
             if link.needs_stored:
                 update, move = update if move is None else update + move, None
                 update = (param + update).astype(leaf.dtype).astype(dtype) - param
+            if link.scales_moves:
+                update, move = update if move is None else update + move, None
             with _promotion(dtype):
                 result = link.leaf(update, _widened(old, dtype), param, k)
                 if link.moves:
                     move = link.move(param, k)
             update, new = _check_result(result, param, old)
+            if link.scales_moves and param is not start:
+                shift = param - start
+                update = update + (link.leaf(shift, old, param, k)[0] - shift)
             if move is not None and (more or moved[i]):
                 param, move = param + move, None
         except Exception as error:

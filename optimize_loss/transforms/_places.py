@@ -45,7 +45,9 @@ def lender(entries: Mapping[str, Any], borrower: str, number: str) -> str:
         if name != borrower and isinstance(link, Link) and number in link.numbers()
         if number in number_rules(type(link))  # and is not named after a parameter
     ]
-    suited = [n for n in others if where(entries[n]) in (where(entries[borrower]), None)]
+    own = where(entries[borrower])
+    wider = (own, getattr(own, "within", None), None)
+    suited = [n for n in others if where(entries[n]) in wider]
     if len(suited) != 1:
         raise ValueError(
             f"The link {borrower!r} needs the `{number}` of one other link, which is for all "

@@ -1,0 +1,247 @@
+"""What in the options of a step looks like a mistake, although it is allowed."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optimize_loss._checks import AT_LEAST_1, check_integer
+from optimize_loss._rules import Rules
+from optimize_loss.schedules import evaluate
+from optimize_loss.transforms import (
+    ClipByAdaptiveNorm,
+    ClipByGlobalNorm,
+    ClipByNorm,
+    ClipByValue,
+    Link,
+    MultiplyGradients,
+)
+from optimize_loss.transforms._base import number_rules
+
+CLIPS = (ClipByAdaptiveNorm, ClipByGlobalNorm, ClipByNorm, ClipByValue)
+POINTS = 64  # of a schedule at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What holds for one parameter.
+
+    Attributes:
+      name: of the parameter.
+      shape: of the parameter.
+      dtype: name of its dtype.
+      trained: whether it gets gradients.
+      rule: the pattern of its rule; None without one.
+      learning_rate: the rate at the first step, without the multiplier; None if it is not known,
+        as that of an optax transformation, or not trained.
+      multiplier: of the rate: a number, or one for each layer.
+      weight_decay: per unit of the rate for decay that goes by it; 0 for none.
+      param_bytes: of the parameter.
+      state_bytes: of its slots.
+      place: the array that it shares with others, or how it is sharded; "" for an array of its own.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    trained: bool
+    rule: str | None
+    learning_rate: float | None
+    multiplier: float | tuple[float, ...]
+    weight_decay: float
+    param_bytes: int
+    state_bytes: int
+    place: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Horizon:
+    """What the schedules will see.
+
+    Attributes:
+      first: the step of the first update.
+      updates: how many updates there will be; None if that is not known.
+      rounds: whether small updates of 16-bit parameters are rounded stochastically.
+    """
+
+    first: int = 0
+    updates: int | None = None
+    rounds: bool = False
+
+
+def check_horizon(first: int, steps: Any, increments: bool) -> Horizon:
+    """Return what schedules will see in so many steps, None if that is not known.
+
+    Raises:
+      InvalidType: `steps` is no integer.
+      ValueError: `steps` is below 1.
+    """
+    updates = None if steps is None else check_integer("steps", steps, AT_LEAST_1)
+    return Horizon(first, updates if increments else None)
+
+
+def lint(
+    rows: Sequence[Row], links: Sequence[tuple[str, Any, bool]], rules: Rules, horizon: Horizon
+) -> Iterator[str]:
+    """Yield a sentence or two for each kind of mistake, naming parameters or options.
+
+    Args:
+      rows: of all parameters.
+      links: in order, the name of each, the link, and whether it is a rule: has memory for
+        parameters, or the rate.
+      rules: the rules.
+      horizon: what the schedules will see.
+    """
+    yield from _decayed(rows)
+    schedules: dict[Any, list[str]] = {}
+    for name, link, _ in links:
+        if isinstance(link, Link) and "learning_rate" in number_rules(type(link)):
+            rate = link.numbers().get("learning_rate")
+            if callable(rate):
+                schedules.setdefault(rate, []).append(name)
+    peak = 0.0
+    for rate, names in schedules.items():
+        schedule = _Schedule(rate)
+        peak = max(peak, schedule.peak(horizon))
+        yield from _of_schedule(names, schedule, horizon)
+    if not horizon.rounds:
+        yield from _narrow(rows, peak)
+    yield from _clipped_late(links)
+    yield from _unused(rows, links, rules)
+
+
+def shown(names: Sequence[str]) -> str:
+    """Return a few of many names."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(map(repr, names[:3])) + more
+
+
+def _decayed(rows: Sequence[Row]) -> Iterator[str]:
+    found = [row.name for row in rows if row.weight_decay > 0 and len(row.shape) < 2]
+    if found:
+        yield (
+            f"Parameters of at most one axis are decayed: {shown(found)}. Biases and scales mostly "
+            "are not: give them a rule with `weight_decay=0`."
+        )
+
+
+def _narrow(rows: Sequence[Row], peak: float) -> Iterator[str]:
+    found = []
+    for row in rows:
+        dtype = jnp.dtype(row.dtype)
+        if not row.trained or not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize > 2:
+            continue
+        rate = max(row.learning_rate or 0.0, peak) * float(np.max(row.multiplier))
+        if row.learning_rate is None or rate < float(jnp.finfo(dtype).eps) / 2:
+            found.append(row.name)
+    if found:
+        yield (
+            f"16-bit parameters may stand still: {shown(found)}. Without stochastic rounding, an "
+            "update below half of their precision is lost. Keep them in float32, or round "
+            "stochastically."
+        )
+
+
+class _Schedule:
+    """A schedule at many steps at once."""
+
+    def __init__(self, schedule: Callable[[Any], Any]) -> None:
+        self._values = jax.jit(
+            jax.vmap(lambda step: evaluate("learning_rate", schedule, step, jnp.float32))
+        )
+
+    def at(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return steps from the first to the last, and the values there."""
+        steps = np.linspace(first, last, POINTS).round().astype(np.int32)
+        return steps, np.asarray(self._values(steps))
+
+    def peak(self, horizon: Horizon) -> float:
+        """Return the largest value, as far as it is known."""
+        last = horizon.first + (horizon.updates or 10_000) - 1
+        return float(np.max(self.at(horizon.first, last)[1], initial=0.0))
+
+    def end(self, first: int, last: int) -> int:
+        """Return the step from which the value is that of the last step."""
+        final = self.at(last, last)[1][0]
+        low, high = first, last
+        while low < high:
+            steps, values = self.at(low, high)
+            others = np.flatnonzero(values[:-1] != final)
+            if not len(others):
+                return low
+            low, high = int(steps[others[-1]]) + 1, int(steps[others[-1] + 1])
+        return high
+
+
+def _of_schedule(names: list[str], schedule: _Schedule, horizon: Horizon) -> Iterator[str]:
+    if schedule.at(horizon.first, horizon.first)[1][0] == 0 and schedule.peak(horizon) > 0:
+        yield (
+            f"The schedule of `learning_rate` of {shown(names)} is 0 at the first step, whose "
+            "update changes nothing. Let it begin above 0."
+        )
+    if horizon.updates is None:
+        return
+    last = horizon.first + horizon.updates - 1
+    end = schedule.end(horizon.first, last)
+    before = max(horizon.first, end - 1 - max(1, (end - horizon.first) // 50))
+    steps, values = schedule.at(before, end)
+    # A rate that falls up to its end, unlike a staircase, a warm-up or a constant.
+    falls = values[0] > values[steps < end][-1] > values[-1] if (steps < end).any() else False
+    if falls and last - end > max(1, horizon.updates // 100):
+        yield (
+            f"The schedule of `learning_rate` of {shown(names)} ends at step {end}, before the "
+            f"run, whose last step is {last}: it stays at {values[-1]:.3g} from there on."
+        )
+
+
+def _clipped_late(links: Sequence[tuple[str, Any, bool]]) -> Iterator[str]:
+    rule = None
+    for name, link, is_rule in links:
+        if rule is not None and isinstance(link, CLIPS):
+            yield (
+                f"The link {name!r} clips behind the rule {rule!r}: it shrinks the updates, not "
+                "the gradients. Let it stand before."
+            )
+        rule = name if is_rule and rule is None else rule
+
+
+def _unused(
+    rows: Sequence[Row], links: Sequence[tuple[str, Any, bool]], rules: Rules
+) -> Iterator[str]:
+    names = [row.name for row in rows]
+    of_rows = rules.index(names)
+    decays = any(hasattr(link, "weight_decay") for _, link, _ in links)
+    noisy = any(name == "gradient_noise" for name, _, _ in links)
+    for i, (text, own) in enumerate(zip(rules.texts, rules.options, strict=True)):
+        mine = [row for row, j in zip(rows, of_rows, strict=True) if j == i]
+        later = Rules(rules.patterns[i + 1 :], rules.options[i + 1 :])
+        exempt = any(j < len(later.patterns) for j in later.index([row.name for row in mine]))
+        acting = {key for key, value in own.items() if (key, value) != ("freeze", False)}
+        if own.get("freeze", False):
+            without = acting - {"freeze"}
+        elif not any(row.trained for row in mine):
+            without = acting
+        elif not acting and not exempt:
+            yield f"`rules[{text!r}]` has no effect: it is empty, and no later rule matches."
+            continue
+        else:
+            without = {
+                *(["learning_rate_multiplier"] if _is_one(own) and not exempt else []),
+                *(["weight_decay"] if own.get("weight_decay") == 0 and not decays else []),
+                *(["noise_scale"] if own.get("noise_scale") == 0 and not noisy else []),
+            }
+        for key in sorted(without):
+            yield f"`rules[{text!r}][{key!r}]` has no effect on {shown([r.name for r in mine])}."
+    for name, link, _ in links:
+        if isinstance(link, MultiplyGradients):
+            for text, value in link.numbers().items():
+                if not callable(value) and value == 1:
+                    yield f"`{name}` has no effect for {text!r}: its number is 1."
+
+
+def _is_one(own: Any) -> bool:
+    value = own.get("learning_rate_multiplier")
+    return value is not None and not callable(value) and bool(np.all(np.asarray(value) == 1))

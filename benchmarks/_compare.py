@@ -23,6 +23,7 @@ def peers(torch_python: str) -> dict[str, Name]:
     cores = os.cpu_count() or 1
     return {
         OURS: Name("ours"),
+        "ours, bucket=None": Name("ours", setting=("OURS_BUCKET", "None")),
         "optax": Name("with_optax"),
         "keras": Name("with_keras"),
         "keras-10": Name("with_keras", setting=("KERAS_STEPS", "10")),
@@ -162,7 +163,7 @@ class Comparison:
             return [{**self._facts(n), "skipped": reason} for n in self.row.targets]
         try:
             return self._measured()
-        except Late as error:
+        except (Late, RuntimeError) as error:  # it did not answer, or it died
             self.pool.forget_the_dead()
             return [{**self._facts(n), "skipped": str(error)} for n in self.row.targets]
 

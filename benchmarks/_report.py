@@ -37,7 +37,7 @@ def page(results: list[dict[str, Any]]) -> str:
             f"## {result['benchmark']}\n",
             table(result["rows"]),
             f"\n{machine['device']}, {machine['processor']}, {machine['cores']} cores, "
-            f"{result['rounds']} rounds; load {min(loads):.1f} to {max(loads):.1f} "
+            f"at most {result['rounds']} rounds; load {min(loads):.1f} to {max(loads):.1f} "
             f"(our own included). {versions}.\n",
         ]
         parts += [f"Missing: {name} ({why}).\n" for name, why in result["missing"].items()]
@@ -60,7 +60,8 @@ def _cells(row: dict[str, Any]) -> list[str]:
     met = {True: "met", False: "**not met**", None: ""}[row["met"]]
     if row["measure"] not in UNITS:
         low, high = row["quartiles"]
-        return [f"{row['ratio']:.2f}", f"{low:.2f}-{high:.2f}", target, met]
+        rounds = f"{low:.2f}-{high:.2f} of {len(row['ratios'])}"
+        return [f"{row['ratio']:.2f}", rounds, target, met]
     figures = f"{_figure(row['theirs'])} / {_figure(row['ours'])} {UNITS[row['measure']]}"
     return [figures, "", target, met]
 

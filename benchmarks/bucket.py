@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 import optimize_loss as ol
+from benchmarks._report import RESULTS, tag
 
 ROUNDS = 11
 VECTORS = [(10, 16), (100, 16), (300, 16), (30, 1024), (30, 4096), (30, 16384), (30, 65536)]
@@ -55,17 +56,21 @@ def compare(loss, params, x):
 
 
 def main():
+    lines = [f"{jax.devices()[0].device_kind}, jax {jax.__version__}: without / with, in ratio"]
     for count, size in VECTORS:
         params = {f"p{i:04}": jnp.full((size,), 0.01) for i in range(count)}
-        report(f"{count} vectors of {size}", *compare(of_vectors, params, 0.5))
+        lines.append(report(f"{count} vectors of {size}", *compare(of_vectors, params, 0.5)))
     for count, size in MATRICES:
         params = {f"p{i:04}": jnp.eye(size) * 0.9 for i in range(count)}
         x = jnp.ones((8, size))
-        report(f"{count} matrices of {size}x{size}", *compare(of_matrices, params, x))
+        lines.append(report(f"{count} matrices of {size}x{size}", *compare(of_matrices, params, x)))
+    path = RESULTS / f"bucket-{tag(jax.devices()[0].device_kind)}.txt"
+    path.write_text("\n".join(lines) + "\n")
 
 
 def report(what, plain, packed, ratio):
     print(f"{what:28} {plain * 1e6:9.0f} us {packed * 1e6:9.0f} us   x {ratio:.2f}", flush=True)
+    return f"{what:28} {ratio:.2f}"
 
 
 if __name__ == "__main__":

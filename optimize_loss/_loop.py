@@ -122,8 +122,8 @@ class Run:
             self.state, metrics = advance(self.state, *call.parts)
             self.taken += call.steps
             history.add(call.steps, metrics)
-            call = source.gather(self.plan.room(self.taken))
             self._call_hooks(history)
+            call = source.gather(self.plan.room(self.taken))
         source.raise_error()
         if not self.taken:
             raise ValueError("`batches` must hold a batch: it is empty, or an iterator at its end.")

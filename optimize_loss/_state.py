@@ -8,13 +8,20 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from optimize_loss._checks import STEP, InvalidType, check_integer
-from optimize_loss._names import Pattern, any_matches, check_patterns, leaf_names
+from optimize_loss._checks import STEP, InvalidType, TreeMismatch, check_integer
+from optimize_loss._names import (
+    Pattern,
+    any_matches,
+    check_patterns,
+    leaf_names,
+    leaf_paths,
+    same_leaves,
+)
 from optimize_loss.transforms import Chain
 from optimize_loss.transforms._bucket import Layout
 from optimize_loss.transforms._guard import guard_of
 from optimize_loss.transforms._health import blamed
-from optimize_loss.transforms._params import distinct, placed_like
+from optimize_loss.transforms._params import as_array, distinct, placed_like
 from optimize_loss.transforms._reset import reset
 from optimize_loss.transforms._views import averaged_params
 
@@ -80,11 +87,16 @@ class TrainState:
         """Return the state with other parameters, or another state of the chain, in these trees.
 
         Both as the properties of these names show them; None for those that stay.
+
+        Raises:
+          TreeMismatch: a tree has other leaves, or one of another shape or dtype.
         """
         new = {}
         if params is not None:
+            _check_alike("params", params, self.params)
             new["packed_params"] = self.layout.pack(params) if self.layout else params
         if optimizer is not None:
+            _check_alike("optimizer", optimizer, self.optimizer)
             new["packed_optimizer"] = (
                 self.layout.pack_state(optimizer) if self.layout else optimizer
             )
@@ -209,3 +221,15 @@ class TrainState:
                 f"Received: {sorted(meant)[:5]}, while these have some: {sorted(have)[:5]}."
             )
         return distinct(self.with_trees(optimizer=optimizer))
+
+
+def _check_alike(what: str, new: Any, old: Any) -> None:
+    """Raise unless two trees have the same leaves, of the same shapes and dtypes."""
+    pairs = zip(same_leaves(what, new, f"state.{what}", old), jax.tree.leaves(old), strict=True)
+    for name, (mine, theirs) in zip(leaf_paths(old), pairs, strict=True):
+        mine = as_array(f"`{what}` at", name, mine)
+        if (mine.shape, mine.dtype) != (theirs.shape, theirs.dtype):
+            raise TreeMismatch(
+                f"`{what}` must have at {name!r} shape {theirs.shape} and dtype {theirs.dtype}. "
+                f"Received: shape {mine.shape}, dtype {mine.dtype}."
+            )

@@ -64,7 +64,8 @@ def test_each_benchmark_leaves_a_record_of_every_row(folder, name):
         else:
             assert record.keys() - {"temporary", "disagreement"} == TIMED
             assert record["ratio"] > 0
-    agreeing = [r for r in result["rows"] if r["measure"] == "run" and "ratio" in r]
+    runs = [r for r in result["rows"] if r["measure"] == "run" and "ratio" in r]
+    agreeing = [r for r in runs if r["peer"] != "limit" or name == "update"]
     assert all(e < 1e-2 for r in agreeing for e in r["disagreement"].values())
 
 

@@ -389,9 +389,19 @@ def test_batches_are_pulled_while_the_device_computes(traffic):
         start(step), batches(), prefetch=1, hooks={2: lambda *_: traffic.events.append("hook")}
     )
     assert traffic.events == [
-        *("pull", "call", "pull", "fetch", "call", "pull", "fetch", "hook"),
-        *("call", "pull", "fetch", "call", "fetch", "hook"),
+        *("pull", "call", "pull", "fetch", "call", "fetch", "hook"),
+        *("pull", "call", "pull", "fetch", "call", "fetch", "hook"),
     ]
+
+
+def test_no_batch_is_lost_where_a_hook_raises():
+    def stop(state, metrics):
+        raise KeyError("enough")
+
+    step, batches = linear(), iter([float(i) for i in range(10)])
+    with pytest.raises(KeyError) as caught:
+        step.run(start(step), batches, hooks={4: stop}, steps_per_call=2)
+    assert (caught.value.state.step, next(batches)) == (4, 4.0)
 
 
 def test_nothing_else_comes_back_from_the_device():

@@ -1,4 +1,7 @@
-"""The machine's limit: AdamW in C, one pass in place; on other devices, arrays scaled in place."""
+"""Limits. Of the update: AdamW in C, one pass in place; on other devices, arrays scaled in place.
+
+Of whole steps: the loss and its gradients, which are none of an optimizer's business.
+"""
 
 import ctypes
 import os
@@ -12,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks._problems import BETA_1, BETA_2, CLIP, DECAY, EPSILON, Problem, rate
+from benchmarks._losses import loss_of
+from benchmarks._problems import BETA_1, BETA_2, CLIP, DECAY, EPSILON, PEAK, Problem, rate
 
 FLAGS = ("-O3", "-march=native", "-ffast-math", "-shared", "-fPIC")
 SOURCE = pathlib.Path(__file__).with_suffix(".c")
@@ -39,8 +43,8 @@ LIBRARY = _library() if ON_CPU else None
 VERSIONS: dict[str, str] = {}
 
 
-def _at(array: np.ndarray) -> Any:
-    return ctypes.c_void_p(array.ctypes.data)
+def _addresses(arrays: dict[str, np.ndarray]) -> Any:
+    return (ctypes.c_void_p * len(arrays))(*(x.ctypes.data for x in arrays.values()))
 
 
 class InC:
@@ -48,12 +52,15 @@ class InC:
         self.params, self.grads = problem.params(), problem.grads()
         self.m, self.v = ({n: np.zeros_like(p) for n, p in self.params.items()} for _ in "mv")
         self.taken = 0
+        sizes = [p.size for p in self.params.values()]
+        self.sizes = ctypes.c_long(len(sizes)), (ctypes.c_long * len(sizes))(*sizes)
+        self.arrays = [_addresses(x) for x in (self.params, self.m, self.v, self.grads)]
 
     def run(self, steps: int) -> None:
         library: Any = LIBRARY
         for _ in range(steps):
             lr, n = rate(self.taken), self.taken + 1
-            norm = sum(library.squares(ctypes.c_long(g.size), _at(g)) for g in self.grads.values())
+            norm = library.squares(*self.sizes, self.arrays[-1])
             correction = (1 - BETA_2**n) ** 0.5
             numbers = (
                 min(1.0, CLIP / norm**0.5),
@@ -63,11 +70,7 @@ class InC:
                 EPSILON * correction,
                 lr * DECAY,
             )
-            for name, p in self.params.items():
-                arrays = p, self.m[name], self.v[name], self.grads[name]
-                library.adamw(
-                    ctypes.c_long(p.size), *map(_at, arrays), *map(ctypes.c_float, numbers)
-                )
+            library.adamw(*self.sizes, *self.arrays, (ctypes.c_float * 6)(*numbers))
             self.taken = n
 
     def values(self) -> Any:
@@ -90,4 +93,31 @@ class Scaled:
         return None
 
 
-Peer = InC if ON_CPU else Scaled
+class Gradients:
+    """The loss and its gradients, with plain gradient descent, many steps a call."""
+
+    def __init__(self, problem: Problem) -> None:
+        loss, k = loss_of(problem), problem.steps_per_call
+
+        def advance(params: Any, batch: Any) -> Any:
+            value, grads = jax.value_and_grad(loss)(params, *batch)
+            return jax.tree.map(lambda p, g: p - PEAK * g, params, grads), value
+
+        self.params = jax.tree.map(jnp.asarray, problem.params())
+        self.program = jax.jit(lambda *x: jax.lax.scan(advance, *x), donate_argnums=0)
+        self.batches = jax.tree.map(lambda x: jnp.asarray(x[:k]), problem.batches())
+        self.steps_per_call = k
+
+    def run(self, steps: int) -> None:
+        for _ in range(steps // self.steps_per_call):
+            self.params, _ = self.program(self.params, self.batches)
+        jax.block_until_ready(self.params)
+
+    def values(self) -> Any:
+        return None
+
+
+def Peer(problem: Problem) -> Any:
+    if problem.kind != "update":
+        return Gradients(problem)
+    return (InC if ON_CPU else Scaled)(problem)

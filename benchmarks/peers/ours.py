@@ -1,6 +1,7 @@
 """This package: the chain for updates alone, `optimize_loss` for the rest."""
 
 import itertools
+import os
 from typing import Any
 
 import jax
@@ -59,6 +60,7 @@ class Step:
             optimizer=T.chain(**adamw()),
             clip_gradients=CLIP,
             summaries=["loss"],
+            bucket=None if "OURS_BUCKET" in os.environ else "auto",
         )
 
     def built(self, stage: str) -> Any:

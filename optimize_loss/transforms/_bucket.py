@@ -67,7 +67,10 @@ class Members(Static):
         """Return one array of all parts, along the last axis; of nothing, nothing."""
         if all(part is None for part in parts):
             return None
-        return _join(self, parts) if _are_ready(parts) else self._join(parts)
+        if not _are_ready(parts):
+            return self._join(parts)
+        with jax.ensure_compile_time_eval():  # in a trace of the caller's, too
+            return _join(self, parts)
 
     def _join(self, parts: Sequence[Any]) -> Any:
         rows = [
@@ -86,7 +89,10 @@ class Members(Static):
         if isinstance(buffer, jax.ShapeDtypeStruct):
             first, dtype = buffer.shape[:-1], buffer.dtype
             return [jax.ShapeDtypeStruct(first + shape, dtype) for shape in self.shapes]
-        return (_split if _are_ready([buffer]) else Members._split)(self, buffer)
+        if not _are_ready([buffer]):
+            return self._split(buffer)
+        with jax.ensure_compile_time_eval():
+            return _split(self, buffer)
 
     def _split(self, buffer: Any) -> list[Any]:
         first = buffer.shape[:-1]

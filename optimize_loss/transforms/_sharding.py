@@ -1,0 +1,169 @@
+"""Slots spread over the devices of a mesh axis, beside parameters that every device has whole.
+
+Each device keeps and updates its part of the slots, and the new parameters are gathered (ZeRO-1:
+Rajbhandari et al., 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models",
+section 5.1).
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.core import Tracer
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from optimize_loss._checks import InvalidType, received
+from optimize_loss._names import leaf_names
+from optimize_loss.transforms._base import Link, TreeLink
+from optimize_loss.transforms._bucket import Static
+from optimize_loss.transforms._chain import Chain
+
+State = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Placement(Static):
+    """Where the leaves of a tree lie; None for those that lie where they happen to."""
+
+    shardings: tuple[NamedSharding | None, ...]
+
+    def _key(self) -> Any:
+        return self.shardings
+
+    def __reduce__(self) -> Any:
+        return Placement, ((None,) * len(self.shardings),)  # other processes have other devices
+
+    def constrain(self, tree: Any) -> Any:
+        """Return a tree of these leaves, which are to lie there in a compiled program."""
+        leaves, treedef = jax.tree.flatten(tree)
+        return treedef.unflatten(map(_constrain, leaves, self.shardings))
+
+
+def placement_of(tree: Any) -> Placement:
+    """Return where the leaves of a tree lie now."""
+    shardings = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree))
+    return Placement(tuple(x if isinstance(x, NamedSharding) else None for x in shardings))
+
+
+def _constrain(leaf: Any, sharding: NamedSharding | None) -> Any:
+    if sharding is None:
+        return leaf
+    if all(kind == AxisType.Explicit for kind in sharding.mesh.axis_types):
+        return jax.sharding.reshard(leaf, sharding)
+    return jax.lax.with_sharding_constraint(leaf, sharding)
+
+
+def devices_along(axis: Any, names: Sequence[str], leaves: Sequence[Any]) -> int:
+    """Return the number of devices along an axis of the mesh that the parameters are on.
+
+    Raises:
+      InvalidType: `axis` is no text, or the parameters are traced, so that it is not known where
+        they are.
+      ValueError: a parameter is on no mesh, or on one without this axis.
+    """
+    if not isinstance(axis, str):
+        raise InvalidType(
+            f"`shard_state` must be the name of an axis of a mesh. {received('shard_state', axis)}"
+        )
+    sizes = set()
+    for name, leaf in zip(names, leaves, strict=True):
+        if isinstance(leaf, Tracer):
+            raise InvalidType(
+                "`params` must be arrays, not traced, where `shard_state` is given: it is not "
+                f"known where the parameter {name!r} will be."
+            )
+        sharding = leaf.sharding
+        axes = sharding.mesh.shape if isinstance(sharding, NamedSharding) else {}
+        if axis not in axes:
+            raise ValueError(
+                "`shard_state` must be an axis of the mesh that the parameters are on. "
+                f"Received: {received_axis(axis, name, sharding)} Put them on one, as in "
+                "`jax.device_put(params, NamedSharding(mesh, PartitionSpec()))`."
+            )
+        sizes.add(axes[axis])
+    return max(sizes)
+
+
+def received_axis(axis: str, name: str, sharding: Any) -> str:
+    """Return what an error says about a parameter that is not on a mesh with this axis."""
+    return f"shard_state={axis!r}, and {name!r} on {sharding}."
+
+
+def init_spread(chain: Chain, params: Any, axis: str) -> State:
+    """Return what `chain.init` does, with the slots made where they will lie.
+
+    Args:
+      chain: the links.
+      params: the parameters, all on one mesh with this axis.
+      axis: its name.
+    """
+    made = jax.eval_shape(chain.init, params)
+    mesh = jax.tree.leaves(params)[0].sharding.mesh
+    whole = NamedSharding(mesh, PartitionSpec())
+    shardings = jax.tree.map(lambda _: whole, made)
+    for name, _ in chain.links:
+        shardings[name] = _of_link(chain.link(name), made[name], params, _Spread(mesh, axis))
+    return jax.jit(chain.init, out_shardings=shardings)(params)
+
+
+def _of_link(link: Any, state: Any, params: Any, spread: "_Spread") -> Any:
+    """Return where what a link keeps will lie: numbers whole everywhere, all else in parts."""
+    if not isinstance(link, Link):
+        return jax.tree.map(spread.one, state)
+    numbers = {*link.numbers(), *link.memory()}
+    like = {name: None if isinstance(link, TreeLink) else params for name in state}
+    return {
+        name: spread.whole if name in numbers else spread.tree(slots, like[name])
+        for name, slots in state.items()
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Spread:
+    """Says where arrays lie that are spread over one more axis of a mesh."""
+
+    mesh: Mesh
+    axis: str
+
+    @property
+    def whole(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    def tree(self, slots: Any, params: Any) -> Any:
+        """Return where slots lie: as their parameters of the same shape, and over the axis."""
+        if params is None:
+            return jax.tree.map(self.one, slots)
+        old = jax.tree.unflatten(
+            jax.tree.structure(params, is_leaf=_is_none),
+            [p for p in jax.tree.leaves(params, is_leaf=_is_none)],
+        )
+        return jax.tree.map(self.one, slots, old)
+
+    def one(self, slot: Any, param: Any = None) -> NamedSharding:
+        """Return where one array lies: over the axis along the first dimension that can be."""
+        same = param is not None and param.shape == slot.shape
+        spec = param.sharding.spec if same else ()
+        axes = [_axes(part) for part in (*spec, *[None] * (slot.ndim - len(spec)))]
+        if any(self.axis in part for part in axes):
+            return param.sharding
+        for i in sorted(range(slot.ndim), key=lambda i: len(axes[i])):
+            parts = math.prod(self.mesh.shape[name] for name in (*axes[i], self.axis))
+            if slot.shape[i] and slot.shape[i] % parts == 0:
+                axes[i] = (*axes[i], self.axis)
+                break
+        return NamedSharding(self.mesh, PartitionSpec(*(part or None for part in axes)))
+
+
+def _is_none(x: Any) -> bool:
+    return x is None
+
+
+def _axes(part: Any) -> tuple[str, ...]:
+    """Return the axes of a mesh over which a dimension is spread."""
+    return () if part is None else part if isinstance(part, tuple) else (part,)
+
+
+def check_whole(names: Sequence[str]) -> None:
+    raise NotImplementedError

@@ -1,7 +1,6 @@
 """The guard: a batch that is left out leaves no trace but for being counted."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -334,7 +333,9 @@ def test_a_state_that_is_not_ready_is_not_waited_for():
 
     def with_count(count):
         guard = {**state.packed_optimizer["skip"], "skipped_in_a_row": count}
-        return dataclasses.replace(state, packed_optimizer={**state.packed_optimizer, "skip": guard})
+        return dataclasses.replace(
+            state, packed_optimizer={**state.packed_optimizer, "skip": guard}
+        )
 
     check_ready(with_count(InFlight(False)))
     check_ready(with_count(InFlight(True)))

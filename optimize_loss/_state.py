@@ -123,7 +123,8 @@ class TrainState:
         """Why the last batch was left out by `skip`: a parameter's name, or what else it was.
 
         The name is that of the first parameter whose gradient was not finite; "the loss" stands
-        for a loss alone, "the norm of all gradients" for a spike. None if there was no such batch.
+        for a loss alone, "the norm of all gradients" for a spike, "a schedule" for one with a
+        value that its number cannot have. None if there was no such batch.
         Waits for the device.
         """
         if (guard := guard_of(self.chain.links)) is None:

@@ -172,6 +172,51 @@ def test_who_is_to_blame(case, bucket):
         assert_same(state.params, jax.tree.map(jnp.asarray, first))
 
 
+FAULTS = {
+    "74-nan": (NAN, 0.0, "w"),
+    "75-infinity": (INF, 0.0, "w"),
+    "75-minus-infinity": (-INF, 0.0, "w"),
+    "76-loss": (1.0, NAN, "the loss"),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS.values(), ids=FAULTS)
+def test_one_bad_batch_among_good_ones_changes_nothing(case):
+    """Where a clip would make 0 · ∞ of an infinite gradient; its factor comes behind the guard."""
+    grad, loss, culprit = case
+
+    def function(params, size, extra):  # at w = 1 the gradient is `size`
+        return jnp.sum(size * params["w"] + params["v"] ** 2) + extra
+
+    step = ol.optimize_loss(
+        function, learning_rate=0.1, optimizer="Adam", clip_gradients=0.5, ema=0.9, skip="nonfinite"
+    )
+    state = step.init({"w": np.ones(3, np.float32), "v": np.ones(2, np.float32)[:1]})
+    state, _ = step(state, np.float32(1), np.float32(0))
+    before = jax.tree.map(jnp.copy, state)
+    state, _ = step(state, np.array([1, grad, 1], np.float32), np.float32(loss))
+    assert_same(seen(state), seen(before))
+    assert (state.optimizer["skip"]["skipped"], state.offender) == (1, culprit)
+
+
+@pytest.mark.parametrize("bad", [-0.1, NAN, INF])
+def test_34_a_schedule_with_a_bad_value_stops_training(bad):
+    """Steps 0 and 1 are made; from then on all is left out, and after three times an error."""
+    step = ol.optimize_loss(
+        lambda p, x: p["w"] * x,
+        learning_rate=lambda n: jnp.where(n < 2, 1.0, bad),
+        optimizer="SGD",
+        skip=T.SkipNonFinite(most=3),
+    )
+    with pytest.raises(ol.NonFiniteError, match=r"before step 2\. .* because of: 'a schedule'"):
+        step.run(step.init({"w": np.float32(4)}), [np.float32(1)] * 20)
+    state, metrics = step.many(step.init({"w": np.float32(4)}), np.ones(4, np.float32))
+    assert (state.params["w"], state.step, state.offender) == (2, 2, "a schedule")
+    assert metrics["skipped"].tolist() == [0, 0, 1, 2]
+    state, _ = step(state.set(learning_rate=1.0), 1.0)
+    assert state.params["w"] == 1
+
+
 def test_marks_of_names_are_positive_and_stay():
     marks = [mark(f"layer_{i}/kernel") for i in range(10_000)]
     assert len(set(marks)) == len(marks)
@@ -278,7 +323,7 @@ def bad_step(bucket, **options):
 
 
 @pytest.mark.parametrize("bucket", [None, "auto"])
-def test_so_many_in_a_row_raise_and_one_can_go_on(bucket):
+def test_77_so_many_in_a_row_raise_and_one_can_go_on(bucket):
     step, state = bad_step(bucket)
     for x in (NAN, NAN, 1.0, NAN, NAN, NAN):
         state, _ = step(state, x)

@@ -96,8 +96,9 @@ class Loss:
                 "what float() was for."
             )
             raise
-        pair = isinstance(result, tuple) and not isinstance(result, Aux) and len(result) == 2
-        loss, aux = result if pair else (result, Aux())
+        loss, aux = result, Aux()
+        if isinstance(result, tuple) and not isinstance(result, Aux) and len(result) == 2:
+            loss, aux = result
         if not isinstance(aux, Aux) or isinstance(loss, Aux):
             raise InvalidType(
                 "`loss` must return a scalar, or (scalar, Aux(metrics=..., model_state=...)). "

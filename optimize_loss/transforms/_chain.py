@@ -321,13 +321,13 @@ class Chain(optax.GradientTransformationExtraArgs):
     def _schedules_seen(self, own: State) -> dict[str, jax.Array]:
         """Return whether every schedule has a value that its number may have."""
         scheduled = [
-            jnp.any(jnp.isnan(own[name][number]))
+            jnp.all(jnp.isfinite(own[name][number]))
             for name, link in self._linked()
             if isinstance(link, Link)
             for number, value in link.numbers().items()
             if callable(value)
         ]
-        return {"schedules_hold": ~jnp.any(jnp.stack(scheduled))} if scheduled else {}
+        return {"schedules_hold": jnp.all(jnp.stack(scheduled))} if scheduled else {}
 
     def _run(
         self,

@@ -21,7 +21,8 @@ class Aux(NamedTuple):
       model_state: the new model state, with the structure, shapes and dtypes of the old one; None
         keeps the old one.
       weight: how much there was in the batch over which the loss is a mean, such as its number of
-        tokens, at least 0: a scalar, for `Accumulate(reduce="weighted")`.
+        tokens, at least 0: a scalar, for `Accumulate(reduce="weighted")`. Of devices whose
+        gradients are summed in the step it is the mean.
     """
 
     metrics: Mapping[str, Any] = {}

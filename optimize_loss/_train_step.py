@@ -31,7 +31,7 @@ from optimize_loss._model_state import run_update_ops
 from optimize_loss._names import Pattern
 from optimize_loss._skips import check_ready
 from optimize_loss._state import TrainState
-from optimize_loss._steepest import flat_gradients, weight_of
+from optimize_loss._steepest import flat_gradients, told
 from optimize_loss._trainable import Trainable, colocated, find_trainable
 from optimize_loss.optimizers._resolve import resolve
 from optimize_loss.transforms import (
@@ -366,7 +366,7 @@ class TrainStep:
         )
         if shardings is not None:
             grads = colocated(grads, shardings)
-        new = self._updated(state, trainable, grads, {"value": loss, **weight_of(aux, self.chain)})
+        new = self._updated(state, trainable, grads, told(loss, aux, self.chain))
         model_state = kept(self.chain.links, new.links, state.model_state, aux.model_state)
         new = dataclasses.replace(new, model_state=model_state)
         metrics = {"loss": loss, **_metrics.read(self.chain, new.links)}

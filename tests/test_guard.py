@@ -397,6 +397,26 @@ def test_many_states_at_once_are_guarded_each():
     assert states.step.tolist() == [0, 1]
 
 
+@pytest.mark.parametrize("spoilt", [[0, 0, 0, 0], [0, 0, NAN, 0], [INF, 0, -INF, 0]])
+def test_devices_agree_where_the_loss_of_one_is_not_finite(spoilt):
+    """Its gradient does not show it; without the others' consent only that one would skip."""
+    step = ol.optimize_loss(
+        lambda p, x, more: jnp.sum(p["w"] * x) + more,
+        learning_rate=None,
+        optimizer=T.chain(sums=T.SumOverAxis("data"), rate=T.ScaleByLearningRate(0.25)),
+        skip="nonfinite",
+        plateau=T.ReduceOnPlateau(0.5, patience=0),
+    )
+    state = step.init({"w": np.float32(4)})
+    each = jax.vmap(step, in_axes=(None, 0, 0), axis_name="data")
+    ones = np.ones(4, np.float32)
+    states, _ = each(state, ones, np.array(spoilt, np.float32))
+    skipped = not np.all(np.isfinite(spoilt))
+    np.testing.assert_array_equal(states.params["w"], (4 if skipped else 3) * ones)
+    np.testing.assert_array_equal(states.optimizer["skip"]["skipped"], skipped * ones)
+    np.testing.assert_array_equal(states.optimizer["plateau"]["means"], (not skipped) * ones)
+
+
 def test_the_guard_comes_first():
     for first in (T.Accumulate(2), T.DivideByLossScale(2.0), T.DivideByDynamicLossScale()):
         with pytest.raises(ValueError, match=r"'skip' must stand before \['first'\]"):

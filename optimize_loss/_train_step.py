@@ -179,6 +179,8 @@ class TrainStep:
 
         Raises:
           RuntimeError: this state was given to a step before.
+          NonFiniteError: `skip` has left out too many batches in a row before this state, and the
+            device has finished it; one that it has not is not waited for.
         """
         return self._dispatch(False, state, batch)
 
@@ -252,6 +254,8 @@ class TrainStep:
           InvalidType: an argument is of the wrong kind, or a hook returned something else.
           ValueError: an argument is out of range, or `batches` is empty.
           RuntimeError: this state was given to a step before.
+          NonFiniteError: `skip` has left out too many batches in a row; raised with the metrics
+            that tell, after as many calls as are in flight.
 
           What the iterable, a hook or a step raises is passed on; the state reached is then the
           error's attribute `state`. There is a warning if `batches` ends before `steps`.

@@ -21,7 +21,8 @@ class Aux(NamedTuple):
       model_state: the new model state, with the structure, shapes and dtypes of the old one; None
         keeps the old one.
       weight: how much there was in the batch over which the loss is a mean, such as its number of
-        tokens, at least 0: a scalar, for `Accumulate(reduce="weighted")`.
+        tokens, at least 0: a scalar, for `Accumulate(reduce="weighted")`. Of devices whose
+        gradients are summed in the step it is the mean.
     """
 
     metrics: Mapping[str, Any] = {}
@@ -96,8 +97,9 @@ class Loss:
                 "what float() was for."
             )
             raise
-        pair = isinstance(result, tuple) and not isinstance(result, Aux) and len(result) == 2
-        loss, aux = result if pair else (result, Aux())
+        loss, aux = result, Aux()
+        if isinstance(result, tuple) and not isinstance(result, Aux) and len(result) == 2:
+            loss, aux = result
         if not isinstance(aux, Aux) or isinstance(loss, Aux):
             raise InvalidType(
                 "`loss` must return a scalar, or (scalar, Aux(metrics=..., model_state=...)). "

@@ -5,10 +5,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from optimize_loss._loss import Aux
 from optimize_loss._trainable import Trainable, derivatives, gradients
-from optimize_loss.transforms import Accumulate, Chain
+from optimize_loss.transforms import Accumulate, Chain, SumOverAxis
+from optimize_loss.transforms._accumulate import averaged_over
 from optimize_loss.transforms._sharpness import climbed
 
 
@@ -37,8 +39,17 @@ def flat_gradients(
     return value, aux, grads
 
 
-def weight_of(aux: Aux, chain: Chain) -> dict[str, Any]:
-    """Return the weight of a loss, by the keyword for a chain that has a use for it."""
-    links = (link for _, link in chain.links)
+def told(loss: jax.Array, aux: Aux, chain: Chain) -> dict[str, Any]:
+    """Return the loss, by the keyword for a chain, and its weight for one that has a use for it.
+
+    Where gradients are summed over mapped devices, these are the means of all devices: what goes
+    by them, such as skips, must be the same everywhere.
+    """
+    links = [link for _, link in chain.links]
     takes = any(isinstance(link, Accumulate) and link.reduce == "weighted" for link in links)
-    return {"weight": aux.weight} if takes and aux.weight is not None else {}
+    numbers = {"value": loss}
+    if takes and aux.weight is not None:
+        numbers["weight"] = jnp.asarray(aux.weight)
+    for axes in [link.axis_name for link in links if isinstance(link, SumOverAxis)]:
+        numbers = {name: averaged_over(x, axes) for name, x in numbers.items()}
+    return numbers

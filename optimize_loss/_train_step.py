@@ -35,7 +35,7 @@ from optimize_loss._rule_links import clips, with_noise, with_rules
 from optimize_loss._rules import NO_RULES, Rules, check_rules
 from optimize_loss._skips import check_ready
 from optimize_loss._state import TrainState
-from optimize_loss._steepest import flat_gradients, weight_of
+from optimize_loss._steepest import flat_gradients, told
 from optimize_loss._trainable import Trainable, colocated, find_trainable
 from optimize_loss.optimizers._resolve import resolve
 from optimize_loss.transforms import (
@@ -191,6 +191,8 @@ class TrainStep:
 
         Raises:
           RuntimeError: this state was given to a step before.
+          NonFiniteError: `skip` has left out too many batches in a row before this state, and the
+            device has finished it; one that it has not is not waited for.
         """
         return self._dispatch(False, state, batch)
 
@@ -264,6 +266,8 @@ class TrainStep:
           InvalidType: an argument is of the wrong kind, or a hook returned something else.
           ValueError: an argument is out of range, or `batches` is empty.
           RuntimeError: this state was given to a step before.
+          NonFiniteError: `skip` has left out too many batches in a row; raised with the metrics
+            that tell, after as many calls as are in flight.
 
           What the iterable, a hook or a step raises is passed on; the state reached is then the
           error's attribute `state`. There is a warning if `batches` ends before `steps`.
@@ -419,7 +423,7 @@ class TrainStep:
         )
         if shardings is not None:
             grads = colocated(grads, shardings)
-        new = self._updated(state, trainable, grads, {"value": loss, **weight_of(aux, self.chain)})
+        new = self._updated(state, trainable, grads, told(loss, aux, self.chain))
         model_state = kept(self.chain.links, new.links, state.model_state, aux.model_state)
         new = dataclasses.replace(new, model_state=model_state)
         metrics = {"loss": loss, **_metrics.read(self.chain, new.links)}

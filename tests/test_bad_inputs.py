@@ -4,16 +4,15 @@ The rows are numbered as in the project's list of bad inputs. Left out, because 
 does not exist yet, or because there is nothing to assert:
 
 - 13, 29, 60, 62: arguments and methods of the Keras-style class.
-- 22, 82: accumulation of gradients, and loss scaling.
-- 34, 74, 76, 77: values that are not finite at run time, which the guard is to skip and count.
 - 38: setting a rate overrides its schedule, which is no error: `test_optimize_loss.py`.
 - 53: bfloat16 parameters under tiny updates, which need a master copy or stochastic rounding.
 - 57: the time that ten thousand leaves take, which is for the benchmarks.
 - 71: interrupts, which matter to files.
 
 Rows 16 to 18 are about links here, as the class with these options does not exist; 49 leaves out
-files; 70 goes on in `test_loop.py`, with iterators and hooks. Rows named 0 or contrib have no
-number in the list.
+files; 70 goes on in `test_loop.py`, with iterators and hooks; 34, 74, 75, 76 and 77, values that
+are not finite at run time, are in `test_guard.py`, 82, loss scales, in `test_around.py`. Rows
+named 0 or contrib have no number in the list.
 """
 
 import dataclasses
@@ -511,6 +510,31 @@ ROWS: dict[str, Row] = {
         lambda: T.ScaleByMomentum(0.9, nesterov="no"),
         KIND,
         ("`nesterov`", "'no'"),
+    ),
+    "22-accumulate-0": Row(
+        lambda: build(accumulate=0), VALUE, ("`accumulate`", "at least 1", "accumulate=0")
+    ),
+    "22-accumulate-float": Row(
+        lambda: build(accumulate=1.5), KIND, ("`accumulate`", "integer", "accumulate=1.5")
+    ),
+    "22-accumulate-bool": Row(
+        lambda: build(accumulate=True), KIND, ("`accumulate`", "integer", "accumulate=True")
+    ),
+    "22-accumulate-link": Row(lambda: T.Accumulate(0), VALUE, ("`every`", "at least 1", "0")),
+    "22-accumulate-reduce": Row(
+        lambda: T.Accumulate(2, "median"), VALUE, ("`reduce`", "'weighted'", "'median'")
+    ),
+    "22-accumulate-no-weight": Row(
+        lambda: run(accumulate=T.Accumulate(2, "weighted")), VALUE, ("weight", "`Aux(weight=...)`")
+    ),
+    "22-loss-scale-0": Row(
+        lambda: build(loss_scale=0.0), VALUE, ("`loss_scale`", "above 0", "loss_scale=0.0")
+    ),
+    "22-loss-scale-negative": Row(
+        lambda: build(loss_scale=-8), VALUE, ("`loss_scale`", "above 0", "loss_scale=-8")
+    ),
+    "22-loss-scale-text": Row(
+        lambda: build(loss_scale="auto"), VALUE, ("`loss_scale`", "'dynamic'", "'auto'")
     ),
     "23-name-misspelt": Row(
         lambda: build(optimizer="adaam"), VALUE, ("`optimizer`", "'adaam'", "'Adam'", "'RMSProp'")

@@ -141,13 +141,24 @@ def summed(gradient: jax.Array, axis_name: str | tuple[str, ...]) -> jax.Array:
     Where `jax.shard_map` checks what varies, the gradient of a parameter that all devices share
     comes summed.
     """
+    left = _not_summed(gradient, axis_name)
+    return jax.lax.psum(gradient, left) if left else gradient
+
+
+def averaged_over(number: jax.Array, axis_name: str | tuple[str, ...]) -> jax.Array:
+    """Return the mean over the axes; what is the same on all devices stays as it is."""
+    left = _not_summed(number, axis_name)
+    return jax.lax.pmean(number, left) if left else number
+
+
+def _not_summed(x: jax.Array, axis_name: str | tuple[str, ...]) -> tuple[str, ...]:
+    """Return those of the axes over which a value varies, or may."""
     axes = axis_name if isinstance(axis_name, tuple) else (axis_name,)
-    left = [
+    return tuple(
         axis
         for axis in axes
-        if axis in _varying(gradient) or axis not in _varying(jax.lax.axis_index(axis))
-    ]
-    return jax.lax.psum(gradient, tuple(left)) if left else gradient
+        if axis in _varying(x) or axis not in _varying(jax.lax.axis_index(axis))
+    )
 
 
 def _varying(x: jax.Array) -> frozenset[str]:

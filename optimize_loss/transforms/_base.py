@@ -132,9 +132,10 @@ class Link:
     lowers: ClassVar[tuple[str, ...]] = ()
     """Numbers that are multiplied, in all links that have them, by the `scale` in its memory."""
 
-    sees_loss_scale: ClassVar[bool] = False
+    judges: ClassVar[bool] = False
     """True where `scalars` receives the `loss_scale` of all links with its numbers, if there is
-    one, and whether it `scale_shrinks`, if it is dynamic. Such a link stands before these links."""
+    one, whether it `scale_shrinks`, if it is dynamic, and whether the `schedules_hold`, if there
+    are any. Such a link stands before all gates and loss scales."""
 
     observes: ClassVar[bool] = False
     """True where `leaf` returns the update as it came."""

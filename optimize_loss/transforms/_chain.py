@@ -284,7 +284,9 @@ class Chain(optax.GradientTransformationExtraArgs):
             if isinstance(link, Link)
         }
         seen = {
-            name: self._scale_seen(state, step) if self.link(name).sees_loss_scale else {}
+            name: {**self._scale_seen(state, step), **self._schedules_seen(own)}
+            if self.link(name).judges
+            else {}
             for name in own
         }
         return {name: {**own[name], **borrowed[name], **seen[name]} for name in own}
@@ -315,6 +317,17 @@ class Chain(optax.GradientTransformationExtraArgs):
         ]
         can_shrink = {"scale_shrinks": functools.reduce(jnp.logical_or, dynamic)} if dynamic else {}
         return {} if scale is None else {"loss_scale": scale, **can_shrink}
+
+    def _schedules_seen(self, own: State) -> dict[str, jax.Array]:
+        """Return whether every schedule has a value that its number may have."""
+        scheduled = [
+            jnp.all(jnp.isfinite(own[name][number]))
+            for name, link in self._linked()
+            if isinstance(link, Link)
+            for number, value in link.numbers().items()
+            if callable(value)
+        ]
+        return {"schedules_hold": jnp.all(jnp.stack(scheduled))} if scheduled else {}
 
     def _run(
         self,

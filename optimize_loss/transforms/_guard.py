@@ -10,7 +10,7 @@ import optax
 
 from optimize_loss._checks import AT_LEAST_1, STEP
 from optimize_loss.transforms._base import Decay, Link, NotNegative, Numbers, Positive, sqrt
-from optimize_loss.transforms._health import THE_LOSS, THE_NORM, Health
+from optimize_loss.transforms._health import A_SCHEDULE, NOBODY, THE_LOSS, THE_NORM, Health
 
 Most = Annotated[int, dataclasses.replace(AT_LEAST_1, initial=True)]
 
@@ -26,22 +26,29 @@ class Guard(Link):
     gates = True
     observes = True
     elementwise = True
-    sees_loss_scale = True
+    judges = True
 
     def memory(self):
         """Return how many batches were left out, in all and last in a row, and who was to blame."""
         return {"skipped": 0, "skipped_in_a_row": 0, "offender": 0}
 
     def is_sound(self, numbers: Numbers, health: Health) -> jax.Array:
-        """Return whether the loss is finite, and so are the gradients or else the scale shrinks."""
-        of_scale = numbers.get("scale_shrinks", jnp.array(False))
-        return health.loss_is_finite & (jnp.isfinite(health.norm) | of_scale)
+        """Return whether the loss is finite, and so are the gradients or else the scale shrinks.
 
-    def counted(self, memory: Numbers, health: Health, is_open: jax.Array) -> Numbers:
+        No schedule may have a value that cannot be, either.
+        """
+        of_scale = numbers.get("scale_shrinks", jnp.array(False))
+        finite = health.loss_is_finite & (jnp.isfinite(health.norm) | of_scale)
+        return finite & numbers.get("schedules_hold", jnp.array(True))
+
+    def counted(
+        self, numbers: Numbers, memory: Numbers, health: Health, is_open: jax.Array
+    ) -> Numbers:
         """Return the memory after this batch, of what all guards count."""
         skipped, in_a_row, offender = (memory[x] for x in Guard.memory(self))
-        who = jnp.where(health.loss_is_finite, THE_NORM, THE_LOSS)
-        who = jnp.where(health.offender == 0, who, health.offender)
+        holds = numbers.get("schedules_hold", jnp.array(True))
+        who = jnp.where(health.loss_is_finite, jnp.where(holds, THE_NORM, A_SCHEDULE), THE_LOSS)
+        who = jnp.where(health.offender == NOBODY, who, health.offender)
         return {
             "skipped": jnp.where(is_open, skipped, optax.safe_increment(skipped)),
             "skipped_in_a_row": jnp.where(is_open, 0, optax.safe_increment(in_a_row)),
@@ -59,7 +66,8 @@ class SkipNonFinite(Guard):
     but its own counts tells that the batch came. `optimize_loss(skip="nonfinite")` puts it there,
     and lets the model state, too, stay as it was. A gradient that is infinite while a dynamic
     loss scale above 1 stands behind goes to that, which shrinks and skips it; the loss counts in
-    any case. Without `value=loss` in `update`, gradients alone are judged.
+    any case. Without `value=loss` in `update`, gradients alone are judged. A step in which some
+    schedule has a value that its number cannot have, such as a negative rate, is left out as well.
 
     The state keeps `skipped`, the number so far, `skipped_in_a_row`, and `offender`, a mark of the
     first parameter, by name, whose gradient was not finite in the last batch left out.
@@ -86,7 +94,7 @@ class SkipNonFinite(Guard):
     def scalars(self, numbers, memory, total, step):
         """Open where all is finite, and count."""
         is_open = self.is_sound(numbers, total)
-        return {"open": is_open}, self.counted(memory, total, is_open)
+        return {"open": is_open}, self.counted(numbers, memory, total, is_open)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +160,7 @@ class SkipSpikes(Guard):
         weight = jnp.maximum(numbers["decay"][1], 1 / (seen.astype(mean.dtype) + 1))
         counts = is_open & jnp.isfinite(norm)  # else it is the loss scale's
         new = {
-            **self.counted(memory, total, is_open),
+            **self.counted(numbers, memory, total, is_open),
             "seen": jnp.where(counts, optax.safe_increment(seen), seen),
             "mean": jnp.where(counts, mean + (log_norm - mean) * weight, mean),
             "sq_mean": jnp.where(counts, sq_mean + (log_norm**2 - sq_mean) * weight, sq_mean),

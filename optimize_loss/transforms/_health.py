@@ -10,7 +10,7 @@ import numpy as np
 from optimize_loss._random import name_words
 from optimize_loss.transforms._bucket import Members
 
-NOBODY, THE_LOSS, THE_NORM = 0, -1, -2  # where no parameter is to blame
+NOBODY, THE_LOSS, THE_NORM, A_SCHEDULE = 0, -1, -2, -3  # where no parameter is to blame
 
 
 class Health(NamedTuple):
@@ -34,7 +34,12 @@ def mark(name: str) -> int:
 
 def blamed(code: int, names: Sequence[str]) -> str | None:
     """Return who is meant by an offender's code: a name, or words; None for nobody."""
-    words = {NOBODY: None, THE_LOSS: "the loss", THE_NORM: "the norm of all gradients"}
+    words = {
+        NOBODY: None,
+        THE_LOSS: "the loss",
+        THE_NORM: "the norm of all gradients",
+        A_SCHEDULE: "a schedule",
+    }
     if code in words:
         return words[code]
     found = [name for name in names if mark(name) == code]

@@ -82,7 +82,7 @@ def _check_head(entries: Mapping[str, Any]) -> None:
     for name, link in links.items():
         if not isinstance(link, Link):
             continue
-        if link.sees_loss_scale and before:
+        if link.judges and before:
             raise ValueError(
                 f"The link {name!r} must stand before {before}, so that nothing of a batch that is "
                 f"left out stays in the state. Received: {[*links]}."

@@ -134,21 +134,25 @@ def explain(setup: Setup, params: Any) -> Explanation:
 
 def _made(setup: Setup, params: Any) -> _Made:
     names, (leaves, treedef) = leaf_names(params), jax.tree.flatten(params)
-    arrays = [as_array(PARAMETER, n, x) for n, x in zip(names, leaves, strict=True)]
-    params = jax.tree.unflatten(treedef, arrays)
+    shapes = [_as_in_a_state(n, x) for n, x in zip(names, leaves, strict=True)]
+    params = jax.tree.unflatten(treedef, shapes)
     setup.rules.check(params)
-    layouts = []
 
     def init(params: Any) -> Any:
         trainable = setup.trainable(params)
-        layouts.append(setup.layout(trainable))
         return setup.chain.init(trainable.tree(trainable.leaves))
 
-    state = jax.eval_shape(init, params)
     trainable = setup.trainable(params)
-    if all(isinstance(x, jax.Array) and not isinstance(x, Tracer) for x in arrays):
-        layouts.append(setup.layout(trainable))  # now it is known where they are
-    return _Made(trainable, layouts[-1], state)
+    return _Made(trainable, setup.layout(trainable), jax.eval_shape(init, params))
+
+
+def _as_in_a_state(name: str, leaf: Any) -> Any:
+    """Return the shape of a parameter, its dtype and where it will be."""
+    leaf = as_array(PARAMETER, name, leaf)
+    if isinstance(leaf, Tracer) or jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+        return leaf
+    place = getattr(leaf, "sharding", None) or jnp.zeros(()).sharding
+    return jax.ShapeDtypeStruct(leaf.shape, jnp.result_type(leaf), sharding=place)
 
 
 def _bytes(tree: Any) -> int:
@@ -192,8 +196,12 @@ def _described(link: Any) -> str:
     """Return a link with its numbers, as it would be written."""
     if not isinstance(link, Link):
         return type(link).__name__
-    numbers = ", ".join(f"{name}={value!r}" for name, value in link.numbers().items())
-    return f"{type(link).__name__}({numbers})"
+    numbers = (f"{name}={_short(value)}" for name, value in link.numbers().items())
+    return f"{type(link).__name__}({', '.join(numbers)})"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else repr(value)
 
 
 def _rows(setup: Setup, made: _Made) -> Iterator[Row]:

@@ -131,8 +131,9 @@ def _decayed(rows: Sequence[Row]) -> Iterator[str]:
 def _narrow(rows: Sequence[Row], peak: float) -> Iterator[str]:
     found = []
     for row in rows:
-        dtype = jnp.dtype(row.dtype)
-        if not row.trained or not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize > 2:
+        if not row.trained or not jnp.issubdtype(dtype := jnp.dtype(row.dtype), jnp.floating):
+            continue
+        if dtype.itemsize > 2:
             continue
         rate = max(row.learning_rate or 0.0, peak) * float(np.max(row.multiplier))
         if row.learning_rate is None or rate < float(jnp.finfo(dtype).eps) / 2:

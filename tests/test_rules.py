@@ -115,7 +115,7 @@ def two_rates(make_one, rule=None):
     """Train with optax's `multi_transform` of two: one for `head`, the other for the rest."""
     labels = {k: jax.tree.map(lambda _, k=k: k == "head", tree) for k, tree in PARAMS.items()}
     txs = {True: make_one(0.025) if rule is None else rule, False: make_one(0.1)}
-    as_optax = {k: optax.GradientTransformationExtraArgs(*x) for k, x in txs.items()}
+    as_optax: Any = {k: optax.GradientTransformationExtraArgs(*x) for k, x in txs.items()}
     tx = optax.multi_transform(as_optax, labels)
     params, state = PARAMS, tx.init(PARAMS)
     for grads in BATCHES:

@@ -121,6 +121,21 @@ def test_the_state_of_an_optax_transformation_begins_anew_by_name(name):
         assert step._program(False, True)._cache_size() == 1
 
 
+@pytest.mark.parametrize("bucket", [None, "auto"])
+def test_slots_of_rules_with_optimizers_of_their_own_begin_anew(bucket):
+    rules: Any = {
+        "scale": {"optimizer": "Lion", "weight_decay": 0.1},
+        "**/bias": {"optimizer": optax.sgd(0.1, momentum=0.9)},
+    }
+    step = ol.optimize_loss(linear, learning_rate=0.1, optimizer="Adam", rules=rules, bucket=bucket)
+    batches = [random_like(SHAPES, t) for t in (1, 2)]
+    state = trained(step, random_like(SHAPES, 0), batches)
+    for pattern, meant, slots in (("scale", "scale", 1), ("**/bias", BIAS, 1), (KERNEL, KERNEL, 2)):
+        assert assert_reset(step.chain, state, state.reset(pattern), [meant]) == slots
+    step(state.reset("**"), batches[0])
+    assert step._program(False, True)._cache_size() == 1
+
+
 def test_variables_of_an_optimizer_written_as_for_keras_begin_anew():
     class Momentum(ol.optimizers.Optimizer):
         def __init__(self, learning_rate=0.1, name="Momentum", **kwargs):

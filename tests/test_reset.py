@@ -121,6 +121,32 @@ def test_the_state_of_an_optax_transformation_begins_anew_by_name(name):
         assert step._program(False, True)._cache_size() == 1
 
 
+def test_names_that_optax_has_too_are_told_apart():
+    """A parameter called as Adam's count of updates, and one in a dict called as its mean."""
+    with jax.numpy_dtype_promotion("standard"):
+        masks = {"count": False, "mu": {"w": True}, "w": False}
+        tx = optax.chain(optax.masked(optax.trace(0.9), masks), optax.adam(0.1))
+        step = ol.optimize_loss(linear, optimizer=tx)
+        shapes = {"count": (), "mu": {"w": (2,)}, "w": (2,)}
+        state = trained(step, random_like(shapes, 0), [random_like(shapes, 1)])
+        for name, slots in (("count", 2), ("w", 2), ("mu/w", 3)):
+            new = state.reset(name)
+            changed = jax.tree.map(
+                lambda a, b: bool((a != b).any()), new.optimizer, state.optimizer
+            )
+            assert sum(jax.tree.leaves(changed)) == slots, name
+            trace, adam = (
+                new.optimizer["optimizer"][0].inner_state,
+                new.optimizer["optimizer"][1][0],
+            )
+            assert adam.count == 1
+            parts = name.split("/")
+            for tree in (adam.mu, adam.nu, *([trace.trace] if name == "mu/w" else [])):
+                for part in parts:
+                    tree = tree[part]
+                assert not np.any(tree)
+
+
 @pytest.mark.parametrize("bucket", [None, "auto"])
 def test_slots_of_rules_with_optimizers_of_their_own_begin_anew(bucket):
     rules: Any = {

@@ -117,15 +117,18 @@ def owners_of(state: Any, names: Iterable[str]) -> list[str | None]:
       >>> owners_of({"count": 3, "mu": {"mu": {"w": 0.0}, "w": 0.0}}, ["w", "mu/w", "count"])
       [None, 'mu/w', 'w']
     """
-    known = set(names)
-    ends = [list(_ends(path.split("/"), known)) for path in leaf_paths(state)]
+    known, leaves = set(names), jax.tree.leaves(state)
+    ends = [
+        [] if _counts(leaf) else list(_ends(path.split("/"), known))
+        for path, leaf in zip(leaf_paths(state), leaves, strict=True)
+    ]
     beside = collections.Counter(before for pairs in ends for before, _ in pairs)
-    owners = []
-    for leaf, pairs in zip(jax.tree.leaves(state), ends, strict=True):
-        counts = jnp.ndim(leaf) == 0 and jnp.issubdtype(jnp.result_type(leaf), jnp.integer)
-        likely = max(pairs, key=lambda pair: beside[pair[0]], default=None)
-        owners.append(None if counts or likely is None else likely[1])
-    return owners
+    likely = (max(pairs, key=lambda pair: beside[pair[0]], default=None) for pairs in ends)
+    return [None if pair is None else pair[1] for pair in likely]
+
+
+def _counts(leaf: Any) -> bool:
+    return jnp.ndim(leaf) == 0 and jnp.issubdtype(jnp.result_type(leaf), jnp.integer)
 
 
 def _ends(parts: list[str], known: set[str]) -> Iterator[tuple[str, str]]:

@@ -12,7 +12,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding
 
 from optimize_loss._lint import Horizon, Row, lint
-from optimize_loss._names import any_matches, leaf_names
+from optimize_loss._names import any_matches, first_index, leaf_names
 from optimize_loss._rules import Rules
 from optimize_loss._trainable import Trainable
 from optimize_loss.schedules import evaluate
@@ -134,21 +134,25 @@ def explain(setup: Setup, params: Any) -> Explanation:
 
 def _made(setup: Setup, params: Any) -> _Made:
     names, (leaves, treedef) = leaf_names(params), jax.tree.flatten(params)
-    arrays = [as_array(PARAMETER, n, x) for n, x in zip(names, leaves, strict=True)]
-    params = jax.tree.unflatten(treedef, arrays)
+    shapes = [_as_in_a_state(n, x) for n, x in zip(names, leaves, strict=True)]
+    params = jax.tree.unflatten(treedef, shapes)
     setup.rules.check(params)
-    layouts = []
 
     def init(params: Any) -> Any:
         trainable = setup.trainable(params)
-        layouts.append(setup.layout(trainable))
         return setup.chain.init(trainable.tree(trainable.leaves))
 
-    state = jax.eval_shape(init, params)
     trainable = setup.trainable(params)
-    if all(isinstance(x, jax.Array) and not isinstance(x, Tracer) for x in arrays):
-        layouts.append(setup.layout(trainable))  # now it is known where they are
-    return _Made(trainable, layouts[-1], state)
+    return _Made(trainable, setup.layout(trainable), jax.eval_shape(init, params))
+
+
+def _as_in_a_state(name: str, leaf: Any) -> Any:
+    """Return the shape of a parameter, its dtype and where it will be."""
+    leaf = as_array(PARAMETER, name, leaf)
+    if isinstance(leaf, Tracer) or jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+        return leaf
+    place = getattr(leaf, "sharding", None) or jnp.zeros(()).sharding
+    return jax.ShapeDtypeStruct(leaf.shape, jnp.result_type(leaf), sharding=place)
 
 
 def _bytes(tree: Any) -> int:
@@ -192,8 +196,12 @@ def _described(link: Any) -> str:
     """Return a link with its numbers, as it would be written."""
     if not isinstance(link, Link):
         return type(link).__name__
-    numbers = ", ".join(f"{name}={value!r}" for name, value in link.numbers().items())
-    return f"{type(link).__name__}({numbers})"
+    numbers = (f"{name}={_short(value)}" for name, value in link.numbers().items())
+    return f"{type(link).__name__}({', '.join(numbers)})"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else repr(value)
 
 
 def _rows(setup: Setup, made: _Made) -> Iterator[Row]:
@@ -253,25 +261,22 @@ def _numbers(setup: Setup, trainable: Trainable) -> dict[str, dict[str, Any]]:
     taken = take_apart(trainable.tree(trainable.leaves))
     found: dict[str, dict[str, Any]] = {name: {} for name in taken.names}
     marks = [True] * len(taken.names)
-    of_rules = setup.rules.index(taken.names)
     for name, entry in chain.links:
         link = chain.link(name)
         meant = takes(name, entry, taken, marks)
-        here = [(n, i) for n, i, t in zip(taken.names, of_rules, meant, strict=True) if t]
+        here = [n for n, t in zip(taken.names, meant, strict=True) if t]
         for key, value in _of_link(link, here, first):
             for parameter, number in value.items():
                 found[parameter][key] = number
     return found
 
 
-def _of_link(
-    link: Any, here: Sequence[tuple[str, int]], first: int
-) -> Iterator[tuple[str, dict[str, Any]]]:
+def _of_link(link: Any, here: Sequence[str], first: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield what a link gives its parameters: a key, and {name: number}.
 
     Args:
       link: the link.
-      here: its parameters, each with the index of its rule.
+      here: its parameters.
       first: the first step.
     """
     if not isinstance(link, Link):
@@ -279,15 +284,15 @@ def _of_link(
     numbers = link.numbers()
     if "learning_rate" in number_rules(type(link)) and "learning_rate" in numbers:
         rate = _at(numbers["learning_rate"], first)
-        yield "learning_rate", {name: rate for name, _ in here}
+        yield "learning_rate", dict.fromkeys(here, rate)
     if isinstance(link, ShrinkParams | AddWeightDecay):
-        decay, names = _at(link.weight_decay, first), [name for name, _ in here]
-        spared = any_matches("exclude", link.exclude, names)
-        yield "weight_decay", {n: 0.0 if x else decay for n, x in zip(names, spared, strict=True)}
+        decay, spared = _at(link.weight_decay, first), any_matches("exclude", link.exclude, here)
+        yield "weight_decay", {n: 0.0 if x else decay for n, x in zip(here, spared, strict=True)}
     if isinstance(link, MultiplySteps | MultiplyLayers | ShrinkByRule | AddDecayByRule):
         values = [_at_each(value, first) for value in link.values]
         key = "weight_decay" if isinstance(link, ShrinkByRule | AddDecayByRule) else "multiplier"
-        yield key, {name: values[i] for name, i in here}
+        of_rules = first_index(link.patterns, tuple(here))
+        yield key, {name: values[i] for name, i in zip(here, of_rules, strict=True)}
 
 
 def _at_each(value: Any, first: int) -> Any:

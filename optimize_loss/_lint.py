@@ -1,7 +1,7 @@
 """What in the options of a step looks like a mistake, although it is allowed."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -131,8 +131,9 @@ def _decayed(rows: Sequence[Row]) -> Iterator[str]:
 def _narrow(rows: Sequence[Row], peak: float) -> Iterator[str]:
     found = []
     for row in rows:
-        dtype = jnp.dtype(row.dtype)
-        if not row.trained or not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize > 2:
+        if not row.trained or not jnp.issubdtype(dtype := jnp.dtype(row.dtype), jnp.floating):
+            continue
+        if dtype.itemsize > 2:
             continue
         rate = max(row.learning_rate or 0.0, peak) * float(np.max(row.multiplier))
         if row.learning_rate is None or rate < float(jnp.finfo(dtype).eps) / 2:
@@ -211,35 +212,43 @@ def _clipped_late(links: Sequence[tuple[str, Any, bool]]) -> Iterator[str]:
 def _unused(
     rows: Sequence[Row], links: Sequence[tuple[str, Any, bool]], rules: Rules
 ) -> Iterator[str]:
-    names = [row.name for row in rows]
-    of_rows = rules.index(names)
-    decays = any(hasattr(link, "weight_decay") for _, link, _ in links)
-    noisy = any(name == "gradient_noise" for name, _, _ in links)
+    of_rows = rules.index([row.name for row in rows])
+    replaced = {
+        "weight_decay": any(hasattr(link, "weight_decay") for _, link, _ in links),
+        "noise_scale": any(name == "gradient_noise" for name, _, _ in links),
+    }
     for i, (text, own) in enumerate(zip(rules.texts, rules.options, strict=True)):
         mine = [row for row, j in zip(rows, of_rows, strict=True) if j == i]
+        names = [row.name for row in mine]
         later = Rules(rules.patterns[i + 1 :], rules.options[i + 1 :])
-        exempt = any(j < len(later.patterns) for j in later.index([row.name for row in mine]))
-        acting = {key for key, value in own.items() if (key, value) != ("freeze", False)}
-        if own.get("freeze", False):
-            without = acting - {"freeze"}
-        elif not any(row.trained for row in mine):
-            without = acting
-        elif not acting and not exempt:
+        exempt = any(j < len(later.patterns) for j in later.index(names))
+        if not exempt and any(row.trained for row in mine) and not own:
             yield f"`rules[{text!r}]` has no effect: it is empty, and no later rule matches."
-            continue
-        else:
-            without = {
-                *(["learning_rate_multiplier"] if _is_one(own) and not exempt else []),
-                *(["weight_decay"] if own.get("weight_decay") == 0 and not decays else []),
-                *(["noise_scale"] if own.get("noise_scale") == 0 and not noisy else []),
-            }
-        for key in sorted(without):
-            yield f"`rules[{text!r}][{key!r}]` has no effect on {shown([r.name for r in mine])}."
+        for key in sorted(_idle(own, mine, exempt, replaced)):
+            yield f"`rules[{text!r}][{key!r}]` has no effect on {shown(names)}."
     for name, link, _ in links:
         if isinstance(link, MultiplyGradients):
             for text, value in link.numbers().items():
                 if not callable(value) and value == 1:
                     yield f"`{name}` has no effect for {text!r}: its number is 1."
+
+
+def _idle(
+    own: Mapping[str, Any], mine: Sequence[Row], exempt: bool, replaced: Mapping[str, bool]
+) -> set[str]:
+    """Return the keys of a rule that change nothing.
+
+    Args:
+      own: the rule.
+      mine: its parameters.
+      exempt: whether a later rule would have one of them.
+      replaced: for some keys, whether there is for all parameters what a 0 would switch off.
+    """
+    if not any(row.trained for row in mine):
+        return {*own} - {"freeze"}
+    idle = {key for key, is_there in replaced.items() if own.get(key) == 0 and not is_there}
+    idle |= {"freeze"} if own.get("freeze") is False and not exempt else set()
+    return idle | ({"learning_rate_multiplier"} if _is_one(own) and not exempt else set())
 
 
 def _is_one(own: Any) -> bool:

@@ -23,13 +23,14 @@ from optimize_loss.transforms._guard import guard_of
 from optimize_loss.transforms._health import blamed
 from optimize_loss.transforms._params import as_array, distinct, placed_like
 from optimize_loss.transforms._reset import reset
+from optimize_loss.transforms._sharding import Placement, placement_of
 from optimize_loss.transforms._views import averaged_params
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["packed_params", "packed_optimizer", "model_state", "key", "first_step"],
-    meta_fields=["chain", "increment_step", "layout"],
+    meta_fields=["chain", "increment_step", "layout", "placement"],
 )
 @dataclasses.dataclass(frozen=True)
 class TrainState:
@@ -47,6 +48,7 @@ class TrainState:
       chain: the links whose state `optimizer` is. Structure, not data.
       increment_step: whether updates advance the global step. Structure, not data.
       layout: how the parameters are packed; None where they are as the user has them.
+      placement: where parameters and slots lie after a step; None where XLA may choose.
     """
 
     packed_params: Any
@@ -57,6 +59,7 @@ class TrainState:
     chain: Chain
     increment_step: bool
     layout: Layout | None = None
+    placement: Placement | None = None
 
     @functools.cached_property
     def params(self) -> Any:
@@ -77,6 +80,18 @@ class TrainState:
         """The chain's state with slots as a step takes them: what the chain is given."""
         packed = self.packed_optimizer
         return packed if self.layout is None else self.layout.split_numbers(packed)
+
+    def placed(self) -> "TrainState":
+        """Return the state whose parameters and slots are to stay where they are now."""
+        trees = self.packed_params, self.packed_optimizer
+        return dataclasses.replace(self, placement=placement_of(trees))
+
+    def constrained(self) -> "TrainState":
+        """Return the state with parameters and slots where they are to lie, in a program."""
+        if self.placement is None:
+            return self
+        packed = self.placement.constrain((self.packed_params, self.packed_optimizer))
+        return dataclasses.replace(self, packed_params=packed[0], packed_optimizer=packed[1])
 
     def with_links(self, links: dict[str, Any]) -> "TrainState":
         """Return the state with another state of the chain, in the form of `links`."""

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import jax
@@ -51,6 +51,7 @@ from optimize_loss.transforms import (
 from optimize_loss.transforms._bucket import Layout, find_layout, unpacked
 from optimize_loss.transforms._guard import kept
 from optimize_loss.transforms._params import PARAMETER, copied, distinct, placed_like
+from optimize_loss.transforms._sharding import check_axis, check_on_mesh, devices_along, init_spread
 
 logger = logging.getLogger("optimize_loss")
 
@@ -72,6 +73,7 @@ class TrainStep:
       seed: of the random key, for losses that take one.
       learning_rate: the rate that the optimizer was made with; None if it brings its own.
       bucket: the most entries of a parameter that shares an array with others; None for none.
+      shard_state: the mesh axis over which slots are spread; None where they lie as parameters do.
       rules: what some parameters have for themselves.
     """
 
@@ -87,6 +89,7 @@ class TrainStep:
     seed: int
     learning_rate: Any
     bucket: int | None
+    shard_state: str | None = None
     rules: Rules = NO_RULES
 
     def init(self, params: Any, *, model_state: Any = None, key: Any = None) -> TrainState:
@@ -109,10 +112,14 @@ class TrainStep:
         self.rules.check(params)
         trainable = self._trainable(params)
         trained = trainable.tree(trainable.leaves)
+        if self.shard_state:
+            check_on_mesh(self.shard_state, trainable.names, trainable.leaves)
         try:
             layout = self._layout(trainable)
             packed = params if layout is None else layout.pack(params)
-            optimizer = self.chain.init(trained if layout is None else layout.only_trained(packed))
+            inner = trained if layout is None else layout.only_trained(packed)
+            axis = self.shard_state
+            optimizer = init_spread(self.chain, inner, axis) if axis else self.chain.init(inner)
             if layout is not None:
                 layout = layout.with_numbers(optimizer)
                 optimizer = layout.join_numbers(optimizer)
@@ -130,7 +137,8 @@ class TrainStep:
             increment_step=self.increment_step,
             layout=layout,
         )
-        return placed_like(params, distinct(state))
+        state = placed_like(params, distinct(state))
+        return state.placed() if self.shard_state else state
 
     def _trainable(self, params: Any) -> Trainable:
         """Return the parameters with a mark for those that are trained."""
@@ -141,7 +149,10 @@ class TrainStep:
         """Return how small parameters lie in one array; None where each lies by itself."""
         if self.bucket is None:
             return None
-        kinds = iter(self.chain.kinds(trainable.tree(trainable.leaves)))
+        kinds: Iterator[Any] = iter(self.chain.kinds(trainable.tree(trainable.leaves)))
+        if axis := self.shard_state:  # members that can be parted equally have an array that can
+            pairs = zip(kinds, trainable.leaves, strict=True)
+            kinds = (kind and (kind, x.size % devices_along(axis, x) == 0) for kind, x in pairs)
         of_all = [next(kinds) if trained else () for trained in trainable.marks]
         return find_layout(trainable.params, of_all, trainable.marks, self.bucket)
 
@@ -379,6 +390,12 @@ class TrainStep:
         for name in ("model_state", "key"):
             if self.loss.takes(name) and getattr(state, name) is None:
                 raise TreeMismatch(f"`state` must have a `{name}`, which the loss takes.")
+        if (state.placement is None) != (self.shard_state is None):
+            raise TreeMismatch(
+                "`state` must come from a step with this `shard_state`, "
+                f"{self.shard_state!r}. Received: one whose slots are "
+                f"{'not ' if state.placement is None else ''}spread over a mesh axis."
+            )
         if state.chain != self.chain:
             ours, theirs = dict(self.chain.links), dict(state.chain.links)
             differ = [n for n in {**ours, **theirs} if ours.get(n) != theirs.get(n)]
@@ -425,7 +442,7 @@ class TrainStep:
             grads = colocated(grads, shardings)
         new = self._updated(state, trainable, grads, told(loss, aux, self.chain))
         model_state = kept(self.chain.links, new.links, state.model_state, aux.model_state)
-        new = dataclasses.replace(new, model_state=model_state)
+        new = dataclasses.replace(new, model_state=model_state).constrained()
         metrics = {"loss": loss, **_metrics.read(self.chain, new.links)}
         if "learning_rate" in self.summaries:
             metrics |= _metrics.rates(self.chain, state.links, state.step, self.learning_rate)
@@ -457,7 +474,9 @@ class TrainStep:
 
     def _advance_many(self, shardings: Any, state: TrainState, batches: Any) -> Any:
         """Take as many steps as the batches have entries, while being traced."""
-        return jax.lax.scan(lambda s, batch: self._advance(shardings, s, batch), state, batches)
+        step = functools.partial(self._advance, shardings)
+        state, metrics = jax.lax.scan(step, state, batches)
+        return state.constrained(), metrics
 
 
 def optimize_loss(
@@ -485,6 +504,7 @@ def optimize_loss(
     lookahead: int | Lookahead | None = None,
     sam: Any = None,
     plateau: ReduceOnPlateau | None = None,
+    shard_state: str | None = None,
     seed: int = 0,
     bucket: Literal["auto"] | int | None = "auto",
 ) -> TrainStep:
@@ -565,6 +585,9 @@ def optimize_loss(
         cost; loss, metrics and model state those of the parameters. `state.set(rho=...)` sets it.
       plateau: an `ol.transforms.ReduceOnPlateau`, which lowers the learning rate where the loss
         does not fall; its factor is the metric `plateau_scale`.
+      shard_state: the name of an axis of the mesh that the parameters are on: each device along it
+        keeps and updates its part of every slot, and gathers the new parameters (ZeRO-1). A slot
+        none of whose dimensions is a multiple of the number of devices stays whole on each.
       seed: of the noise, and of the key of losses that take one; an integer in [0, 2**32).
       bucket: parameters of at most so many entries share one array inside of the state, which
         makes a step with many small ones faster. None: none do. What is computed is the same, but
@@ -622,6 +645,7 @@ def optimize_loss(
         colocate_gradients=colocate_gradients_with_ops,
         seed=check_integer("seed", seed, SEED),
         learning_rate=rate,
+        shard_state=check_axis(shard_state),
         bucket=options.check_bucket(bucket),
         rules=own,
     )

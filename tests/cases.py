@@ -123,7 +123,7 @@ def adaptive(std, decay, epsilon, momentum, rate):
     )
 
 
-def by_rule(multiplier, decay, added, rate):
+def by_rule(multiplier, decay, added, adam, rate):
     """Links whose number goes by the rule of a parameter."""
     patterns = ("**/bias", "scale")
 
@@ -132,7 +132,7 @@ def by_rule(multiplier, decay, added, rate):
 
     return T.chain(
         shrink=some(ShrinkByRule(patterns, (decay, None)), 0),
-        adam=T.ScaleByAdam(),
+        adam=T.ScaleByAdam(*adam),
         add=some(AddDecayByRule(patterns, (None, added)), 1),
         rate=T.ScaleByLearningRate(rate),
         multiply=some(MultiplySteps(patterns, (multiplier, 2 * multiplier)), 0, 1),
@@ -447,7 +447,11 @@ CASES = [
         is_value=False,
         keeps_slots=False,
     ),
-    case("chain-by-rule", by_rule(0.5, 0.1, 0.2, 0.1), by_rule(0.25, 0.2, 0.1, 0.2)),
+    case(
+        "chain-by-rule",
+        by_rule(0.5, 0.1, 0.2, (0.9, 0.99, 1e-7), 0.1),
+        by_rule(0.25, 0.2, 0.1, (0.8, 0.9, 1e-3), 0.2),
+    ),
     case(
         "tf1-momentum",
         optim.MomentumOptimizer(0.1, 0.9, use_nesterov=True),

@@ -196,11 +196,10 @@ def _run(
         k = _widened(given, dtype)
         try:
             _check_slots(link, old, leaf.param)
+            if link.needs_stored or link.scales_moves:
+                update, move = update if move is None else update + move, None
             if link.needs_stored:
-                update, move = update if move is None else update + move, None
                 update = (param + update).astype(leaf.dtype).astype(dtype) - param
-            if link.scales_moves:
-                update, move = update if move is None else update + move, None
             with _promotion(dtype):
                 result = link.leaf(update, _widened(old, dtype), param, k)
                 if link.moves:

@@ -1,9 +1,11 @@
 """Make the slots of some parameters anew."""
 
-from collections.abc import Iterable, Mapping
+import collections
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.core import Tracer
 
 from optimize_loss._checks import TreeMismatch
@@ -66,41 +68,74 @@ def _of_link(
 def _of_whole(
     name: str, link: Any, state: Any, params: Any, names: set[str]
 ) -> tuple[Any, set[str]]:
-    known = leaf_names(params)
+    known, rest = leaf_names(params), {}
+    if isinstance(link, TreeLink):
+        rest = {n: state[n] for n in (*link.numbers(), *link.memory())}
+        state = {n: x for n, x in state.items() if n not in rest}
     owners = owners_of(state, known)
     have = {owner for owner in owners if owner is not None}
-    if not have & names:
-        return state, have
-    own = [p if n in have else None for n, p in zip(known, jax.tree.leaves(params), strict=True)]
-    if isinstance(link, TreeLink):
-        made = link.init({n: p for n, p in zip(known, own, strict=True) if p is not None})
-        fresh = {**state, **made}
-    else:
-        fresh = link.init(jax.tree.unflatten(jax.tree.structure(params), own))
-    if jax.tree.structure(fresh) != jax.tree.structure(state):
-        raise TreeMismatch(
-            f"The state of the link {name!r} must have the structure that the link makes for the "
-            f"parameters that have a state in it: {sorted(have)}."
-        )
-    pairs = zip(*map(jax.tree.leaves, (fresh, state)), owners, strict=True)
-    leaves = [_placed(new, old) if owner in names else old for new, old, owner in pairs]
-    return jax.tree.unflatten(jax.tree.structure(state), leaves), have
+    if have & names:
+        fresh = jax.tree.leaves(_made(name, link, state, params, have))
+        pairs = zip(fresh, jax.tree.leaves(state), owners, strict=True)
+        leaves = [_placed(new, old) if owner in names else old for new, old, owner in pairs]
+        state = jax.tree.unflatten(jax.tree.structure(state), leaves)
+    return ({**rest, **state} if rest else state), have
+
+
+def _made(name: str, link: Any, state: Any, params: Any, have: set[str]) -> Any:
+    """Return what a link makes of the parameters that it was made for, as its state tells.
+
+    These are all, or those that have something in it: the others may not be trained.
+    """
+    known, leaves = leaf_names(params), jax.tree.leaves(params)
+    error = None
+    for chosen in (set(known), have):
+        own = [p if n in chosen else None for n, p in zip(known, leaves, strict=True)]
+        try:
+            if isinstance(link, TreeLink):
+                made = link.init({n: p for n, p in zip(known, own, strict=True) if n in chosen})
+            else:
+                made = link.init(jax.tree.unflatten(jax.tree.structure(params), own))
+        except (TypeError, ValueError) as caught:  # of masks that have no place for the others
+            error = caught
+            continue
+        if jax.tree.structure(made) == jax.tree.structure(state):
+            return made
+    raise TreeMismatch(
+        f"The state of the link {name!r} must have the structure that the link makes for all "
+        f"parameters, or for those that have a state in it: {sorted(have)}."
+    ) from error
 
 
 def owners_of(state: Any, names: Iterable[str]) -> list[str | None]:
-    """Return for each leaf the longest name of a parameter that its path ends with, or None.
+    """Return for each leaf the parameter whose name its path ends with, or None.
+
+    Of several names, it is the one that has most others beside it: the path before it then is
+    that of a tree like the parameters. A single integer is nobody's: it counts updates.
 
     Example:
-      >>> owners_of({"count": 0, "mu": {"head": {"w": 0}, "w": 0}}, ["w", "head/w"])
-      [None, 'head/w', 'w']
+      >>> owners_of({"count": 3, "mu": {"mu": {"w": 0.0}, "w": 0.0}}, ["w", "mu/w", "count"])
+      [None, 'mu/w', 'w']
     """
-    known = set(names)
-    owners = []
-    for path in leaf_paths(state):
-        parts = path.split("/")
-        ends = ("/".join(parts[i:]) for i in range(len(parts)))
-        owners.append(next((end for end in ends if end in known), None))
-    return owners
+    known, leaves = set(names), jax.tree.leaves(state)
+    ends = [
+        [] if _counts(leaf) else list(_ends(path.split("/"), known))
+        for path, leaf in zip(leaf_paths(state), leaves, strict=True)
+    ]
+    beside = collections.Counter(before for pairs in ends for before, _ in pairs)
+    likely = (max(pairs, key=lambda pair: beside[pair[0]], default=None) for pairs in ends)
+    return [None if pair is None else pair[1] for pair in likely]
+
+
+def _counts(leaf: Any) -> bool:
+    return jnp.ndim(leaf) == 0 and jnp.issubdtype(jnp.result_type(leaf), jnp.integer)
+
+
+def _ends(parts: list[str], known: set[str]) -> Iterator[tuple[str, str]]:
+    """Yield the names that a path ends with, the longest first, each behind the path before it."""
+    for i in range(len(parts)):
+        if (name := "/".join(parts[i:])) in known:
+            yield "/".join(parts[:i]), name
 
 
 def _placed(new: jax.Array, old: jax.Array) -> jax.Array:

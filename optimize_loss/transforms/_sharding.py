@@ -15,7 +15,6 @@ from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from optimize_loss._checks import InvalidType, received
-from optimize_loss._names import leaf_names
 from optimize_loss.transforms._base import Link, TreeLink
 from optimize_loss.transforms._bucket import Static
 from optimize_loss.transforms._chain import Chain
@@ -55,40 +54,51 @@ def _constrain(leaf: Any, sharding: NamedSharding | None) -> Any:
     return jax.lax.with_sharding_constraint(leaf, sharding)
 
 
-def devices_along(axis: Any, names: Sequence[str], leaves: Sequence[Any]) -> int:
-    """Return the number of devices along an axis of the mesh that the parameters are on.
+def check_axis(axis: Any) -> str | None:
+    """Return the option `shard_state`.
 
     Raises:
-      InvalidType: `axis` is no text, or the parameters are traced, so that it is not known where
-        they are.
-      ValueError: a parameter is on no mesh, or on one without this axis.
+      InvalidType: it is neither None nor text.
+      ValueError: it is empty.
     """
-    if not isinstance(axis, str):
+    if axis is not None and not isinstance(axis, str):
         raise InvalidType(
             f"`shard_state` must be the name of an axis of a mesh. {received('shard_state', axis)}"
         )
-    sizes = set()
+    if axis == "":
+        raise ValueError("`shard_state` must be the name of an axis of a mesh. Received: ''.")
+    return axis
+
+
+def check_on_mesh(axis: str, names: Sequence[str], leaves: Sequence[Any]) -> None:
+    """Raise unless all parameters are on a mesh with this axis.
+
+    Raises:
+      InvalidType: the parameters are traced, so that it is not known where they are.
+      ValueError: a parameter is on no mesh, or on one without this axis.
+    """
     for name, leaf in zip(names, leaves, strict=True):
         if isinstance(leaf, Tracer):
             raise InvalidType(
                 "`params` must be arrays, not traced, where `shard_state` is given: it is not "
                 f"known where the parameter {name!r} will be."
             )
-        sharding = leaf.sharding
-        axes = sharding.mesh.shape if isinstance(sharding, NamedSharding) else {}
-        if axis not in axes:
+        if axis not in _mesh_axes(leaf):
             raise ValueError(
                 "`shard_state` must be an axis of the mesh that the parameters are on. "
-                f"Received: {received_axis(axis, name, sharding)} Put them on one, as in "
-                "`jax.device_put(params, NamedSharding(mesh, PartitionSpec()))`."
+                f"Received: shard_state={axis!r}, and {name!r} on {leaf.sharding}. Put them on "
+                "one, as in `jax.device_put(params, NamedSharding(mesh, PartitionSpec()))`."
             )
-        sizes.add(axes[axis])
-    return max(sizes)
 
 
-def received_axis(axis: str, name: str, sharding: Any) -> str:
-    """Return what an error says about a parameter that is not on a mesh with this axis."""
-    return f"shard_state={axis!r}, and {name!r} on {sharding}."
+def devices_along(axis: str, leaf: Any) -> int:
+    """Return the number of devices along an axis of the mesh of a leaf; 1 where it has none."""
+    return _mesh_axes(leaf).get(axis, 1)
+
+
+def _mesh_axes(leaf: Any) -> dict[str, int]:
+    sharding = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
+    return dict(sharding.mesh.shape) if isinstance(sharding, NamedSharding) else {}
 
 
 def init_spread(chain: Chain, params: Any, axis: str) -> State:
@@ -135,11 +145,9 @@ class _Spread:
         """Return where slots lie: as their parameters of the same shape, and over the axis."""
         if params is None:
             return jax.tree.map(self.one, slots)
-        old = jax.tree.unflatten(
-            jax.tree.structure(params, is_leaf=_is_none),
-            [p for p in jax.tree.leaves(params, is_leaf=_is_none)],
-        )
-        return jax.tree.map(self.one, slots, old)
+        leaves, treedef = jax.tree.flatten(slots, is_leaf=_is_none)
+        pairs = zip(leaves, jax.tree.leaves(params, is_leaf=_is_none), strict=True)
+        return treedef.unflatten([s if s is None else self.one(s, p) for s, p in pairs])
 
     def one(self, slot: Any, param: Any = None) -> NamedSharding:
         """Return where one array lies: over the axis along the first dimension that can be."""
@@ -163,7 +171,3 @@ def _is_none(x: Any) -> bool:
 def _axes(part: Any) -> tuple[str, ...]:
     """Return the axes of a mesh over which a dimension is spread."""
     return () if part is None else part if isinstance(part, tuple) else (part,)
-
-
-def check_whole(names: Sequence[str]) -> None:
-    raise NotImplementedError

@@ -1,0 +1,197 @@
+"""`shard_state`: slots spread over a mesh axis, and the same trajectory."""
+
+import functools
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import optimize_loss as ol
+from tests.cases import on_eight_devices
+
+T = ol.transforms
+SHAPES = {
+    "embed": (64, 24),
+    "layer/kernel": (24, 40),
+    "layer/bias": (40,),
+    "odd": (7, 3),
+    "out/kernel": (40, 8),
+    "out/scale": (8,),
+    "stack": (3, 16, 5),
+    "zero": (0, 8),
+}
+OPTIONS = {
+    "adamw": {"optimizer": "AdamW", "clip_gradients": 1.0, "bucket": None},
+    "bucket": {"optimizer": "AdamW", "clip_gradients": 1.0, "bucket": 64},
+    "all-in-buckets": {"optimizer": "AdamW", "gradient_multipliers": {"odd": 0.5}},
+    "accumulate": {"optimizer": "Adam", "accumulate": 2, "ema": 0.9, "skip": "nonfinite"},
+    "adafactor": {"optimizer": "Adafactor"},
+    "muon": {"optimizer": "Muon"},
+    "optax": {"optimizer": "optax"},
+    "noise": {"optimizer": "RMSprop", "gradient_noise_scale": 0.1},
+}
+
+
+def params():
+    rng = np.random.default_rng(0)
+    return {n: rng.normal(size=shape).astype(np.float32) / 4 for n, shape in SHAPES.items()}
+
+
+def loss(params, x):
+    y = jnp.tanh(x @ params["embed"]) @ params["layer/kernel"] + params["layer/bias"][None]
+    z = jnp.tanh(y) @ params["out/kernel"] * params["out/scale"][None]
+    rest = jnp.sum(params["odd"] ** 2) + jnp.sum(params["stack"] ** 2) + jnp.sum(params["zero"])
+    return jnp.mean(z * z) + rest
+
+
+def made(name, shard_state):
+    options = dict(OPTIONS[name])
+    if options["optimizer"] == "optax":
+        options["optimizer"] = optax.chain(optax.trace(0.9), optax.scale(-1e-2))
+    else:
+        options["learning_rate"] = 1e-2
+    return ol.optimize_loss(loss, shard_state=shard_state, **options)
+
+
+def slots(state):
+    """Return the arrays of the optimizer that have more than two entries, those of numbers not."""
+    leaves = jax.tree_util.tree_leaves_with_path(state.packed_optimizer)
+    return {
+        jax.tree_util.keystr(p): x for p, x in leaves if x.size > 2 and "numbers/" not in str(p)
+    }
+
+
+def a_run(name, kind):
+    """Return what a run with slots spread differs by, and how much of them a device has."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    whole, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
+    x = np.random.default_rng(1).normal(size=(4, 16, 64)).astype(np.float32)
+    batches = jax.device_put(x, NamedSharding(mesh, P(None, "data")))
+    states, runs = [], []
+    for axis in (None, "data"):
+        step = made(name, axis)
+        state = step.init(jax.device_put(params(), whole))
+        runs.append(step)
+        state, _ = step(state, jax.device_put(x[0], rows))
+        before = {k: v.sharding for k, v in slots(state).items()}
+        state, _ = step.many(state, batches)
+        assert {k: v.sharding for k, v in slots(state).items()} == before
+        states.append(state)
+    plain, spread = states
+    assert runs[1]._program(True, True)._cache_size() == 1
+    assert all(x.is_fully_replicated for x in jax.tree.leaves(spread.params))
+    pairs = zip(*(jax.tree.leaves((s.params, s.optimizer)) for s in states), strict=True)
+    error = max(float(jnp.max(jnp.abs(a - b), initial=0)) for a, b in pairs)
+    own = sum(x.addressable_shards[0].data.size for x in slots(spread).values())
+    return {"error": error, "own": own, "all": sum(x.size for x in slots(plain).values())}
+
+
+def runs():
+    kinds = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
+    found = {f"{name}/auto": a_run(name, kinds["auto"]) for name in OPTIONS}
+    found["bucket/explicit"] = a_run("bucket", kinds["explicit"])
+    return json.dumps(found)
+
+
+@functools.cache
+def found():
+    return on_eight_devices("test_shard_state", "runs")
+
+
+@pytest.mark.parametrize("name", [*(f"{name}/auto" for name in OPTIONS), "bucket/explicit"])
+def test_the_trajectory_is_that_of_whole_slots(name):
+    assert found()[name]["error"] < 1e-6
+
+
+def ideal():
+    """Return a tree all of whose dimensions can be parted, and what a device then has of it."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    whole = NamedSharding(mesh, P())
+    tree = {f"w{i}": jnp.ones((128, 256)) for i in range(8)} | {"b": jnp.ones(256)}
+    step = ol.optimize_loss(
+        lambda p, x: sum(jnp.sum((x @ p[f"w{i}"] + p["b"][None]) ** 2) for i in range(8)),
+        learning_rate=1e-2,
+        optimizer="AdamW",
+        clip_gradients=1.0,
+        shard_state="data",
+    )
+    state = step.init(jax.device_put(tree, whole))
+    x = jax.device_put(jnp.ones((16, 128)), NamedSharding(mesh, P("data")))
+    text = step.lower(state, x).compile().as_text() or ""
+    gathered = re.findall(r"= f32\[([\d,]*)\]\S* all-gather", text)
+    state, _ = step(state, x)
+    own = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state.packed_optimizer))
+    every = sum(x.nbytes for x in jax.tree.leaves(state.packed_optimizer))
+    return json.dumps({"own": own, "all": every, "gathers": len(gathered)})
+
+
+def test_a_device_has_its_part_of_the_slots_and_gathers_only_parameters():
+    result = on_eight_devices("test_shard_state", "ideal")
+    assert result["own"] <= 1.01 * result["all"] / 8
+    assert result["gathers"] <= 9
+
+
+def with_other_axes():
+    """Return the specs of slots whose parameters are spread over another axis, or over this one."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    tree = {
+        "columns": jax.device_put(jnp.ones((8, 6)), NamedSharding(mesh, P(None, "model"))),
+        "rows": jax.device_put(jnp.ones((6, 8)), NamedSharding(mesh, P("model"))),
+        "both": jax.device_put(jnp.ones(16), NamedSharding(mesh, P("model"))),
+        "already": jax.device_put(jnp.ones((8, 6)), NamedSharding(mesh, P("data"))),
+    }
+    step = ol.optimize_loss(
+        lambda p: sum(jnp.sum(x * x) for x in p.values()),
+        optimizer=T.chain(momentum=T.ScaleByMomentum(0.9), rate=T.ScaleByLearningRate(0.1)),
+        shard_state="data",
+    )
+    state, _ = step(step.init(tree))
+    arrays = state.optimizer["momentum"]["sum"] | {f"p/{n}": x for n, x in state.params.items()}
+    return json.dumps({name: [*x.sharding.spec] for name, x in arrays.items()})
+
+
+def test_the_axis_comes_beside_those_of_the_parameter():
+    specs = on_eight_devices("test_shard_state", "with_other_axes")
+    assert specs["columns"] == ["data", "model"]
+    assert specs["rows"] == ["model", "data"]
+    assert specs["both"] == [["model", "data"]]
+    assert specs["already"] == ["data"]
+    assert specs["p/columns"] == [None, "model"]
+
+
+@pytest.mark.parametrize(
+    ("axis", "rule"),
+    [(1, "must be the name of an axis"), ("", "must be the name of an axis")],
+)
+def test_the_option_is_a_name(axis, rule):
+    with pytest.raises(ValueError, match=rule):
+        ol.optimize_loss(loss, learning_rate=0.1, shard_state=axis)
+
+
+def test_parameters_must_be_on_a_mesh_with_the_axis():
+    step = ol.optimize_loss(loss, learning_rate=0.1, shard_state="data")
+    with pytest.raises(ValueError, match="and 'embed' on SingleDeviceSharding"):
+        step.init(params())
+    mesh = jax.make_mesh((1,), ("model",), axis_types=(AxisType.Auto,))
+    with pytest.raises(ValueError, match=r"must be an axis of the mesh .*shard_state='data'"):
+        step.init(jax.device_put(params(), NamedSharding(mesh, P())))
+    with pytest.raises(ol.InvalidType, match="must be arrays, not traced"):
+        jax.eval_shape(step.init, params())
+
+
+def test_a_state_of_a_step_without_it_is_refused():
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+    whole = NamedSharding(mesh, P())
+    plain = ol.optimize_loss(loss, learning_rate=0.1)
+    spread = ol.optimize_loss(loss, learning_rate=0.1, shard_state="data")
+    x = jnp.ones((2, 64))
+    with pytest.raises(ol.TreeMismatch, match="must come from a step with this `shard_state`"):
+        spread(plain.init(params()), x)
+    with pytest.raises(ol.TreeMismatch, match="must come from a step with this `shard_state`"):
+        plain(spread.init(jax.device_put(params(), whole)), x)

@@ -90,7 +90,7 @@ def _made(name: str, link: Any, state: Any, params: Any, have: set[str]) -> Any:
     known, leaves = leaf_names(params), jax.tree.leaves(params)
     error = None
     for chosen in (set(known), have):
-        own = [p if n in chosen else None for n, p in zip(known, leaves, strict=True)]
+        own: Any = [p if n in chosen else None for n, p in zip(known, leaves, strict=True)]
         try:
             if isinstance(link, TreeLink):
                 made = link.init({n: p for n, p in zip(known, own, strict=True) if n in chosen})

@@ -29,6 +29,14 @@ class CheckpointMismatch(ValueError):
     """A file or state is not of what it is loaded into; the message says what differs."""
 
 
+class CheckpointCorrupt(ValueError):
+    """A file is damaged, cut short or of another kind; the message names it and the leaf."""
+
+
+class CheckpointVersion(ValueError):
+    """A file was written by a newer version; the message says which is read here."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """What a hyperparameter must satisfy, and how it is kept in the state.

@@ -258,7 +258,7 @@ def _entry(
     """
     stored = _NAMES[raw["dtype"]]
     shape, (begin, end) = tuple(raw["shape"]), raw["data_offsets"]
-    if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)) or len(shape) > 32:
+    if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
         raise ValueError(f"{name!r} has a shape or offsets that cannot be")
     size = np.dtype(stored).itemsize
     if math.prod(shape) * size != end - begin or math.prod(n or 1 for n in shape) * size >= 2**63:
@@ -267,7 +267,9 @@ def _entry(
     if told != stored and _STORED_AS[told] != stored:
         raise ValueError(f"{name!r} has two dtypes")
     if np.dtype(told).kind == "c":
-        if shape[-1] != 2:
+        if shape[-1:] != (2,):
             raise ValueError(f"{name!r} has no pairs")
         shape = shape[:-1]
+    if len(shape) > 64:  # numpy's most
+        raise ValueError(f"{name!r} has {len(shape)} axes")
     return Entry(np.dtype(told), shape, begin, end, digests[name])

@@ -225,7 +225,7 @@ class _Match:
 
     def _takes_number(self, name: str, array: np.ndarray) -> bool:
         """Return whether a hyperparameter can be taken; a schedule that is gone cannot."""
-        if np.all(array == np.asarray(FOLLOW_SCHEDULE, array.dtype)):
+        if array.dtype.kind == "f" and np.all(array == array.dtype.type(FOLLOW_SCHEDULE)):
             field = self._fields[name]
             if not callable(field) or isinstance(field, Decayed):
                 return False

@@ -105,6 +105,7 @@ class Frame:
     def __init__(self, state: TrainState):
         self.outline = outline(state)
         self._leaves, self._structure = jax.tree.flatten(state)
+        self._replaced: set[int] = set()
         self._places = named(self._structure.unflatten(range(len(self._leaves))))
         found = collections.Counter(self._places.values())
         shared = {
@@ -133,12 +134,20 @@ class Frame:
             self._views[name][...] = np.asarray(array)
         else:
             self._leaves[place] = _placed(array, self._leaves[place])
+            self._replaced.add(place)
 
     def state(self) -> TrainState:
-        """Return the state with all that was put into it."""
-        for i, buffer in self._buffers.items():
-            self._leaves[i] = _placed(buffer, self._leaves[i])
-        return self._structure.unflatten(jax.block_until_ready(self._leaves))
+        """Return the state with all that was put into it, and copies of all else.
+
+        A step takes the memory of the state, and must not take that of the first one with it.
+        """
+        new = list(self._leaves)
+        for i, leaf in enumerate(self._leaves):
+            if i in self._buffers:
+                new[i] = _placed(self._buffers[i], leaf)
+            elif i not in self._replaced:
+                new[i] = jnp.copy(leaf)
+        return self._structure.unflatten(jax.block_until_ready(new))
 
 
 def _placed(array: Any, like: jax.Array) -> jax.Array:

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from optimize_loss._checks import (
     CheckpointMismatch,
@@ -19,7 +18,16 @@ from optimize_loss._checks import (
     nearest,
     received,
 )
-from optimize_loss._named_state import Frame, check_state, is_key, key_kind, on_host, outline
+from optimize_loss._named_state import (
+    Frame,
+    agreed,
+    check_state,
+    first_process,
+    is_key,
+    key_kind,
+    on_host,
+    outline,
+)
 from optimize_loss._renaming import Rename, renamed
 from optimize_loss._safetensors import Entry, Reader, write
 from optimize_loss._state import TrainState
@@ -74,7 +82,7 @@ def save(path: str | os.PathLike[str], state: TrainState) -> None:
     was there before is whole.
 
     All arrays come to the host at once, those that are spread over devices whole. With several
-    processes all must call it; the first one writes.
+    processes all must call it; the first one writes, and the call returns in none before it has.
 
     Args:
       path: of the file; its folder must exist. A file that is there is replaced.
@@ -82,9 +90,9 @@ def save(path: str | os.PathLike[str], state: TrainState) -> None:
 
     Raises:
       InvalidType: `state` is no TrainState, or traced; or `path` is no path.
-      OSError: the disk is full, or there is no right to write.
+      OSError: the disk is full, or there is no right to write; or that is so in the first process.
       RuntimeError: the memory of `state` was given to a step.
-      ValueError: two leaves have one name; or `path` is a symbolic link.
+      ValueError: two leaves have one name; or `path` is a symbolic link or a device.
 
     Example:
       >>> import optimize_loss as ol, pathlib, tempfile
@@ -103,12 +111,15 @@ def save(path: str | os.PathLike[str], state: TrainState) -> None:
     check_state("state", state)
     kinds = {name: key_kind(x) for name, x in outline(state).items() if is_key(x)}
     arrays = on_host(state)
+    written = not first_process()
     try:
-        if jax.process_index() == 0:
+        if first_process():
             write(path, arrays, {"keys": json.dumps(kinds), "versions": _versions()})
+            written = True
     finally:
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"saved {path}")
+        all_written = agreed(written)
+    if not all_written:
+        raise OSError(f"The first process did not write the file. Received: path={str(path)!r}.")
 
 
 def _versions() -> str:

@@ -6,8 +6,6 @@ import re
 import warnings
 from typing import Any
 
-import jax
-
 from optimize_loss._checkpoint import RestoreReport, restore, save
 from optimize_loss._checks import (
     AT_LEAST_1,
@@ -16,7 +14,7 @@ from optimize_loss._checks import (
     check_integer,
     received,
 )
-from optimize_loss._named_state import check_state
+from optimize_loss._named_state import check_state, first_process
 from optimize_loss._renaming import Rename
 from optimize_loss._state import TrainState
 from optimize_loss._whole_file import sweep
@@ -94,7 +92,7 @@ class Checkpoints:
         path = self.path(step)
         save(path, state)
         self._done = step
-        if jax.process_index() == 0:
+        if first_process():
             self._clean(step)
         return path
 
@@ -116,22 +114,27 @@ class Checkpoints:
     ) -> tuple[TrainState, RestoreReport] | None:
         """Restore the newest whole file; None if the folder has none at all.
 
-        A damaged file is passed over with a warning that names it.
+        A damaged file is passed over with a warning that names it. With several processes all
+        must see the same folder.
 
         Args:
           like: as for `optimize_loss.restore`.
           rename: as there.
-          strict: as there.
+          strict: as there; a damaged file is then an error as well.
 
         Raises:
-          CheckpointCorrupt: there are files, and all are damaged.
+          CheckpointCorrupt: there are files, and all are damaged; with `strict`, the newest is.
           As `optimize_loss.restore`.
         """
         steps = self.steps
         for step in reversed(steps):
             try:
                 found = restore(self.path(step), like, rename=rename, strict=strict)
+            except FileNotFoundError:  # the run that writes has newer ones by now
+                return self.newest(like, rename=rename, strict=strict)
             except CheckpointCorrupt as error:
+                if strict:
+                    raise
                 warnings.warn(f"A checkpoint is passed over. {error}", stacklevel=2)
                 continue
             self._done = step
@@ -156,8 +159,10 @@ class Checkpoints:
         step = _step(check_state("state", state))
         if step == self._done:
             return
-        # A file of this very step may be one that was passed over.
-        last = max((n for n in self.steps if n < step), default=0)
+        # A file of this very step may be one that was passed over. Processes that do not see the
+        # folder of the first one go by what they have done.
+        before = (n for n in (*self.steps, self._done or 0) if n < step)
+        last = max(before, default=0)
         if step // self.every > last // self.every:
             self.save(state)
 

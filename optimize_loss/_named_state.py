@@ -95,6 +95,18 @@ def _gathered(leaf: jax.Array) -> Any:
     return multihost_utils.process_allgather(leaf, tiled=True)
 
 
+def first_process() -> bool:
+    """Return whether this is the process that writes, of one or of several."""
+    return jax.process_index() == 0
+
+
+def agreed(true_here: bool) -> bool:
+    """Return whether this is true in every process. All must call it; each waits for all."""
+    if jax.process_count() == 1:
+        return true_here
+    return bool(multihost_utils.process_allgather(np.asarray(true_here)).all())
+
+
 class Frame:
     """A state whose leaves can be replaced by name.
 

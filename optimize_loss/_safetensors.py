@@ -86,6 +86,8 @@ def write(
     Raises:
       InvalidType: an array holds no numbers.
       OSError: it cannot be written.
+      ValueError: there are so many arrays that the header would be too long; or `path` is a
+        symbolic link or a device.
     """
     for name, array in arrays.items():
         if array.dtype.name not in {*_CODES, *_STORED_AS}:
@@ -93,6 +95,8 @@ def write(
     # The widest first, so that each begins at a multiple of its size.
     names = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
     header = _header({name: arrays[name] for name in names}, metadata)
+    if len(header) > LONGEST_HEADER:
+        raise ValueError(f"There are too many arrays for one file: {len(arrays)}.")
     payload = (_bytes(arrays[name]) for name in names)
     write_whole(path, itertools.chain([len(header).to_bytes(8, "little"), header], payload))
 
@@ -207,29 +211,39 @@ class Reader:
         raw = self._file.read(length)
         self._check_digest(raw)
         try:
-            header = json.loads(raw, object_pairs_hook=_distinct)
-            metadata = header.pop("__metadata__")
-            version = int(metadata["format_version"])
-            if version > FORMAT:
-                raise CheckpointVersion(
-                    f"The file must be of format {FORMAT} or older: a newer optimize_loss wrote "
-                    f"it. Received: format {version}, path={str(self.path)!r}."
-                )
-            digests, dtypes = (json.loads(metadata[key]) for key in ("sha256", "dtypes"))
-            found = [_entry(name, header[name], dtypes, digests) for name in header]
+            metadata, found = self._parsed(raw)
         except CheckpointVersion:
             raise
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise self._corrupt(f"its header is wrong: {error!r:.200}") from error
-        entries = dict(sorted(zip(header, found, strict=True), key=lambda x: x[1][2:4]))
+        self._check_offsets(found, size - 8 - length)
+        return metadata, found
+
+    def _parsed(self, raw: bytes) -> tuple[dict[str, str], dict[str, Entry]]:
+        """Return what a header says, the arrays in the order of their places."""
+        header = json.loads(raw, object_pairs_hook=_distinct)
+        metadata = header.pop("__metadata__")
+        version = int(metadata["format_version"])
+        if version > FORMAT:
+            raise CheckpointVersion(
+                f"The file must be of format {FORMAT} or older: a newer optimize_loss wrote "
+                f"it. Received: format {version}, path={str(self.path)!r}."
+            )
+        if version < 1:
+            raise ValueError(f"there is no format {version}")
+        digests, dtypes = (json.loads(metadata[key]) for key in ("sha256", "dtypes"))
+        found = {name: _entry(name, header[name], dtypes, digests) for name in header}
+        return metadata, dict(sorted(found.items(), key=lambda x: (x[1].begin, x[1].end)))
+
+    def _check_offsets(self, entries: Mapping[str, Entry], size: int) -> None:
+        """Raise unless the arrays lie one after the other and fill the file."""
         end = 0
         for name, entry in entries.items():
             if entry.begin != end:
                 raise self._corrupt(f"{name!r} begins at byte {entry.begin} and not at {end}")
             end = entry.end
-        if end != size - 8 - length:
-            raise self._corrupt(f"its arrays have {size - 8 - length} bytes and not {end}")
-        return metadata, entries
+        if end != size:
+            raise self._corrupt(f"its arrays have {size} bytes and not {end}")
 
     def _check_digest(self, raw: bytes) -> None:
         found = _DIGEST.findall(raw)
@@ -257,19 +271,19 @@ def _entry(
       KeyError, TypeError, ValueError: it cannot be.
     """
     stored = _NAMES[raw["dtype"]]
+    told = dtypes.get(name, stored)
+    if told != stored and _STORED_AS[told] != stored:
+        raise ValueError(f"{name!r} has two dtypes")
+    pairs = np.dtype(told).kind == "c"
     shape, (begin, end) = tuple(raw["shape"]), raw["data_offsets"]
+    if len(shape) - pairs > 64:  # numpy's most
+        raise ValueError(f"{name!r} has {len(shape)} axes")
     if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
         raise ValueError(f"{name!r} has a shape or offsets that cannot be")
     size = np.dtype(stored).itemsize
     if math.prod(shape) * size != end - begin or math.prod(n or 1 for n in shape) * size >= 2**63:
         raise ValueError(f"{name!r} has a shape that does not fit its offsets")
-    told = dtypes.get(name, stored)
-    if told != stored and _STORED_AS[told] != stored:
-        raise ValueError(f"{name!r} has two dtypes")
-    if np.dtype(told).kind == "c":
-        if shape[-1:] != (2,):
-            raise ValueError(f"{name!r} has no pairs")
-        shape = shape[:-1]
-    if len(shape) > 64:  # numpy's most
-        raise ValueError(f"{name!r} has {len(shape)} axes")
+    if pairs and shape[-1:] != (2,):
+        raise ValueError(f"{name!r} has no pairs")
+    shape = shape[:-1] if pairs else shape
     return Entry(np.dtype(told), shape, begin, end, digests[name])

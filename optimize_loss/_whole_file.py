@@ -1,6 +1,7 @@
 """Write a file whole or not at all, whatever interrupts."""
 
 import contextlib
+import errno
 import glob
 import os
 import pathlib
@@ -23,10 +24,9 @@ def write_whole(path: pathlib.Path, parts: Iterable[Any]) -> None:
 
     Raises:
       OSError: the disk is full, or there is no right to write; it has the path.
-      ValueError: `path` is a symbolic link, whose place the file would take.
+      ValueError: `path` is a symbolic link or a device, whose place the file would take.
     """
-    if path.is_symlink():
-        raise ValueError(f"`path` must not be a symbolic link. Received: path={str(path)!r}.")
+    _check_replaceable(path)
     sweep(path.parent, glob.escape(path.name))
     temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(8)}")
     try:
@@ -43,6 +43,15 @@ def write_whole(path: pathlib.Path, parts: Iterable[Any]) -> None:
             error.filename = str(path)
         raise
     _sync_folder(path.parent)
+
+
+def _check_replaceable(path: pathlib.Path) -> None:
+    if path.is_symlink():
+        raise ValueError(f"`path` must not be a symbolic link. Received: path={str(path)!r}.")
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.exists() and not path.is_file():
+        raise ValueError(f"`path` must not be a device. Received: path={str(path)!r}.")
 
 
 def sweep(folder: pathlib.Path, names: str) -> None:

@@ -1,9 +1,11 @@
 """A folder of checkpoints: what is kept, what is found again, and what is left alone."""
 
+import itertools
 import json
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import warnings
@@ -25,7 +27,7 @@ STEP = ol.optimize_loss(lambda p, x: jnp.sum((p["w"] * x) ** 2), learning_rate=0
 
 
 def init(w=1.0):
-    return STEP.init({"w": jnp.full(3, w)})
+    return STEP.init({"w": jnp.full(3, float(w))})
 
 
 def at(step, w=1.0):
@@ -64,15 +66,15 @@ def test_what_a_hook_keeps(tmp_path, keep, every, calls, kept):
 
 
 def test_a_run_that_is_taken_up_is_the_straight_run(tmp_path):
-    x = np.linspace(0.5, 1.5, 30).astype(np.float32)
-    straight, _ = STEP.run(init(), x)
+    x = [*np.linspace(0.5, 1.5, 30).astype(np.float32)]
+    straight, _ = STEP.run(init(), x, steps_per_call=5)
     checkpoints = ol.Checkpoints(tmp_path / "a" / "b", keep=2, every=10)
     STEP.run(init(), x[:25], steps_per_call=5, hooks={5: checkpoints})
     assert checkpoints.steps == (10, 20)
     again = ol.Checkpoints(tmp_path / "a" / "b", keep=2, every=10)  # in a new process
     state, report = again.newest(like=init(7.0))
     assert (int(state.step), report.new, report.unused) == (20, (), ())
-    state, _ = STEP.run(state, x[20:], hooks={5: again})
+    state, _ = STEP.run(state, x[20:], steps_per_call=5, hooks={5: again})
     wanted = on_host(straight)
     for name, array in on_host(state).items():
         assert array.tobytes() == wanted[name].tobytes(), name
@@ -94,7 +96,7 @@ def test_an_empty_folder_has_no_newest(tmp_path):
 
 
 def test_a_damaged_newest_is_passed_over_with_a_warning(tmp_path):
-    checkpoints = ol.Checkpoints(tmp_path)
+    checkpoints = ol.Checkpoints(tmp_path, every=1)
     for step in (1, 2, 3):
         checkpoints.save(at(step, w=step))
     damage(checkpoints.path(3))
@@ -109,10 +111,12 @@ def test_a_damaged_newest_is_passed_over_with_a_warning(tmp_path):
     with pytest.raises(ol.CheckpointCorrupt, match=r"step_3\.safetensors"):
         checkpoints.newest(like=init(), strict=True)
     # The run writes the files anew as it comes to these steps.
-    for step in (2, 3):
-        ol.Checkpoints(tmp_path, every=1)(at(step, w=step))
+    with pytest.warns(UserWarning, match=r"later steps than 2 .*\[3\]"):
+        checkpoints(at(2, w=2))
+    checkpoints(at(3, w=3))
     state, _ = checkpoints.newest(like=init())
     np.testing.assert_array_equal(state.params["w"], np.full(3, 3.0))
+    assert checkpoints.steps == (1, 2, 3)
 
 
 def test_all_damaged_is_an_error_and_no_new_beginning(tmp_path):
@@ -120,7 +124,10 @@ def test_all_damaged_is_an_error_and_no_new_beginning(tmp_path):
     checkpoints.save(at(4))
     damage(checkpoints.path(4))
     message = r"`folder` must have a whole checkpoint.*\[4\]"
-    with pytest.warns(UserWarning), pytest.raises(ol.CheckpointCorrupt, match=message):
+    with (
+        pytest.warns(UserWarning, match="passed over"),
+        pytest.raises(ol.CheckpointCorrupt, match=message),
+    ):
         checkpoints.newest(like=init())
 
 
@@ -300,7 +307,7 @@ def test_a_trainer_that_is_killed_goes_on_where_it_was(tmp_path):
             child.send_signal(signal.SIGKILL)
             told += [int(line) for line in child.stdout.read().split()]
         assert told[0] == acknowledged + 2  # from where it was
-        assert all(b - a == 2 for a, b in zip(told, told[1:], strict=False))
+        assert all(b - a == 2 for a, b in itertools.pairwise(told))
         acknowledged = told[-1]
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -312,26 +319,15 @@ def test_a_trainer_that_is_killed_goes_on_where_it_was(tmp_path):
     np.testing.assert_array_equal(state.params["w"], straight.params["w"])
 
 
-def in_two_processes(folder, port, rank):
+def in_two_processes(folder):
     """Save parameters that lie in two processes, from both; then go on in both."""
-    jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank)
     mesh = jax.make_mesh((2,), ("d",))
-    spec = jax.sharding.PartitionSpec("d")
-    place = jax.sharding.NamedSharding(mesh, spec)
+    spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("d"))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
     def init(values):
-        return step.init(
-            {
-                "w": jax.make_array_from_callback((4,), place, lambda i: values[i]),
-                **{
-                    name: jax.device_put(
-                        np.float32(values[0]),
-                        jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()),
-                    )
-                    for name in ("a", "b")
-                },
-            }
-        )
+        w = jax.make_array_from_callback((4,), spread, lambda i: values[i])
+        return step.init({"w": w, **dict.fromkeys("ab", jax.device_put(values[0], whole))})
 
     step = ol.optimize_loss(
         lambda p, x: jnp.sum((p["w"] * x) ** 2) + p["a"] * p["b"], learning_rate=0.1
@@ -342,6 +338,8 @@ def in_two_processes(folder, port, rank):
     again, report = checkpoints.newest(like=init(np.zeros(4, np.float32)), strict=True)
     wanted, got = on_host(state), on_host(again)
     equal = all(got[name].tobytes() == wanted[name].tobytes() for name in wanted)
+    all_matched = len(report.matched) == len(wanted)
+    shards = len(again.params["w"].addressable_shards)
     one, _ = step(again, np.float32(1))
     two, _ = step(state, np.float32(1))
     later = on_host(one)["params/w"].tobytes() == on_host(two)["params/w"].tobytes()
@@ -350,13 +348,10 @@ def in_two_processes(folder, port, rank):
         failed = ""
     except OSError as error:
         failed = type(error).__name__
-    spread = [len(again.params["w"].addressable_shards), len(report.matched) == len(wanted)]
-    print(json.dumps([equal, later, *spread, failed]))
+    print(json.dumps([equal, later, all_matched, shards, failed]))
 
 
 def free_port():
-    import socket
-
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return found.getsockname()[1]
@@ -370,8 +365,9 @@ def test_two_processes_write_one_file(tmp_path):
             [
                 sys.executable,
                 "-c",
+                f"import jax; jax.distributed.initialize('127.0.0.1:{port}', 2, {rank}); "
                 "from tests import conftest, test_checkpoints as t; "
-                f"t.in_two_processes({str(tmp_path)!r}, {port}, {rank})",
+                f"t.in_two_processes({str(tmp_path)!r})",
             ],
             cwd=ROOT,
             env=env,
@@ -384,5 +380,5 @@ def test_two_processes_write_one_file(tmp_path):
     found = [child.communicate(timeout=100) for child in children]
     assert [child.returncode for child in children] == [0, 0], found[0][1] + found[1][1]
     of_both = [json.loads(out.splitlines()[-1]) for out, _ in found]
-    assert of_both == [[True, True, 1, True, error] for error in ("FileNotFoundError", "OSError")]
+    assert of_both == [[True, True, True, 1, error] for error in ("FileNotFoundError", "OSError")]
     assert names(tmp_path) == ["step_4.safetensors"]

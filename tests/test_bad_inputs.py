@@ -9,11 +9,11 @@ does not exist yet, or because there is nothing to assert:
 - 38: setting a rate overrides its schedule, which is no error: `test_optimize_loss.py`.
 - 53: bfloat16 parameters under tiny updates, which need a master copy or stochastic rounding.
 - 57: the time that ten thousand leaves take, which is for the benchmarks.
-- 71: interrupts, which matter to files.
 
-Rows 16 to 18 are about links here, as the class with these options does not exist; 49 leaves out
-files; 70 goes on in `test_loop.py`, with iterators and hooks. Rows named 0 or contrib have no
-number in the list.
+Rows 16 to 18 are about links here, as the class with these options does not exist; 70 goes on in
+`test_loop.py`, with iterators and hooks. What is about files is in `test_safetensors.py`,
+`test_checkpoint.py` and `test_checkpoints.py`: 71, 84 to 97, 99, 100, 111, 112 and 116, and what
+49 says of them. Rows named 0 or contrib have no number in the list.
 """
 
 import dataclasses

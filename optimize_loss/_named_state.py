@@ -145,7 +145,9 @@ class Frame:
         if place in self._buffers:
             self._views[name][...] = np.asarray(array)
         else:
-            self._leaves[place] = _placed(array, self._leaves[place])
+            new = _placed(array, self._leaves[place])
+            # So that the memory of one array is free before the next one is read.
+            self._leaves[place] = jax.block_until_ready(new)
             self._replaced.add(place)
 
     def state(self) -> TrainState:
@@ -170,7 +172,7 @@ def _placed(array: Any, like: jax.Array) -> jax.Array:
     if not like.is_fully_addressable:
         return jax.make_array_from_callback(like.shape, like.sharding, lambda i: array[i])
     place = like.sharding if like.committed else None
-    new = jax.device_put(array, place, may_alias=False)
+    new = jax.device_put(array, place)
     if new.dtype != like.dtype:
         raise CheckpointMismatch(
             f"`like` must be of this mode of JAX: {like.dtype} becomes {new.dtype} in it. Restore "

@@ -159,7 +159,7 @@ def restore(
     Raises:
       CheckpointCorrupt: the file is damaged, cut short or of another kind.
       CheckpointMismatch: a shape, a dtype or the kind of a random key differs; nothing is cast.
-        With `strict`, something is new or unused.
+        Or no parameter has a place. With `strict`, something is new or unused.
       CheckpointVersion: the file was written by a newer version.
       InvalidType: an argument is of the wrong kind.
       OSError: the file cannot be read.
@@ -189,6 +189,7 @@ def restore(
     frame = Frame(check_state("like", like))
     with Reader(path) as file:
         found = renamed(list(file.entries), list(frame.outline), rename)
+        _check_parameters(path, frame, found)
         _check_kinds(path, file, frame, found)
         match = _Match(frame, like.chain, found)
         if strict:
@@ -265,6 +266,22 @@ class _Match:
         if not isinstance(link, Link) or isinstance(link, TreeLink):
             return None
         return link.slots(jnp.asarray(self._frame.get(parameter))).get(slot)
+
+
+def _check_parameters(path: pathlib.Path, frame: Frame, found: Mapping[str, str]) -> None:
+    """Raise if nothing of a model would come back: then the file is of another one."""
+    wanted = [name for name in frame.outline if _is_parameter(name)]
+    there = [name for name in found.values() if _is_parameter(name)]
+    if set(wanted).isdisjoint(there):
+        raise CheckpointMismatch(
+            f"`like` must have a parameter of the file; `rename` gives new names. "
+            f"Received: path={str(path)!r} with {_listed(there)}, and `like` with "
+            f"{_listed(wanted)}."
+        )
+
+
+def _is_parameter(name: str) -> bool:
+    return name.partition("/")[0] == "params"
 
 
 def _check_kinds(path: pathlib.Path, file: Reader, frame: Frame, found: Mapping[str, str]) -> None:

@@ -6,6 +6,7 @@ import pathlib
 import re
 import resource
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -452,6 +453,16 @@ def test_float64_is_not_restored_into_float32(path):
         ol.restore(path, wide)
 
 
+def test_a_file_of_another_model(path):
+    step = built("SGD", quadratic)
+    ol.save(path, step.init({"kernel": jnp.ones(2), "bias": jnp.ones(2)}))
+    message = (
+        "must have a parameter of the file.*params/bias, params/kernel, .*`like` with params/w"
+    )
+    with pytest.raises(ol.CheckpointMismatch, match=message):
+        ol.restore(path, step.init(W))
+
+
 def test_strict_lists_what_differs_with_the_nearest_names(path):
     step = built("SGD", quadratic)
     ol.save(path, step.init({"kernel": jnp.ones(2), "bias": jnp.ones(2)}))
@@ -627,7 +638,19 @@ def donated():
     return state
 
 
-BAD = {
+BAD: dict[str, tuple[Callable[[pathlib.Path], Any], type[Exception], str]] = {
+    "device": (
+        lambda p: ol.save("/dev/full", PLAIN.init(params())),
+        ValueError,
+        "must not be a device.*'/dev/full'",
+    ),
+    "folder": (lambda p: ol.save(p.parent, PLAIN.init(params())), IsADirectoryError, "directory"),
+    "restore-a-folder": (
+        lambda p: ol.restore(p.parent, PLAIN.init(params())),
+        IsADirectoryError,
+        "directory",
+    ),
+    "bytes": (lambda p: ol.save(bytes(p), PLAIN.init(params())), TypeError, "`path` must be"),
     "donated": (lambda p: ol.save(p, donated()), RuntimeError, "was donated"),
     "no-state": (lambda p: ol.save(p, W), TypeError, "`state` must be a TrainState"),
     "turned": (lambda p: ol.save(PLAIN.init(params()), p), TypeError, "`path` must be the path"),

@@ -136,8 +136,8 @@ def test_what_does_not_fit_is_not_passed_over(tmp_path):
     checkpoints.save(at(4))
     with pytest.raises(ol.CheckpointMismatch, match=r"params/w' is float32\[3\] in the file"):
         checkpoints.newest(like=STEP.init({"w": jnp.ones(4)}))
-    with pytest.raises(ol.CheckpointMismatch, match="Only in `like`"):
-        checkpoints.newest(like=STEP.init({"v": jnp.ones(3)}), strict=True)
+    with pytest.raises(ol.CheckpointMismatch, match="must have a parameter of the file"):
+        checkpoints.newest(like=STEP.init({"v": jnp.ones(3)}))
     state, _ = checkpoints.newest(like=STEP.init({"v": jnp.ones(3)}), rename={"w": "v"})
     np.testing.assert_array_equal(state.params["v"], np.ones(3))
 

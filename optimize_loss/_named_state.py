@@ -1,6 +1,7 @@
 """A `TrainState` as arrays by name, and back, whatever shares an array inside of it."""
 
 import collections
+import dataclasses
 from typing import Any
 
 import jax
@@ -12,6 +13,9 @@ from jax.experimental import multihost_utils
 from optimize_loss._checks import CheckpointMismatch, InvalidType
 from optimize_loss._names import leaf_names
 from optimize_loss._state import TrainState
+
+_PACKED = ("packed_params", "packed_optimizer")  # seen as `params` and `optimizer`
+_STRUCTURE = ("chain", "increment_step", "layout")  # not data
 
 
 def is_key(leaf: Any) -> bool:
@@ -59,13 +63,10 @@ def named(state: TrainState) -> dict[str, Any]:
     Raises:
       ValueError: two leaves have one name.
     """
-    tree = {
-        "params": state.params,
-        "optimizer": state.optimizer,
-        "model_state": state.model_state,
-        "key": state.key,
-        "first_step": state.first_step,
-    }
+    tree = {"params": state.params, "optimizer": state.optimizer}
+    tree |= {x.name: getattr(state, x.name) for x in dataclasses.fields(state)}
+    for name in (*_PACKED, *_STRUCTURE):
+        del tree[name]
     return dict(zip(leaf_names(tree), jax.tree.leaves(tree), strict=True))
 
 

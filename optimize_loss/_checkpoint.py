@@ -34,6 +34,7 @@ from optimize_loss._state import TrainState
 from optimize_loss.schedules import Decayed
 from optimize_loss.transforms import Chain, Link, TreeLink
 from optimize_loss.transforms._numbers import FOLLOW_SCHEDULE
+from optimize_loss.transforms._places import linked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,7 +207,12 @@ class _Match:
     def __init__(self, frame: Frame, chain: Chain, found: Mapping[str, str]):
         self._frame = frame
         self._chain = chain
-        self._fields = {f"optimizer/{n}/{x}": chain.link(n).numbers()[x] for n, x in chain.owned()}
+        self._fields = {
+            f"optimizer/{name}/{number}": field
+            for name, link in linked(dict(chain.links))
+            if isinstance(link, Link)
+            for number, field in link.numbers().items()
+        }
         self._found = {file: name for file, name in found.items() if name in frame.outline}
         self._unused = [file for file in found if file not in self._found]
         self._changed: list[str] = []

@@ -137,7 +137,7 @@ class Chain(optax.GradientTransformationExtraArgs):
         step = state["step"] if schedule_step is None else schedule_step
         return {
             owner: _numbers.all_at_step(owner, self.link(owner), state[owner], step)[name]
-            for owner, number in self.owned()
+            for owner, number in self._numbers()
             if number == name and self._is_declared(owner, number)
         }
 
@@ -172,8 +172,7 @@ class Chain(optax.GradientTransformationExtraArgs):
             state[link_name] = {**mine, number: new}
         return state
 
-    def owned(self) -> Iterator[tuple[str, str]]:
-        """Return the names of every link of ours and of each of its hyperparameters."""
+    def _numbers(self) -> Iterator[tuple[str, str]]:
         for name, link in self._linked():
             if isinstance(link, Link):
                 yield from ((name, number) for number in link.numbers())
@@ -183,7 +182,7 @@ class Chain(optax.GradientTransformationExtraArgs):
         return number in number_rules(type(self.link(owner)))
 
     def _find(self, name: str) -> tuple[str, str]:
-        known = list(self.owned())
+        known = list(self._numbers())
         found = [
             p for p in known if name == "/".join(p) or (name == p[1] and self._is_declared(*p))
         ]

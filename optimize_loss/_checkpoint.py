@@ -141,8 +141,12 @@ def restore(
     Leaves go by their names, so that links may have come, gone or changed places since, and
     parameters may lie otherwise in memory or on other devices. What is in the file is taken; what
     is not stays as in `like`, except that a slot in which a parameter is copied, such as an
-    average, begins from the restored parameter. Hyperparameters are taken as well, as
-    `state.set` may have set them: `state.set(learning_rate=None)` gives back what was built in.
+    average, begins from the restored parameter. Corrections of a start, such as Adam's, go by the
+    step, so that they are not made again for a slot that is new late in training.
+
+    Hyperparameters are taken as well, as `state.set` may have set them:
+    `state.set(learning_rate=None)` gives back what was built in, and the report lists those for
+    which `like` had another value.
     But where the file has a schedule and `like` has a number, the number is new.
 
     Args:

@@ -3,7 +3,13 @@
 from optimize_loss import optimizers as optimizers
 from optimize_loss import schedules as schedules
 from optimize_loss import transforms as transforms
+from optimize_loss._checkpoint import RestoreReport as RestoreReport
+from optimize_loss._checkpoint import restore as restore
+from optimize_loss._checkpoint import save as save
+from optimize_loss._checkpoints import Checkpoints as Checkpoints
+from optimize_loss._checks import CheckpointCorrupt as CheckpointCorrupt
 from optimize_loss._checks import CheckpointMismatch as CheckpointMismatch
+from optimize_loss._checks import CheckpointVersion as CheckpointVersion
 from optimize_loss._checks import InvalidType as InvalidType
 from optimize_loss._checks import NonFiniteError as NonFiniteError
 from optimize_loss._checks import TreeMismatch as TreeMismatch
@@ -21,9 +27,13 @@ __all__ = [
     "OPTIMIZER_CLS_NAMES",
     "OPTIMIZER_SUMMARIES",
     "Aux",
+    "CheckpointCorrupt",
     "CheckpointMismatch",
+    "CheckpointVersion",
+    "Checkpoints",
     "InvalidType",
     "NonFiniteError",
+    "RestoreReport",
     "Spike",
     "TrainState",
     "TrainStep",
@@ -32,6 +42,8 @@ __all__ = [
     "adaptive_clipping_fn",
     "optimize_loss",
     "optimizers",
+    "restore",
+    "save",
     "schedules",
     "transforms",
 ]

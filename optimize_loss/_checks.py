@@ -29,6 +29,14 @@ class CheckpointMismatch(ValueError):
     """A file or state is not of what it is loaded into; the message says what differs."""
 
 
+class CheckpointCorrupt(ValueError):
+    """A file is damaged, cut short or of another kind; the message names it and the leaf."""
+
+
+class CheckpointVersion(ValueError):
+    """A file was written by a newer version; the message says which is read here."""
+
+
 class NonFiniteError(FloatingPointError):
     """Too many batches in a row were left out; the message says why, `state` is what to go on with.
 

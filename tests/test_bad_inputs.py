@@ -8,13 +8,13 @@ does not exist yet, or because there is nothing to assert:
 - 53: bfloat16 parameters under tiny updates, which need a master copy or stochastic rounding;
   `step.explain` warns of them: `test_explain.py`.
 - 57: the time that ten thousand leaves take, which is for the benchmarks.
-- 71: interrupts, which matter to files.
 
-Rows 16 to 18 are about links here, as the class with these options does not exist; 49 leaves out
-files; 70 goes on in `test_loop.py`, with iterators and hooks; 16, 27 and 28 in `test_rules.py` and
-`test_reset.py`; 34, 74, 75, 76 and 77, values that are not finite at run time, are in
-`test_guard.py`, 82, loss scales, in `test_around.py`. Rows named 0 or contrib have no number in
-the list.
+Rows 16 to 18 are about links here, as the class with these options does not exist; 70 goes on in
+`test_loop.py`, with iterators and hooks; 16, 27 and 28 in `test_rules.py` and `test_reset.py`; 34,
+74, 75, 76 and 77, values that are not finite at run time, are in `test_guard.py`, 82, loss scales,
+in `test_around.py`. What is about files is in `test_safetensors.py`, `test_checkpoint.py` and
+`test_checkpoints.py`: 71, 84 to 97, 99, 100, 111, 112 and 116, and what 49 says of them. Rows named
+0 or contrib have no number in the list.
 """
 
 import dataclasses

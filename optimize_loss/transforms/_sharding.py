@@ -151,11 +151,11 @@ class _Spread:
 
     def one(self, slot: Any, param: Any = None) -> NamedSharding:
         """Return where one array lies: over the axis along the first dimension that can be."""
-        same = param is not None and param.shape == slot.shape
-        spec = param.sharding.spec if same else ()
+        like = param if param is not None and param.shape == slot.shape else None
+        spec = () if like is None else like.sharding.spec
         axes = [_axes(part) for part in (*spec, *[None] * (slot.ndim - len(spec)))]
-        if any(self.axis in part for part in axes):
-            return param.sharding
+        if like is not None and any(self.axis in part for part in axes):
+            return like.sharding
         for i in sorted(range(slot.ndim), key=lambda i: len(axes[i])):
             parts = math.prod(self.mesh.shape[name] for name in (*axes[i], self.axis))
             if slot.shape[i] and slot.shape[i] % parts == 0:

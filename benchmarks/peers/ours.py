@@ -14,6 +14,8 @@ from benchmarks.peers import on_jax
 
 VERSIONS = on_jax.versions(ol)
 T = ol.transforms
+BUCKET = None if "OURS_BUCKET" in os.environ else "auto"
+OF_LOSS = "OURS_SUMMARIES" in os.environ
 
 
 def schedule() -> Any:
@@ -59,8 +61,8 @@ class Step:
             learning_rate=schedule(),
             optimizer=T.chain(**adamw()),
             clip_gradients=CLIP,
-            summaries=["loss"],
-            bucket=None if "OURS_BUCKET" in os.environ else "auto",
+            summaries=None if self.problem.metrics and not OF_LOSS else ["loss"],
+            bucket=BUCKET,
         )
 
     def built(self, stage: str) -> Any:

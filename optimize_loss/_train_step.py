@@ -39,10 +39,12 @@ from optimize_loss.transforms import (
     AverageLoss,
     Chain,
     Lookahead,
+    Precision,
     ReduceOnPlateau,
     SkipNonFinite,
     SkipSpikes,
     chain,
+    with_precision,
 )
 from optimize_loss.transforms._bucket import Layout, find_layout, unpacked
 from optimize_loss.transforms._guard import kept
@@ -325,9 +327,11 @@ class TrainStep:
         if state.chain != self.chain:
             ours, theirs = dict(self.chain.links), dict(state.chain.links)
             differ = [n for n in {**ours, **theirs} if ours.get(n) != theirs.get(n)]
+            same = state.chain.precision == self.chain.precision
+            what = differ or ("their order" if same else f"precision {state.chain.precision}")
             raise TreeMismatch(
                 "`state` must come from the `init` of this step, or of one with equal options. "
-                f"Links that differ: {differ or 'their order'}. Received: "
+                f"Links that differ: {what}. Received: "
                 f"{ {n: theirs.get(n) for n in differ} }, for a step with "
                 f"{ {n: ours.get(n) for n in differ} }."
             )
@@ -427,6 +431,7 @@ def optimize_loss(
     lookahead: int | Lookahead | None = None,
     sam: Any = None,
     plateau: ReduceOnPlateau | None = None,
+    precision: Literal["float32", "bfloat16", "float8"] | Precision | None = None,
     seed: int = 0,
     bucket: Literal["auto"] | int | None = "auto",
 ) -> TrainStep:
@@ -491,7 +496,12 @@ def optimize_loss(
         cost; loss, metrics and model state those of the parameters. `state.set(rho=...)` sets it.
       plateau: an `ol.transforms.ReduceOnPlateau`, which lowers the learning rate where the loss
         does not fall; its factor is the metric `plateau_scale`.
-      seed: of the noise, and of the key of losses that take one; an integer in [0, 2**32).
+      precision: how exactly the optimizer's moments are kept: "bfloat16", half of the memory, or
+        "float8", a quarter. Parameters of bfloat16 and float16 are then rounded stochastically, so
+        that small updates are not lost. `ol.Precision` has more choices and all conditions;
+        `state.decoded` shows the moments in float32. None, or "float32", changes nothing.
+      seed: of the noise, of stochastic rounding, and of the key of losses that take one; an
+        integer in [0, 2**32).
       bucket: parameters of at most so many entries share one array inside of the state, which
         makes a step with many small ones faster. None: none do. What is computed is the same, but
         for the order of sums in a norm over all gradients, and last bits where XLA contracts other
@@ -533,9 +543,11 @@ def optimize_loss(
         check_number("moving_average_decay", moving_average_decay, DECAY)
         links["loss_mean"] = AverageLoss(moving_average_decay)
     around = Around(skip, loss_scale, accumulate, ema, lookahead, sam, plateau)
+    seed = check_integer("seed", seed, SEED)
+    made = chain(**around.links(options.joined(links, resolve(optimizer, rate))))
     return TrainStep(
         loss=Loss(loss),
-        chain=chain(**around.links(options.joined(links, resolve(optimizer, rate)))),
+        chain=with_precision(made, precision, seed=seed),
         variables=options.check_variables(variables),
         update_ops=options.check_functions("update_ops", update_ops),
         summaries=chosen,
@@ -543,7 +555,7 @@ def optimize_loss(
         first_step=0 if global_step is None else check_integer("global_step", global_step, STEP),
         increment_step=increment_global_step and global_step is not None,
         colocate_gradients=colocate_gradients_with_ops,
-        seed=check_integer("seed", seed, SEED),
+        seed=seed,
         learning_rate=rate,
         bucket=options.check_bucket(bucket),
     )

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal as Constant
 
-from optimize_loss._checks import InvalidType, check_choice, check_integer, received
 from optimize_loss._checks import SEED as SEED_RULE
+from optimize_loss._checks import InvalidType, check_choice, check_integer, received
 from optimize_loss._names import Pattern, check_pattern, first_matches
 from optimize_loss._random import quick_bits, streams
 from optimize_loss.transforms import _codec

@@ -152,7 +152,7 @@ def decoded(places: Sequence[Place], state: State, params: Params) -> State:
         slots = slot_leaves(place, state, params)
         own = [own_slots(place, slots, params, j) for j in range(len(params.leaves))]
         own = [
-            x if (codec := place.codec(j)) is None else codec.decoded(x) for j, x in enumerate(own)
+            codec.decoded(x) if x and (codec := place.codec(j)) else x for j, x in enumerate(own)
         ]
         names = dict.fromkeys(name for x in own for name in x)
         trees = {n: params.unflatten([x.get(n) for x in own]) for n in names}

@@ -6,7 +6,7 @@ The rule is AdamW behind a clip of the global norm, with a warm-up and cosine sc
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -38,6 +38,7 @@ class Problem:
       leaves: in how many arrays; for a transformer, how many layers.
       steps_per_call: how many steps ours takes in a call; the others have their own ways.
       packed: whether ours is given the gradients as one vector, by a loss that costs nothing.
+      precision: of ours; the others have float32 whatever it is.
     """
 
     kind: str
@@ -45,6 +46,7 @@ class Problem:
     leaves: int = 0
     steps_per_call: int = 1
     packed: bool = False
+    precision: Literal["float32", "bfloat16", "float8"] | None = None
 
     def tiny(self) -> "Problem":
         """Return a problem of the same kind, for tests of the benchmarks themselves."""

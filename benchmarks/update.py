@@ -43,6 +43,19 @@ ROWS = (
         problem(1e5, 100, packed=True),
         {"optax": 5.0, "keras": None, **dict.fromkeys(TORCH)},
     ),
+    # The others have float32.
+    Row(
+        "update, 1e7 parameters, 4 leaves, bfloat16 pair",
+        problem(1e7, 4, precision="bfloat16"),
+        {"optax": 2.0, "torch-1": 1.2, "torch-2": 1.2, "limit": 0.9},
+        counted=True,
+    ),
+    Row(
+        "update, 1e7 parameters, 100 leaves, bfloat16 pair",
+        problem(1e7, 100, precision="bfloat16"),
+        {"optax": 2.0, "torch-1": None, "torch-2": None, "limit": 0.8},
+        counted=True,
+    ),
     Row("error of 200 steps", problem(1e5, 100), {"optax": 0.99, "keras": None}, "error"),
     Row("trace of the update, 300 leaves", problem(2400, 300), {"optax": None}, "trace", rounds=5),
 )
@@ -52,6 +65,7 @@ def finish(result: dict[str, Any]) -> None:
     """Add what the README shows: the rows against optax, and the tracing."""
     against_optax = [r for r in result["rows"] if r["peer"] == "optax" and "ratio" in r]
     plain = [r for r in against_optax if r["measure"] == "run" and not r["problem"]["packed"]]
+    plain = [r for r in plain if r["problem"]["precision"] is None]
     counted = {(r["problem"]["size"], r["problem"]["leaves"]): r for r in plain if "temporary" in r}
     result["update"] = [
         {

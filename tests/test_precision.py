@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pickle
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ import optimize_loss as ol
 from optimize_loss._names import leaf_names
 from optimize_loss._random import quick_bits, streams
 from optimize_loss.transforms import _codec
+from optimize_loss.transforms._precision import Float8
 from tests.cases import on_eight_devices, random_like
 
 T = ol.transforms
@@ -35,7 +37,7 @@ def loss(p, x):
 BATCHES = np.array([0.3, -0.2, 1.5, 0.7], np.float32)
 
 
-def build(precision="bfloat16", **options):
+def build(precision: Any = "bfloat16", **options):
     options = {"learning_rate": 0.01, "optimizer": "AdamW", "summaries": ["loss"], **options}
     return ol.optimize_loss(loss, precision=precision, **options)
 
@@ -65,8 +67,8 @@ def same_states(one, two):
 
 def test_e4m3_is_bit_equal_to_the_cast_of_ml_dtypes():
     random = np.random.default_rng(0).normal(size=200_000).astype(np.float32)
-    values = np.concatenate([EVERY_BFLOAT16, random * 10, random * 1e-2, [464, 464.00003]])
-    values = values.astype(np.float32)
+    edges = np.array([464, 464.00003, 2.0**-6, 2.0**-10], np.float32)
+    values = np.concatenate([EVERY_BFLOAT16, random * 10, random / 100, edges], dtype=np.float32)
     with np.errstate(invalid="ignore", over="ignore"):
         native = values.astype(ml_dtypes.float8_e4m3fn)
     want = native.view(np.uint8)
@@ -79,7 +81,7 @@ def test_e4m3_is_bit_equal_to_the_cast_of_ml_dtypes():
 def test_all_numbers_of_8_bits_come_back():
     codes = np.arange(256, dtype=np.uint32)
     want = codes.astype(np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
-    np.testing.assert_array_equal(np.asarray(_codec.from_e4m3(codes)), want)
+    np.testing.assert_array_equal(np.asarray(_codec.from_e4m3(jnp.asarray(codes))), want)
 
 
 @pytest.mark.parametrize("random", [0, 1, _codec.HALF, 0xFFFF])
@@ -113,7 +115,8 @@ def test_edges_survive_rounding(dtype):
     want = np.asarray(jnp.asarray(x).astype(dtype).astype(jnp.float32))
     for random in (0, 0xFFFFFFFF):
         got = _codec.round_to(jnp.asarray(x), jnp.dtype(dtype), jnp.uint32(random))
-        np.testing.assert_array_equal(np.asarray(got), want)
+        got = np.asarray(got.astype(dtype).astype(jnp.float32))
+        np.testing.assert_array_equal(got, want)
         assert (np.signbit(got) == np.signbit(want))[~np.isnan(want)].all()
 
 
@@ -154,7 +157,7 @@ def test_random_bits_are_even_and_independent():
 # Parameters.
 
 
-def moved(precision, dtype=jnp.bfloat16, many=True, **options):
+def moved(precision: Any, dtype=jnp.bfloat16, many=True, **options):
     def pull(p, x):
         return jnp.sum(p["w"].astype(jnp.float32)) * x
 
@@ -234,7 +237,7 @@ def test_an_average_is_of_what_is_stored():
 OPTIMIZERS = {
     "AdamW": {"bfloat16": 4, "float8": 2},
     "Lion": {"bfloat16": 2, "float8": 1},
-    "RMSprop": {"bfloat16": 2, "float8": 1},
+    "RMSprop": {"bfloat16": 4, "float8": 2},
     "Adadelta": {"bfloat16": 4, "float8": 2},
 }
 
@@ -278,9 +281,10 @@ def test_a_pair_makes_no_temporary_and_is_written_in_place(leaves):
     assert memory is not None
     assert memory.temp_size_in_bytes < 0.05 * size
     assert memory.alias_size_in_bytes >= 8 * size
-    root = next(line for line in compiled.as_text().splitlines() if "entry_computation" in line)
+    text = compiled.as_text() or ""
+    root = next(line for line in text.splitlines() if "entry_computation" in line)
     assert f"u32[{size // leaves}]" in root.split("->")[1]
-    assert "bf16" not in compiled.as_text()
+    assert "bf16[" not in text
 
 
 @pytest.mark.parametrize("form", ["bfloat16", "float8"])
@@ -361,7 +365,7 @@ def test_a_state_under_vmap_is_each_alone(precision):
     states, _ = jax.vmap(step, in_axes=(0, None))(states, BATCHES[0])
     for i, rate in enumerate(rates):
         alone, _ = step(step.init(params()).set(learning_rate=rate), BATCHES[0])
-        own = jax.tree.map(lambda x: x[i], states)
+        own = jax.tree.map(lambda x, i=i: x[i], states)
         for a, b in zip(*map(jax.tree.leaves, (own.params, alone.params)), strict=True):
             np.testing.assert_allclose(
                 np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=2**-7
@@ -459,7 +463,7 @@ def test_blocks_of_zeros_and_of_what_is_not_finite():
     x = np.zeros(1024, np.float32)
     x[256:512] = 1e-30
     x[512], x[513], x[514:768] = np.inf, np.nan, 3.0
-    codec = T._precision.Float8(((("m", False), ("v", True)),))
+    codec = Float8(((("m", False), ("v", True)),))
     stored = codec.encoded({"m": jnp.asarray(x), "v": jnp.abs(x)})
     for slot in codec.decoded(stored).values():
         got = np.asarray(slot)
@@ -530,7 +534,7 @@ def test_precision_is_part_of_the_chain():
     assert T.with_precision(adamw(None), "float32") == adamw(None)
     step = build("bfloat16")
     with pytest.raises(ol.TreeMismatch, match="precision"):
-        build(ol.Precision(params="stochastic", seed=7))(step.init(params()), BATCHES[0])
+        build("float8")(step.init(params()), BATCHES[0])
 
 
 ERRORS = {
@@ -541,7 +545,7 @@ ERRORS = {
     "pattern": (lambda: ol.Precision({3: "float8"}), ol.InvalidType, "must be a pattern"),
     "format-kind": (lambda: ol.Precision({"a": 8}), ol.InvalidType, "map patterns"),
     "params": (
-        lambda: ol.Precision(params="random"),  # pyright: ignore[reportArgumentType]
+        lambda: dataclasses.replace(ol.Precision(), params="random"),
         ValueError,
         "`params` must be one of",
     ),
@@ -597,7 +601,7 @@ def on_devices():
             placed = jax.device_put(start, NamedSharding(mesh, spec))
         state = trained(build(precision), placed)
         moments = state.optimizer["adam"]
-        slot = next(slot for slot in moments if slot.startswith("m+v") and "scale" not in slot)
+        slot = "m+v_bf16" if precision == "bfloat16" else "m+v_f8"
         same = moments[slot]["w"].sharding.is_equivalent_to(state.params["w"].sharding, 2)
         return [np.asarray(x).astype(np.float64) for x in jax.tree.leaves(state.params)], same
 

@@ -31,6 +31,7 @@ class Update(on_jax.JaxPeer):
     def rule(self, params: Any) -> Any:
         rate = T.ScaleByLearningRate(schedule())
         tx = T.chain(clip=T.ClipByGlobalNorm(CLIP), **adamw(), rate=rate)
+        tx = T.with_precision(tx, self.problem.precision)
         return tx.init(params), lambda grads, params, state: tx.apply(grads, state, params)
 
 
@@ -55,6 +56,7 @@ class Step:
             learning_rate=schedule(),
             optimizer=T.chain(**adamw()),
             clip_gradients=CLIP,
+            precision=self.problem.precision,
             summaries=["loss"],
         )
 

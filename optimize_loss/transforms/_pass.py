@@ -157,12 +157,11 @@ def own_slots(
 
 def held_slots(place: Place, slots: dict[str, list[Any]], call: Call) -> list[Any]:
     """Return the slots that a link has for each live parameter, with what decodes them."""
-    own = [own_slots(place, slots, call.params, j) for j in call.live]
-    chosen = [i for i, j in enumerate(call.live) if place.codec(j) is not None]
-    if not chosen:
-        return own
-    owners = [call.owners[i] for i in chosen]
-    found = keys(owners, f"{place.name}/", call.seed, call.state["step"])
-    for i, key in zip(chosen, found, strict=True):
-        own[i] = Encoded(own[i], key, place.codec(call.live[i]))
+    own: list[Any] = [own_slots(place, slots, call.params, j) for j in call.live]
+    chosen = {i: codec for i, j in enumerate(call.live) if (codec := place.codec(j))}
+    if chosen:
+        owners = [call.owners[i] for i in chosen]
+        found = keys(owners, f"{place.name}/", call.seed, call.state["step"])
+        for (i, codec), key in zip(chosen.items(), found, strict=True):
+            own[i] = Encoded(own[i], key, codec)
     return own

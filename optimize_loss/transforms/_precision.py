@@ -12,6 +12,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.extend.core import Literal as Constant
 
 from optimize_loss._checks import SEED as SEED_RULE
@@ -28,6 +29,7 @@ SMALL = 4096  # entries up to which what is asked for in 8 bits has 16
 
 Key = tuple[jax.Array, jax.Array]
 Slots = Mapping[str, jax.Array]
+Leaf = Callable[[dict[str, jax.Array]], tuple[jax.Array, dict[str, jax.Array]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +195,7 @@ class Codec:
             slots |= zip((name for name, _ in group), parts, strict=True)
         return slots
 
-    def run(self, leaf: Callable[[Slots], Any], stored: Slots, key: Key) -> tuple[Any, Slots]:
+    def run(self, leaf: Leaf, stored: Slots, key: Key) -> tuple[Any, dict[str, jax.Array]]:
         """Return what the function of slots returns: an update, and slots as they are stored."""
         update, new = leaf(self.decoded(stored))
         return update, self.encoded(new, key)
@@ -289,7 +291,7 @@ def _evaluate(program: Any, values: list[Any], known: Mapping[Any, Any]) -> list
     known = {variable: x for variable, x in known.items() if variable in alone}
     equations = [e for e in jaxpr.eqns if not known.keys() & set(e.outvars)]
     rest = jaxpr.replace(constvars=[*jaxpr.constvars, *known], eqns=equations)
-    return jax.core.eval_jaxpr(rest, [*program.consts, *known.values()], *values)
+    return jaxpr_as_fun(ClosedJaxpr(rest, [*program.consts, *known.values()]))(*values)
 
 
 @jax.tree_util.register_pytree_node_class
@@ -301,7 +303,7 @@ class Encoded:
     key: Any
     codec: Codec
 
-    def run(self, leaf: Callable[[Slots], Any]) -> tuple[Any, Slots]:
+    def run(self, leaf: Leaf) -> tuple[Any, dict[str, jax.Array]]:
         """Return what the function of slots returns: an update, and slots as they are stored."""
         return self.codec.run(leaf, self.stored, self.key)
 
@@ -312,7 +314,8 @@ class Encoded:
     @classmethod
     def tree_unflatten(cls, codec: Codec, parts: Any) -> "Encoded":
         """Return the inverse."""
-        return cls(*parts, codec)
+        stored, key = parts
+        return cls(stored, key, codec)
 
 
 @functools.lru_cache(maxsize=1024)

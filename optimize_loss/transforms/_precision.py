@@ -62,6 +62,7 @@ class Precision:
         neighbours at random, so that the mean is right, or to the nearest, which loses updates
         of less than half a unit in the last place. All others do not change.
       seed: of the random bits, an integer in [0, 2**32); None for that of `optimize_loss`, or 0.
+        Built into the program.
 
     Raises:
       InvalidType: an argument is of the wrong kind.
@@ -349,7 +350,7 @@ def check_used(precision: Precision | None, places: Sequence[Any]) -> None:
         return
     encodes = any(any(place.codecs) for place in places)
     rounds = any(getattr(place.link, "draws", False) and any(place.takes) for place in places)
-    if not encodes and not rounds:
+    if any(any(place.takes) for place in places) and not encodes and not rounds:
         raise ValueError(
             f"`precision` must have something to act on. Received: {precision!r}, for links "
             "without moments in float32 of these parameters, "

@@ -68,6 +68,7 @@ class Task:
       steps: how many to take, a multiple of `CALL`.
       rate: the learning rate at its peak.
       within: the gap that `SMALLEST` may have.
+      seeds: the most seeds to take.
     """
 
     name: str
@@ -78,25 +79,28 @@ class Task:
     steps: int
     rate: float
     within: float
+    seeds: int
 
-    def final_loss(self, way: Way, seed: int, steps: int) -> tuple[float, float]:
-        """Return the loss after training, and the bytes that a parameter takes."""
+    def widened(self, params: Any, *batch: Any) -> jax.Array:
+        """Return the loss, computed in float32 whatever the weights are."""
+        return self.loss(jax.tree.map(lambda x: x.astype(jnp.float32), params), *batch)
 
-        def loss(params: Any, *batch: Any) -> jax.Array:
-            return self.loss(jax.tree.map(lambda x: x.astype(jnp.float32), params), *batch)
-
+    def step(self, way: Way, steps: int) -> ol.TrainStep:
+        """Return a training step."""
         rate = ol.schedules.CosineDecay(self.rate, steps, warmup_steps=0)
         rule: Any = ol.optimizers.AdamW(rate, weight_decay=0.01)
         if way.pure:
             rule = optax.adamw(rate, weight_decay=0.01)
-        step = ol.optimize_loss(
-            loss,
+        return ol.optimize_loss(
+            self.widened,
             optimizer=rule,
             clip_gradients=1.0,
             precision=way.precision,
-            seed=seed,
             summaries=["loss"],
         )
+
+    def trained(self, step: ol.TrainStep, way: Way, seed: int, steps: int) -> tuple[float, float]:
+        """Return the loss after training, and the bytes that a parameter takes."""
         params = jax.tree.map(lambda x: jnp.asarray(x).astype(way.weights), self.params(seed))
         state = step.init(params)
         held = sum(x.nbytes for x in jax.tree.leaves((state.packed_params, state.packed_optimizer)))
@@ -105,7 +109,7 @@ class Task:
         for _ in range(0, steps, CALL):
             stacked = [np.stack(x) for x in zip(*(next(batches) for _ in range(CALL)), strict=True)]
             state, _ = step.many(state, *stacked)
-        return float(jax.jit(loss)(state.params, *self.test)), held / size
+        return float(jax.jit(self.widened)(state.params, *self.test)), held / size
 
 
 def digits_loss(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -149,6 +153,7 @@ def digits() -> Task | None:
         steps=1000,
         rate=1e-3,
         within=0.05,
+        seeds=5,
     )
 
 
@@ -183,12 +188,14 @@ def characters() -> Task:
         steps=400,
         rate=3e-3,
         within=0.01,
+        seeds=3,
     )
 
 
 def compared(task: Task, way: Way, seeds: int, steps: int, base: list[float]) -> dict[str, Any]:
     """Train on every seed, and return what is told of it; `base` gets the losses of float32."""
-    results = [task.final_loss(way, seed, steps) for seed in range(seeds)]
+    step = task.step(way, steps)
+    results = [task.trained(step, way, seed, steps) for seed in range(seeds)]
     losses = [loss for loss, _ in results]
     base[:] = base or losses
     gaps = [loss / was - 1 for loss, was in zip(losses, base, strict=True)]
@@ -242,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         base: list[float] = []
         for way in WAYS:
             steps = CALL if chosen.tiny else task.steps
-            rows.append(compared(task, way, chosen.seeds, steps, base))
+            rows.append(compared(task, way, min(chosen.seeds, task.seeds), steps, base))
             print(table(rows).splitlines()[-1], flush=True)
     device = _report.tag(jax.devices()[0].device_kind)
     chosen.out.mkdir(parents=True, exist_ok=True)

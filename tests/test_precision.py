@@ -459,7 +459,7 @@ def test_small_parameters_have_16_bits_in_place_of_8():
 
 
 def test_blocks_of_zeros_and_of_what_is_not_finite():
-    """A NaN stays NaN, infinity becomes NaN, and others in the block stay numbers."""
+    """What is not finite makes NaN of its block, and of no other."""
     x = np.zeros(1024, np.float32)
     x[256:512] = 1e-30
     x[512], x[513], x[514:768] = np.inf, np.nan, 3.0
@@ -470,8 +470,7 @@ def test_blocks_of_zeros_and_of_what_is_not_finite():
         assert (got[:256] == 0).all()
         assert (got[768:] == 0).all()
         np.testing.assert_allclose(got[256:512], 1e-30, rtol=0.13)
-        assert np.isnan(got[512:514]).all()
-        np.testing.assert_allclose(got[514:768], 3.0, rtol=1e-6)
+        assert np.isnan(got[512:768]).all()
 
 
 def test_complex_and_float64_moments_stay_whole():

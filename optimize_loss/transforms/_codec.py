@@ -4,6 +4,8 @@ Arrays of bfloat16 and float8 are slow on CPU, and loops copy them whole at ever
 numbers are unsigned integers, of the same bits.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -90,17 +92,16 @@ def from_e4m3(code: jax.Array) -> jax.Array:
 def block_scales(x: jax.Array) -> jax.Array:
     """Return for each block of entries, in C order, the scale that makes its largest one 448.
 
-    What is not finite does not count.
+    Where one is not finite, the scale is NaN, and so all of the block will be.
     """
-    size = jnp.where(jnp.isfinite(x), jnp.abs(x), 0.0).reshape(-1)
-    size = jnp.pad(size, (0, -size.size % BLOCK))
-    largest = jnp.max(size.reshape(-1, BLOCK), axis=1)
-    return jnp.maximum(largest / LARGEST, _SMALLEST)
+    x = jnp.pad(x.reshape(-1), (0, -x.size % BLOCK)).reshape(-1, BLOCK)
+    # Not the largest of the sizes: XLA on CPU would make an array of these.
+    largest = jnp.maximum(jnp.max(x, axis=1), -jnp.min(x, axis=1))
+    scale = jnp.maximum(largest / LARGEST, _SMALLEST)
+    return jnp.where(jnp.isfinite(largest), scale, jnp.nan)
 
 
 def spread(scales: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Return for each entry of `shape` the scale of its block."""
-    size = 1
-    for n in shape:
-        size *= n
-    return jnp.repeat(scales, BLOCK, total_repeat_length=scales.size * BLOCK)[:size].reshape(shape)
+    each = jnp.broadcast_to(scales[:, None], (scales.size, BLOCK)).reshape(-1)
+    return each[: math.prod(shape)].reshape(shape)

@@ -44,7 +44,7 @@ class Precision:
     - "float8": a quarter. A moment is an e4m3 number, that of squares its root, with a scale for
       every 256 entries in C order; two share a uint16 array. They are rounded to nearest, and the
       update sees them before. Parameters of at most 4096 entries have "bfloat16". Infinity
-      becomes NaN.
+      and NaN make NaN of their block.
     - "float32": as without this option.
 
     Moments that are complex or of float64 stay so, and so do all other slots: averages of

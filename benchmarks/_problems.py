@@ -6,7 +6,7 @@ The rule is AdamW behind a clip of the global norm, with a warm-up and cosine sc
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -39,6 +39,7 @@ class Problem:
       steps_per_call: how many steps ours takes in a call; the others have their own ways.
       packed: whether ours is given the gradients as one vector, by a loss that costs nothing.
       metrics: whether ours reports the metrics that it does by default, and not only the loss.
+      precision: of ours; the others have float32 whatever it is.
     """
 
     kind: str
@@ -47,6 +48,7 @@ class Problem:
     steps_per_call: int = 1
     packed: bool = False
     metrics: bool = False
+    precision: Literal["float32", "bfloat16", "float8"] | None = None
 
     def tiny(self) -> "Problem":
         """Return a problem of the same kind, for tests of the benchmarks themselves."""

@@ -34,6 +34,7 @@ class Update(on_jax.JaxPeer):
     def rule(self, params: Any) -> Any:
         rate = T.ScaleByLearningRate(schedule())
         tx = T.chain(clip=T.ClipByGlobalNorm(CLIP), **adamw(), rate=rate)
+        tx = T.with_precision(tx, self.problem.precision)
         return tx.init(params), lambda grads, params, state: tx.apply(grads, state, params)
 
 
@@ -63,6 +64,7 @@ class Step:
             clip_gradients=CLIP,
             summaries=None if self.problem.metrics and not OF_LOSS else ["loss"],
             bucket=BUCKET,
+            precision=self.problem.precision,
         )
 
     def built(self, stage: str) -> Any:

@@ -26,6 +26,7 @@ from optimize_loss.transforms import (
 )
 from optimize_loss.transforms._guard import Guard
 from optimize_loss.transforms._places import linked
+from optimize_loss.transforms._run_optax import RunOptax
 from optimize_loss.transforms._sharpness import Sharpness
 
 Links = dict[str, Any]
@@ -59,6 +60,12 @@ class Around:
                     f"`{name}` must not be given where the optimizer has such a link, or one of "
                     f"this name. Received: {name}={getattr(self, name)!r}, and links {[*inner]}."
                 )
+        optaxes = [name for name, link in linked(inner) if isinstance(link, RunOptax)]
+        if "plateau" in made and optaxes:
+            raise ValueError(
+                "`plateau` must be left out where a rule has an optax transformation for its "
+                f"`optimizer`, whose rate it cannot lower. Received: {optaxes}."
+            )
         rest = list(inner.items())
         sums = dict(itertools.takewhile(lambda pair: isinstance(pair[1], SumOverAxis), rest))
         rest = rest[len(sums) :]

@@ -93,6 +93,7 @@ class Setup:
       trainable: marks the parameters that are trained.
       layout: from these, how small parameters share arrays.
       horizon: what the schedules will see.
+      spread: the axis of the mesh over which slots are spread; None for none.
       rest: the arrays in a state besides parameters and what the chain keeps.
     """
 
@@ -101,6 +102,7 @@ class Setup:
     trainable: Callable[[Any], Trainable]
     layout: Callable[[Trainable], Layout | None]
     horizon: Horizon
+    spread: str | None
     rest: Any
 
 
@@ -216,6 +218,7 @@ def _rows(setup: Setup, made: _Made) -> Iterator[Row]:
         names, leaves, trainable.marks, rules.index(names), strict=True
     ):
         own = numbers.get(name, {})
+        spread = f"slots over {setup.spread!r}" if setup.spread and trained else ""
         yield Row(
             name=name,
             shape=tuple(leaf.shape),
@@ -223,11 +226,12 @@ def _rows(setup: Setup, made: _Made) -> Iterator[Row]:
             trained=trained,
             rule=texts[i],
             learning_rate=own.get("learning_rate"),
+            schedule=own.get("schedule"),
             multiplier=own.get("multiplier", 1.0),
             weight_decay=own.get("weight_decay", 0.0),
             param_bytes=math.prod(leaf.shape) * leaf.dtype.itemsize,
             state_bytes=sizes.get(name, 0),
-            place=in_bucket.get(name) or _sharding(leaf),
+            place=", ".join(filter(None, (in_bucket.get(name) or _sharding(leaf), spread))),
         )
 
 
@@ -283,8 +287,9 @@ def _of_link(link: Any, here: Sequence[str], first: int) -> Iterator[tuple[str, 
         return
     numbers = link.numbers()
     if "learning_rate" in number_rules(type(link)) and "learning_rate" in numbers:
-        rate = _at(numbers["learning_rate"], first)
-        yield "learning_rate", dict.fromkeys(here, rate)
+        rate = numbers["learning_rate"]
+        yield "learning_rate", dict.fromkeys(here, _at(rate, first))
+        yield "schedule", dict.fromkeys(here, rate if callable(rate) else None)
     if isinstance(link, ShrinkParams | AddWeightDecay):
         decay, spared = _at(link.weight_decay, first), any_matches("exclude", link.exclude, here)
         yield "weight_decay", {n: 0.0 if x else decay for n, x in zip(here, spared, strict=True)}

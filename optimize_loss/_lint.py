@@ -38,6 +38,7 @@ class Row:
       rule: the pattern of its rule; None without one.
       learning_rate: the rate at the first step, without the multiplier; None if it is not known,
         as that of an optax transformation, or not trained.
+      schedule: of the rate, if it goes by one.
       multiplier: of the rate: a number, or one for each layer.
       weight_decay: per unit of the rate for decay that goes by it; 0 for none.
       param_bytes: of the parameter.
@@ -51,6 +52,7 @@ class Row:
     trained: bool
     rule: str | None
     learning_rate: float | None
+    schedule: Any
     multiplier: float | tuple[float, ...]
     weight_decay: float
     param_bytes: int
@@ -101,13 +103,13 @@ def lint(
             rate = link.numbers().get("learning_rate")
             if callable(rate):
                 schedules.setdefault(rate, []).append(name)
-    peak = 0.0
+    peaks: dict[Any, float] = {None: 0.0}
     for rate, names in schedules.items():
         schedule = _Schedule(rate)
-        peak = max(peak, schedule.peak(horizon))
+        peaks[rate] = schedule.peak(horizon)
         yield from _of_schedule(names, schedule, horizon)
     if not any(isinstance(link, RoundParams) for _, link, _ in links):
-        yield from _narrow(rows, peak)
+        yield from _narrow(rows, peaks)
     yield from _clipped_late(links)
     yield from _unused(rows, links, rules)
 
@@ -127,21 +129,23 @@ def _decayed(rows: Sequence[Row]) -> Iterator[str]:
         )
 
 
-def _narrow(rows: Sequence[Row], peak: float) -> Iterator[str]:
+def _narrow(rows: Sequence[Row], peaks: Mapping[Any, float]) -> Iterator[str]:
     found = []
     for row in rows:
         if not row.trained or not jnp.issubdtype(dtype := jnp.dtype(row.dtype), jnp.floating):
             continue
         if dtype.itemsize > 2:
             continue
-        rate = max(row.learning_rate or 0.0, peak) * float(np.max(row.multiplier))
+        rate = max(row.learning_rate or 0.0, peaks.get(row.schedule, 0.0)) * float(
+            np.max(row.multiplier)
+        )
         if row.learning_rate is None or rate < float(jnp.finfo(dtype).eps) / 2:
             found.append(row.name)
     if found:
         yield (
             f"16-bit parameters may stand still: {shown(found)}. Without stochastic rounding, an "
-            "update below half of their precision is lost. Keep them in float32, or round "
-            "stochastically."
+            "update below half of their precision is lost. Keep them in float32, or give "
+            "`precision`, which has them rounded stochastically."
         )
 
 

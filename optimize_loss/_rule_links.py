@@ -209,6 +209,13 @@ def _check_decay(rules: Rules, chosen: list[int], group: _Group, own: Links) -> 
             "decay cannot be seen. Give the rule an `optimizer` of its own, or use one of "
             f"`ol.optimizers`. Received: {links}."
         )
+    recomputed = [x for x in links.values() if isinstance(x, StepByFtrl | StepByDualAveraging)]
+    if recomputed and any(rules.options[i]["weight_decay"] != 0 for i in chosen):
+        raise ValueError(
+            f"`{label}` must be left out, or 0, where the optimizer makes the parameter anew from "
+            f"its slots: decay would be lost. Received: {recomputed[0]!r}, which has decays of its "
+            "own."
+        )
     everywhere = [n for n in own if where(group.links[n]) in (None, group.where)]
     if len({type(x) for x in own.values()}) > 1 or len(everywhere) > 1:
         raise ValueError(

@@ -90,6 +90,12 @@ class Rules:
         """
         pairs = zip(leaf_names(params), jax.tree.leaves(params), strict=True)
         floats = {n: x for n, x in pairs if jnp.issubdtype(jnp.result_type(x), jnp.inexact)}
+        for text in self.texts:
+            if text in self.patterns and text in floats and not {*text}.isdisjoint("*|"):
+                raise ValueError(
+                    f"`rules[{text!r}]` must not be the name of a parameter and a pattern at once: "
+                    "write `re.compile(...)` for what is meant."
+                )
         first_matches("rules", self.patterns, list(floats))
         for name, i in zip(floats, self.index([*floats]), strict=True):
             own = self.options[i] if i < len(self.options) else {}

@@ -81,17 +81,18 @@ class TrainState:
         packed = self.packed_optimizer
         return packed if self.layout is None else self.layout.split_numbers(packed)
 
+    @property
+    def packed(self) -> tuple[Any, dict[str, Any]]:
+        """The parameters and the chain's state as a step takes them."""
+        return self.packed_params, self.packed_optimizer
+
+    def with_packed(self, packed: tuple[Any, dict[str, Any]]) -> "TrainState":
+        """Return the state with others of these."""
+        return dataclasses.replace(self, packed_params=packed[0], packed_optimizer=packed[1])
+
     def placed(self) -> "TrainState":
         """Return the state whose parameters and slots are to stay where they are now."""
-        trees = self.packed_params, self.packed_optimizer
-        return dataclasses.replace(self, placement=placement_of(trees))
-
-    def constrained(self) -> "TrainState":
-        """Return the state with parameters and slots where they are to lie, in a program."""
-        if self.placement is None:
-            return self
-        packed = self.placement.constrain((self.packed_params, self.packed_optimizer))
-        return dataclasses.replace(self, packed_params=packed[0], packed_optimizer=packed[1])
+        return dataclasses.replace(self, placement=placement_of(self.packed))
 
     def with_links(self, links: dict[str, Any]) -> "TrainState":
         """Return the state with another state of the chain, in the form of `links`."""

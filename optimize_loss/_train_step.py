@@ -333,6 +333,7 @@ class TrainStep:
                 trainable=self._trainable,
                 layout=self._layout,
                 horizon=check_horizon(self.first_step, steps, self.increment_step),
+                spread=self.shard_state,
                 rest=(np.int32(self.first_step), key, model_state),
             ),
             params,
@@ -445,18 +446,26 @@ class TrainStep:
         )
         if shardings is not None:
             grads = colocated(grads, shardings)
-        new = self._updated(state, trainable, grads, told(loss, aux, self.chain))
+        extra = told(loss, aux, self.chain)
+        if state.placement is None:
+            new = self._updated(state, grads, extra)
+        else:
+
+            def update(*arguments: Any) -> Any:
+                return self._updated(*arguments).packed
+
+            packed = state.placement.run(update, state.packed, state, grads, extra)
+            new = state.with_packed(packed)
         model_state = kept(self.chain.links, new.links, state.model_state, aux.model_state)
-        new = dataclasses.replace(new, model_state=model_state).constrained()
+        new = dataclasses.replace(new, model_state=model_state)
         metrics = {"loss": loss, **_metrics.read(self.chain, new.links)}
         if "learning_rate" in self.summaries:
             metrics |= _metrics.rates(self.chain, state.links, state.step, self.learning_rate)
         return new, _metrics.joined(metrics, aux.metrics, self.name)
 
-    def _updated(
-        self, state: TrainState, trainable: Trainable, grads: list[Any], extra: dict[str, Any]
-    ) -> TrainState:
+    def _updated(self, state: TrainState, grads: list[Any], extra: dict[str, Any]) -> TrainState:
         """Return the state with the parameters and the optimizer's state after an update."""
+        trainable = self._trainable(state.params)
         apply = functools.partial(self.chain.apply, schedule_step=state.step, **extra)
         packed, optimizer, layout = state.packed_params, state.links, state.layout
         if layout is None or not layout.trains(trainable.names):
@@ -481,7 +490,9 @@ class TrainStep:
         """Take as many steps as the batches have entries, while being traced."""
         step = functools.partial(self._advance, shardings)
         state, metrics = jax.lax.scan(step, state, batches)
-        return state.constrained(), metrics
+        if state.placement is not None:
+            state = state.with_packed(state.placement.constrain(state.packed))
+        return state, metrics
 
 
 def optimize_loss(

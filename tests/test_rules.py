@@ -481,6 +481,12 @@ REFUSED = {
         T.chain(a=T.AddWeightDecay(0.1), s=T.ScaleByAdam(), b=T.AddWeightDecay(0.1)),
         0.1,
     ),
+    "decay-of-ftrl": ({"**": {"weight_decay": 0.1}}, "Ftrl", 0.1),
+    "decay-of-dual-averaging": (
+        {"**": {"weight_decay": 0.1}},
+        ol.optimizers.AdagradDAOptimizer(0.1),
+        None,
+    ),
     "multiplier-of-ftrl": ({"**": {"learning_rate_multiplier": 0.1}}, "Ftrl", 0.1),
     "multiplier-of-schedule-free": (
         {"**": {"learning_rate_multiplier": 0.1}},

@@ -31,11 +31,13 @@ OPTIONS = {
     "bucket": {"optimizer": "AdamW", "clip_gradients": 1.0, "bucket": 64},
     "all-in-buckets": {"optimizer": "AdamW", "gradient_multipliers": {"odd": 0.5}},
     "accumulate": {"optimizer": "Adam", "accumulate": 2, "ema": 0.9, "skip": "nonfinite"},
+    "guarded": {"optimizer": "Adam", "skip": "nonfinite", "loss_scale": "dynamic", "sam": 0.05},
     "adafactor": {"optimizer": "Adafactor"},
     "muon": {"optimizer": "Muon"},
     "optax": {"optimizer": "optax"},
     "noise": {"optimizer": "RMSprop", "gradient_noise_scale": 0.1},
 }
+EXPLICIT = ("bucket", "accumulate", "adafactor", "muon", "guarded")
 
 
 def params():
@@ -78,13 +80,14 @@ def a_run(name, kind):
         step = made(name, axis)
         state = step.init(jax.device_put(params(), whole))
         runs.append(step)
-        state, _ = step(state, jax.device_put(x[0], rows))
+        for i in range(2):
+            state, _ = step(state, jax.device_put(x[i], rows))
         before = {k: v.sharding for k, v in slots(state).items()}
         state, _ = step.many(state, batches)
         assert {k: v.sharding for k, v in slots(state).items()} == before
         states.append(state)
     plain, spread = states
-    assert runs[1]._program(True, True)._cache_size() == 1
+    assert [runs[1]._program(many, True)._cache_size() for many in (False, True)] == [1, 1]
     assert all(x.is_fully_replicated for x in jax.tree.leaves(spread.params))
     pairs = zip(*(jax.tree.leaves((s.params, s.optimizer)) for s in states), strict=True)
     error = max(float(jnp.max(jnp.abs(a - b), initial=0)) for a, b in pairs)
@@ -95,7 +98,7 @@ def a_run(name, kind):
 def runs():
     kinds = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
     found = {f"{name}/auto": a_run(name, kinds["auto"]) for name in OPTIONS}
-    found["bucket/explicit"] = a_run("bucket", kinds["explicit"])
+    found |= {f"{name}/explicit": a_run(name, kinds["explicit"]) for name in EXPLICIT}
     return json.dumps(found)
 
 
@@ -104,9 +107,14 @@ def found():
     return on_eight_devices("test_shard_state", "runs")
 
 
-@pytest.mark.parametrize("name", [*(f"{name}/auto" for name in OPTIONS), "bucket/explicit"])
+NAMES = [*(f"{name}/auto" for name in OPTIONS), *(f"{name}/explicit" for name in EXPLICIT)]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_the_trajectory_is_that_of_whole_slots(name):
     assert found()[name]["error"] < 1e-6
+    # 29 of 3125 entries cannot be parted; of Adafactor's rows and columns, more.
+    assert found()[name]["own"] <= (1.6 if "adafactor" in name else 1.06) * found()[name]["all"] / 8
 
 
 def ideal():
@@ -121,7 +129,9 @@ def ideal():
         clip_gradients=1.0,
         shard_state="data",
     )
-    state = step.init(jax.device_put(tree, whole))
+    placed = jax.device_put(tree, whole)
+    state = step.init(placed)
+    assert step.explain(placed).rows[0].place == "slots over 'data'"
     x = jax.device_put(jnp.ones((16, 128)), NamedSharding(mesh, P("data")))
     text = step.lower(state, x).compile().as_text() or ""
     gathered = re.findall(r"= f32\[([\d,]*)\]\S* all-gather", text)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
 
 from optimize_loss._checks import InvalidType
 from optimize_loss._names import leaf_names
@@ -95,7 +96,7 @@ class Members(Static):
             return _split(self, buffer)
 
     def _split(self, buffer: Any) -> list[Any]:
-        first = buffer.shape[:-1]
+        first, buffer = buffer.shape[:-1], _on_all(buffer)
         ends = itertools.accumulate(self.sizes)
         return [
             _cut(buffer, end - size, end).reshape(first + shape)
@@ -137,6 +138,14 @@ _split = jax.jit(Members._split, static_argnums=0)
 def _are_ready(leaves: Sequence[Any]) -> bool:
     """Return whether all leaves are jax's arrays, outside of a trace."""
     return all(isinstance(x, jax.Array) and not isinstance(x, Tracer) for x in leaves)
+
+
+def _on_all(buffer: Any) -> Any:
+    """Return an array whole on every device if its type says that it is spread."""
+    sharding = getattr(jax.typeof(buffer), "sharding", None)
+    if not any(part is not None for part in getattr(sharding, "spec", ())):
+        return buffer
+    return jax.sharding.reshard(buffer, NamedSharding(sharding.mesh, PartitionSpec()))
 
 
 def _cut(buffer: Any, start: int, end: int) -> Any:

@@ -210,7 +210,7 @@ def _run(
                     move = link.move(param, k)
             if link.scales_moves and param is not start:
                 shift = param - start
-                update = update + (link.leaf(shift, old, param, k)[0] - shift)
+                update = update + (link.leaf(shift, {}, param, k)[0] - shift)
             if move is not None and (more or moved[i]):
                 param, move = param + move, None
         except Exception as error:

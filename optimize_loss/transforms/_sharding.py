@@ -7,12 +7,12 @@ section 5.1).
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from jax.core import Tracer
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from optimize_loss._checks import InvalidType, received
 from optimize_loss.transforms._base import Link, TreeLink
@@ -34,24 +34,30 @@ class Placement(Static):
     def __reduce__(self) -> Any:
         return Placement, ((None,) * len(self.shardings),)  # other processes have other devices
 
+    @property
+    def _is_explicit(self) -> bool:
+        """Whether types tell where arrays are, so that those of different places do not mix."""
+        return all(_is_explicit(x.mesh) for x in self.shardings if x is not None)
+
     def constrain(self, tree: Any) -> Any:
         """Return a tree of these leaves, which are to lie there in a compiled program."""
         leaves, treedef = jax.tree.flatten(tree)
-        return treedef.unflatten(map(_constrain, leaves, self.shardings))
+        pairs = zip(leaves, self.shardings, strict=True)
+        put = jax.sharding.reshard if self._is_explicit else jax.lax.with_sharding_constraint
+        return treedef.unflatten([x if s is None else put(x, s) for x, s in pairs])
+
+    def run(self, function: Callable[..., Any], like: Any, *arguments: Any) -> Any:
+        """Return what a function returns, a tree as `like`, whose leaves are to lie there."""
+        if not self._is_explicit or any(sharding is None for sharding in self.shardings):
+            return self.constrain(function(*arguments))
+        there = jax.tree.structure(like).unflatten(self.shardings)
+        return jax.sharding.auto_axes(function, out_sharding=there)(*arguments)
 
 
 def placement_of(tree: Any) -> Placement:
     """Return where the leaves of a tree lie now."""
     shardings = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree))
     return Placement(tuple(x if isinstance(x, NamedSharding) else None for x in shardings))
-
-
-def _constrain(leaf: Any, sharding: NamedSharding | None) -> Any:
-    if sharding is None:
-        return leaf
-    if all(kind == AxisType.Explicit for kind in sharding.mesh.axis_types):
-        return jax.sharding.reshard(leaf, sharding)
-    return jax.lax.with_sharding_constraint(leaf, sharding)
 
 
 def check_axis(axis: Any) -> str | None:
@@ -158,10 +164,21 @@ class _Spread:
             return like.sharding
         for i in sorted(range(slot.ndim), key=lambda i: len(axes[i])):
             parts = math.prod(self.mesh.shape[name] for name in (*axes[i], self.axis))
-            if slot.shape[i] and slot.shape[i] % parts == 0:
+            if slot.size and slot.shape[i] % parts == 0:
                 axes[i] = (*axes[i], self.axis)
                 break
-        return NamedSharding(self.mesh, PartitionSpec(*(part or None for part in axes)))
+        while axes and not axes[-1] and not _is_explicit(self.mesh):
+            axes.pop()  # as results are written: what differs is compiled again
+        return NamedSharding(self.mesh, PartitionSpec(*(_part(part) for part in axes)))
+
+
+def _is_explicit(mesh: Mesh | AbstractMesh) -> bool:
+    return all(kind == AxisType.Explicit for kind in mesh.axis_types)
+
+
+def _part(axes: tuple[str, ...]) -> Any:
+    """Return an entry of a `PartitionSpec`, as XLA writes it."""
+    return axes[0] if len(axes) == 1 else axes or None
 
 
 def _is_none(x: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Searches over hyperparameters: a learning-rate range test, and a sweep over many states at once."""
+"""Searches over hyperparameters: a learning-rate range test, and sweeps of states side by side."""
 
 import dataclasses
 import functools

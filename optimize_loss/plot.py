@@ -64,8 +64,8 @@ def schedule(schedules: Any, steps: int = 1000) -> Any:
       >>> import optimize_loss as ol
       >>> figure = ol.plot.schedule({"cosine": ol.schedules.CosineDecay(0.1, 100)}, steps=100)
       >>> line = figure.axes[0].lines[0]
-      >>> float(line.get_ydata()[0].round(3)), float(line.get_ydata()[-1].round(3))
-      (0.1, 0.0)
+      >>> print(line.get_ydata()[0], line.get_ydata()[50].round(3), line.get_ydata()[-1])
+      0.1 0.05 0.0
     """
     steps = check_integer("steps", steps, AT_LEAST_1)
     at = np.unique(np.linspace(0, steps, min(steps + 1, 1001)).astype(np.int32))
@@ -234,13 +234,14 @@ def update_ratios(before: Any, after: Any, *, steps: int = 1) -> Any:
     empty = [f"{n} (was 0)" if np.isnan(r) else n for n, r in zip(labels, shown, strict=True)]
     axes.set_yticks(range(len(order)), empty)
     axes.set_ylim(len(order) - 0.4, -0.6)
+    label = "parameter"
     if np.any(shown > 0):
         axes.set_xscale("log")
         low = min(1e-3, float(np.min(shown[shown > 0])))
         axes.set_xlim(low / 3, max(1e-3, float(np.nanmax(shown))) * 3)
     if len(order) < len(names):
-        axes.set_title(f"the {len(order)} largest of {len(names)} parameters", fontsize=12)
-    _finish(axes, "change a step, over the size of the parameter", "", legend=True)
+        label = f"parameter (the {len(order)} largest of {len(names)})"
+    _finish(axes, "‖change in a step‖ / ‖parameter‖, no unit", label, legend=True)
     return figure
 
 
@@ -298,7 +299,8 @@ def _draw_number(axes: Any, result: _Runs, name: str) -> None:
     where = np.array([x[values.index(v)] for v in line])
     order = np.argsort(where)
     heights = np.array(list(line.values()))[order]
-    axes.plot(where[order], heights, "-", color=COLOURS[0], lw=2, label="best")
+    label = "best, mean over seeds" if "seed" in result.points[0] and name != "seed" else "best"
+    axes.plot(where[order], heights, "-", color=COLOURS[0], lw=2, label=label)
     axes.plot(x[good], losses[good], "o", color=COLOURS[4], ms=5, alpha=0.8, label="run", zorder=1)
     if np.any(good):
         best = int(np.where(good, losses, np.inf).argmin())
@@ -353,7 +355,7 @@ def learning_rate(result: _Curve) -> Any:
         axes.axvline(result.suggestion, color=COLOURS[5], ls="--", lw=1.8, label=label)
     axes.set_xscale("log")
     shown = smoothed[np.isfinite(smoothed)]
-    low, first = shown.min(), shown[0]
+    low, first = min(shown.min(), losses[np.isfinite(losses)].min()), shown[0]
     room = max(first - low, 1e-3 * abs(first), 1e-12)
     axes.set_ylim(low - 0.15 * room, first + 0.6 * room)  # where it diverges, it leaves the picture
     _finish(axes, "learning rate", "loss", legend=True)
@@ -397,8 +399,14 @@ def _styled(lines: Mapping[str, Any]) -> list[tuple[dict[str, Any], tuple[str, A
 def _scale(which: str, axes: Any, values: Sequence[np.ndarray]) -> None:
     """Make an axis logarithmic where that shows more."""
     every = np.concatenate([v[np.isfinite(v)] for v in values])
-    if every.size and every.min() > 0 and every.max() > 10 * every.min():
-        axes.set_xscale("log") if which == "x" else axes.set_yscale("log")
+    above = every[every > 0]
+    if not above.size or every.min() < 0 or above.max() <= 10 * above.min():
+        return
+    scale = axes.set_xscale if which == "x" else axes.set_yscale
+    if above.size == every.size:
+        scale("log")
+    elif which == "x":  # a zero among values of several magnitudes
+        scale("symlog", linthresh=above.min(), linscale=0.5)
 
 
 def _finish(axes: Any, x: str, y: str, legend: bool) -> None:
@@ -409,4 +417,8 @@ def _finish(axes: Any, x: str, y: str, legend: bool) -> None:
     axes.set_axisbelow(True)
     handles, labels = axes.get_legend_handles_labels()
     if legend and handles:
-        axes.legend(handles[:MOST_LINES], labels[:MOST_LINES], fontsize=10)
+        handles, labels = handles[:MOST_LINES], labels[:MOST_LINES]
+        room = 110 if axes.get_subplotspec().get_gridspec().ncols == 1 else 50  # characters
+        columns = max(1, min(len(labels), room // (8 + max(map(len, labels)))))
+        above = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2}
+        axes.legend(handles, labels, fontsize=10, ncols=columns, frameon=False, **above)

@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 import itertools
+import json
 import math
+import pickle
 from typing import Any
 
 import jax
@@ -11,8 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 import optimize_loss
+from tests.cases import on_eight_devices
 
 ol: Any = optimize_loss  # untyped, since some of what these tests pass is wrong on purpose
 T = ol.transforms
@@ -308,6 +312,49 @@ def test_batches_of_a_sweep_are_stacked():
         step.sweep(step.init({"w": np.float32(1.0)}), np.float32(1.0), learning_rate=[0.1])
 
 
+def sweep_on_a_mesh():
+    """Return how far sweeps are from runs, without and with slots that are spread, and the axes."""
+    mesh = jax.make_mesh((8,), ("data",))
+    whole, parted = (
+        NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), (None, "data", None))
+    )
+    params = jax.device_put({"w": matrix(64, 128), "b": np.ones((1, 128), np.float32)}, whole)
+    x = jax.device_put(X, parted)
+    told = []
+    for axis in (None, "data"):
+        step = ol.optimize_loss(
+            lambda p, x: jnp.mean((x @ p["w"] + p["b"]) ** 2),
+            learning_rate=0.1,
+            optimizer="AdamW",
+            shard_state=axis,
+        )
+        state = step.init(params)
+        found = step.sweep(state, x, learning_rate=[0.001, 0.002])
+        _, metrics = step.many(step.init(params).set(learning_rate=0.002), x)
+        error = np.max(np.abs(found.losses[1] / np.asarray(metrics["loss"]) - 1))
+        spec = found.state(1).optimizer["adam"]["m"]["w"].sharding.spec
+        curve = step.find_learning_rate(state, list(x), steps=5)
+        told.append([float(error), "data" in spec, bool(np.all(np.isfinite(curve.losses)))])
+    return json.dumps(told)
+
+
+def test_searches_on_eight_devices_keep_slots_where_they_lie():
+    [plain, spread] = on_eight_devices("test_search", "sweep_on_a_mesh")
+    assert plain[0] < 1e-6
+    assert spread[0] < 1e-6
+    assert (plain[1:], spread[1:]) == ([False, True], [True, True])
+
+
+def test_a_step_that_has_searched_can_be_pickled():
+    step = ol.optimize_loss(remembered, learning_rate=0.1, optimizer="SGD")
+    step.sweep(step.init({"w": np.float32(1.0)}), np.zeros(2, np.float32), learning_rate=[1.0])
+    assert pickle.loads(pickle.dumps(step)).learning_rate == 0.1
+
+
+def remembered(params, x):
+    return square(params, x)
+
+
 # --- find_learning_rate ---
 
 
@@ -360,7 +407,7 @@ def test_batches_come_again_in_turn():
 
 @pytest.mark.parametrize("least", [1.0, -100.0])
 def test_it_stops_where_the_smoothed_loss_diverges(least):
-    """Of (w - x)² / 2, the factor of a step is 1 - rate: far above a rate of 2 the loss explodes."""
+    """Of (w - x)² / 2, the factor of a step is 1 - rate: far above 2 the loss explodes."""
     step = descent(lambda p, x: square(p, x) + least)
     state = step.init({"w": np.float32(1.0)})
     found = step.find_learning_rate(state, [0.0, 1.0], lowest=1e-3, highest=1e6, steps=40)

@@ -78,8 +78,21 @@ class Sweep:
         return int(finite.argmin())
 
     def state(self, point: int | None = None) -> TrainState:
-        """Return the state of one run, to go on with; of the best one, unless told which."""
+        """Return the state of one run, to go on with; of the best one, unless told which.
+
+        Args:
+          point: the number of the run, in `points`; below 0 from the end.
+
+        Raises:
+          IndexError: there is no such run.
+          NonFiniteError: the best one is wanted, and no run has a finite loss.
+        """
         point = self.best if point is None else point
+        if point not in range(-len(self.points), len(self.points)):
+            raise IndexError(
+                f"`point` must be below {len(self.points)}, the number of runs. "
+                f"Received: point={point!r}."
+            )
         return jax.tree.map(lambda x: x[point], self.states)
 
     def plot(self) -> Any:

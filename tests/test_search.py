@@ -241,6 +241,15 @@ def test_the_best_is_finite_and_of_the_last_tenth():
         _ = step.sweep(state, np.zeros(200, np.float32), learning_rate=[1e30]).best
 
 
+def test_there_are_states_of_the_points_alone():
+    step = descent()
+    found = step.sweep(step.init({"w": np.float32(1.0)}), np.ones(2), learning_rate=[0.0, 1.0])
+    assert float(found.state(-2).params["w"]) == float(found.state(0).params["w"]) == 1.0
+    for point in (2, -3):
+        with pytest.raises(IndexError, match="`point` must be below 2"):
+            found.state(point)
+
+
 def test_metrics_have_the_name_of_the_step():
     step = descent(name="head")
     found = step.sweep(
@@ -391,6 +400,17 @@ def test_the_state_stays_and_one_program_serves_all_bounds():
     assert bits(state) == before
     step(state, X[0], Y[0])  # and was not donated
     assert found.losses[0] == other.losses[0]
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_state_in_float64_or_bfloat16(wide):
+    with jax.enable_x64(wide):
+        state = (step := descent()).init({"w": np.float64(1.0) if wide else jnp.bfloat16(1.0)})
+        x = state.params["w"] * 3
+        found = step.find_learning_rate(state, [x])
+        assert found.losses.dtype == np.float32
+        np.testing.assert_allclose(found.losses[0], 2.0)
+        assert step.sweep(state, x[None], learning_rate=[0.1]).losses.tolist() == [[2.0]]
 
 
 def test_batches_come_again_in_turn():

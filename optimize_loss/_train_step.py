@@ -353,8 +353,8 @@ class TrainStep:
         `divergence` times the least that it was: least + (divergence - 1) · |least|, which also
         holds for losses below 0. A batch that `skip` leaves out as not finite ends it, too. The
         caller's state is as it was, and its memory stays its own. One program is compiled for each
-        `steps` and shape of batches. A schedule of the rate is overridden; with `accumulate`, a step is
-        one micro-batch.
+        `steps` and shape of batches. A schedule of the rate is overridden; with `accumulate`, a
+        step is one micro-batch.
 
         Args:
           state: from `init` or from a step; where training is to begin.

@@ -418,7 +418,7 @@ def _finish(axes: Any, x: str, y: str, legend: bool) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if legend and handles:
         handles, labels = handles[:MOST_LINES], labels[:MOST_LINES]
-        room = 120 if axes.get_subplotspec().get_gridspec().ncols == 1 else 58  # characters
-        columns = max(1, min(len(labels), room // (7 + max(map(len, labels)))))
+        room = 112 if axes.get_subplotspec().get_gridspec().ncols == 1 else 54  # characters
+        columns = max(1, min(len(labels), room // (11 + max(map(len, labels)))))
         above = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2}
         axes.legend(handles, labels, fontsize=10, ncols=columns, frameon=False, **above)

@@ -45,13 +45,18 @@ def curve(suggestion: float | None = 0.1):
     return LearningRateTest(rates, losses, smoothed, suggestion, True)
 
 
+SEEN = {
+    **dict.fromkeys(("loss", "loss/mean", "learning_rate"), np.arange(1, 100)),
+    **{f"global_norm/{name}gradient_norm": np.ones(99) for name in ("", "clipped_")},
+    **{f"gradient_norm/{name}": np.ones(99) for name in "abcdefghijk"},
+}
 GRID = runs(
     [{"learning_rate": rate, "weight_decay": decay} for rate in (0.001, 0.1) for decay in (0, 1)],
     [3.0, 2.0, 0.5, np.nan],
 )
 ALL = {
     "schedule": lambda: plot.schedule(ol.schedules.CosineDecay(0.1, 10), 10),
-    "metrics": lambda: plot.metrics({"loss": np.arange(1, 100)}),
+    "metrics": lambda: plot.metrics(SEEN),
     "update_ratios": lambda: plot.update_ratios({"a": 1.0}, {"a": 1.1}),
     "sweep": lambda: plot.sweep(GRID),
     "learning_rate": lambda: plot.learning_rate(curve()),

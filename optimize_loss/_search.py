@@ -217,14 +217,17 @@ def _gathered(batches: Any, most: int) -> tuple[int, tuple[Any, ...]]:
 def _steepest(rates: np.ndarray, smoothed: np.ndarray, smoothing: float) -> float | None:
     """Return the rate at which the curve falls most steeply before its minimum, or None.
 
-    The first 1 / (1 - smoothing) steps, in which the mean has few losses yet, are left out, but
-    at most a quarter of all.
+    The running mean is one of some n = 1 / (1 - smoothing) losses. Slopes are taken over as many
+    steps, n / 2 to each side, so that the noise of single batches does not decide. The first n
+    steps, in which the mean has few losses yet, are left out. n is at most a quarter of all steps.
     """
-    curve = smoothed.astype(np.float64)
-    first = min(round(1 / (1 - smoothing)), len(rates) // 4)
-    last = int(np.nanargmin(curve))
-    if last - first < 1:
+    curve, logs = smoothed.astype(np.float64), np.log(rates)
+    width = min(round(1 / (1 - smoothing)), len(rates) // 4)
+    last, half = int(np.nanargmin(curve)), max(1, width // 2)
+    if last - width < 1:
         return None
-    slopes = np.gradient(curve[: last + 1], np.log(rates[: last + 1]))[first:]
-    at = int(slopes.argmin())
-    return float(rates[first + at]) if slopes[at] < 0 else None
+    at = np.arange(width, last + 1)
+    low, high = np.maximum(at - half, 0), np.minimum(at + half, last)
+    slopes = (curve[high] - curve[low]) / (logs[high] - logs[low])
+    best = int(slopes.argmin())
+    return float(rates[at[best]]) if slopes[best] < 0 else None

@@ -370,8 +370,9 @@ class TrainStep:
 
         Returns:
           A `LearningRateTest`. Its `suggestion` is the rate at which the smoothed loss falls most
-          steeply over the logarithm of the rate, before its minimum. As a mean of what was before,
-          the smoothed loss lags behind by about smoothing / (1 - smoothing) steps.
+          steeply over the logarithm of the rate, before its minimum; its slope is that between
+          points about 1 / (1 - smoothing) steps apart. As a mean of what was before, the smoothed
+          loss lags behind by about smoothing / (1 - smoothing) steps.
 
         Raises:
           InvalidType: an argument is of the wrong kind, or `state` is traced.

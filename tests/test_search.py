@@ -482,6 +482,19 @@ def ol_link(leaf):
     return made(0.1)
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_noise_of_batches_does_not_decide(seed):
+    """Adam moves w by 9 times the rate until then, so that the loss falls as the rate nears 0.1."""
+    random = np.random.default_rng(seed)
+    batches = random.normal(size=(100, 32, 8)).astype(np.float32)
+    step = ol.optimize_loss(
+        lambda p, x: jnp.mean((x @ p["w"] - x.sum(-1)) ** 2), learning_rate=0.1, optimizer="Adam"
+    )
+    state = step.init({"w": np.zeros(8, np.float32)})
+    found = step.find_learning_rate(state, list(batches), lowest=1e-4)
+    assert 0.03 < found.suggestion < 0.5
+
+
 def test_there_is_no_suggestion_where_nothing_falls():
     step = descent(lambda p: 1.0 + 0 * p["w"])
     found = step.find_learning_rate(step.init({"w": np.float32(1.0)}), [()])

@@ -1,6 +1,7 @@
 """One call turns a loss and an optimizer into a compiled JAX training step."""
 
 from optimize_loss import optimizers as optimizers
+from optimize_loss import plot as plot
 from optimize_loss import schedules as schedules
 from optimize_loss import transforms as transforms
 from optimize_loss._checkpoint import RestoreReport as RestoreReport
@@ -13,6 +14,8 @@ from optimize_loss._checks import CheckpointVersion as CheckpointVersion
 from optimize_loss._checks import InvalidType as InvalidType
 from optimize_loss._checks import NonFiniteError as NonFiniteError
 from optimize_loss._checks import TreeMismatch as TreeMismatch
+from optimize_loss._found import LearningRateTest as LearningRateTest
+from optimize_loss._found import Sweep as Sweep
 from optimize_loss._loss import Aux as Aux
 from optimize_loss._metrics import OPTIMIZER_SUMMARIES as OPTIMIZER_SUMMARIES
 from optimize_loss._options import adaptive_clipping_fn as adaptive_clipping_fn
@@ -33,10 +36,12 @@ __all__ = [
     "CheckpointVersion",
     "Checkpoints",
     "InvalidType",
+    "LearningRateTest",
     "NonFiniteError",
     "Precision",
     "RestoreReport",
     "Spike",
+    "Sweep",
     "TrainState",
     "TrainStep",
     "TreeMismatch",
@@ -44,6 +49,7 @@ __all__ = [
     "adaptive_clipping_fn",
     "optimize_loss",
     "optimizers",
+    "plot",
     "restore",
     "save",
     "schedules",

@@ -26,6 +26,8 @@ from optimize_loss._checks import (
     received,
 )
 from optimize_loss._explain import Explanation, Setup, explain
+from optimize_loss._found import LearningRateTest, Sweep
+from optimize_loss._grid import check_grid
 from optimize_loss._lint import check_horizon
 from optimize_loss._loop import Run, check_plan
 from optimize_loss._loss import Loss
@@ -33,6 +35,7 @@ from optimize_loss._model_state import run_update_ops
 from optimize_loss._names import Pattern
 from optimize_loss._rule_links import clips, precision_of, with_noise, with_rules
 from optimize_loss._rules import NO_RULES, Rules, check_rules
+from optimize_loss._search import Search, check_ramp
 from optimize_loss._skips import check_ready
 from optimize_loss._state import TrainState
 from optimize_loss._steepest import flat_gradients, told
@@ -226,12 +229,7 @@ class TrainStep:
         Raises:
           ValueError: the arrays differ in the length of their first axis, or have none.
         """
-        lengths = {np.shape(x)[:1] for x in jax.tree.leaves(batches)}
-        if len(lengths) != 1 or lengths == {()}:
-            raise ValueError(
-                "`batches` must be arrays with one first axis, of one length: the number of steps. "
-                f"Received: shapes {[np.shape(x) for x in jax.tree.leaves(batches)]}."
-            )
+        _check_stacked(batches)
         return self._dispatch(True, state, batches)
 
     def run(
@@ -338,6 +336,133 @@ class TrainStep:
             ),
             params,
         )
+
+    def find_learning_rate(
+        self,
+        state: TrainState,
+        batches: Iterable[Any],
+        *,
+        lowest: float = 1e-7,
+        highest: float = 10.0,
+        steps: int = 100,
+        smoothing: float = 0.9,
+        divergence: float = 4.0,
+        number: str = "learning_rate",
+    ) -> LearningRateTest:
+        """Try rates from low to high, one a step, and return how the loss went.
+
+            rateᵢ = lowest · (highest / lowest)^(i / (steps - 1))
+
+        The test ends early when the loss is not finite, or when the smoothed loss is above
+        `divergence` times the least that it was: least + (divergence - 1) · |least|, which also
+        holds for losses below 0. A batch that `skip` leaves out as not finite ends it, too. The
+        caller's state is as it was, and its memory stays its own. One program is compiled for each
+        `steps` and shape of batches. A schedule of the rate is overridden; with `accumulate`, a
+        step is one micro-batch.
+
+        Args:
+          state: from `init` or from a step; where training is to begin.
+          batches: an iterable, as for `run`: write [batch] for a single one. At most `steps` of
+            them are kept on the device at once; they come again in turn if there are fewer.
+          lowest: the first rate, above 0.
+          highest: the last rate, above `lowest`.
+          steps: how many rates, at least 3.
+          smoothing: the weight of what was before in the running mean of the loss, in [0, 1).
+          divergence: how many times the least smoothed loss is too much, above 1.
+          number: which number of the state is raised, as `state.set` names it; such as
+            "rate/learning_rate" where several links have a rate.
+
+        Returns:
+          A `LearningRateTest`. Its `suggestion` is the rate at which the smoothed loss falls most
+          steeply over the logarithm of the rate, before its minimum; its slope is that between
+          points about 1 / (1 - smoothing) steps apart. As a mean of what was before, the smoothed
+          loss lags behind by about smoothing / (1 - smoothing) steps.
+
+        Raises:
+          InvalidType: an argument is of the wrong kind, or `state` is traced.
+          ValueError: an argument is out of range; `batches` is empty, or they differ in shape; the
+            rate is no number of the state, as that of an optax transformation; or a
+            `learning_rate_decay_fn` or `plateau` would change it.
+          NonFiniteError: the loss is not finite before the first update.
+
+        Example:
+          The loss is (w - 3)² / 2, which gradient descent at a rate of 1 solves at once:
+
+          >>> import optimize_loss as ol
+          >>> step = ol.optimize_loss(
+          ...     lambda p, x: (p["w"] - x) ** 2 / 2, learning_rate=0.1, optimizer="SGD")
+          >>> state = step.init({"w": 0.0})
+          >>> found = step.find_learning_rate(state, [3.0], lowest=1e-4, highest=100.0)
+          >>> 0.01 < found.suggestion < 1.0, float(state.params["w"])
+          (True, 0.0)
+
+        References:
+          L. N. Smith, "Cyclical Learning Rates for Training Neural Networks", 2017, section 3.3,
+          https://arxiv.org/abs/1506.01186; with exponential spacing, smoothing and the bound of
+          four times the least as fastai's `Learner.lr_find` has them.
+        """
+        self._check_state(state)
+        ramp = check_ramp(lowest, highest, steps, smoothing, divergence, number)
+        return self._search.find_learning_rate(self._shardings(state), state, batches, ramp)
+
+    def sweep(
+        self,
+        state: TrainState,
+        *batches: Any,
+        seeds: int | Iterable[int] | None = None,
+        init: Callable[[Any], Any] | None = None,
+        grid: bool = True,
+        **numbers: Any,
+    ) -> Sweep:
+        """Take the same steps from many states at once, which differ in numbers or seeds.
+
+        One program, compiled once for each number of runs and steps, takes all runs side by side:
+        `jax.vmap` over the states around the scan of `many`. The result is that of separate runs,
+        but for the order of sums. The caller's state is as it was, and its memory stays its own;
+        the runs need memory for as many states.
+
+        Args:
+          state: from `init` or from a step; where all runs begin.
+          *batches: as for `many`, stacked along the first axis; the same for all runs.
+          seeds: how many, for 0, 1, …; or a list of integers in [0, 2**32). A run of seed s has
+            the random key and the noise that it would have under `optimize_loss(seed=s)`.
+          init: where given, a function of a random key that returns parameters: a run of seed s
+            begins with `init(jax.random.key(s))`, and with slots as before the first update.
+          grid: whether several lists are combined to all points, the last one changing fastest;
+            otherwise the first values of all are a point, then the second, and so on.
+          **numbers: lists of values, by the names that `state.set` knows, such as
+            `learning_rate=[0.01, 0.1]` or `**{"adam/beta_1": [0.8, 0.9]}`.
+
+        Returns:
+          A `Sweep`.
+
+        Raises:
+          InvalidType: a list is none, a value is no number, or `state` is traced.
+          ValueError: there is no list, or an empty one; a name or a value is not one that
+            `state.set` takes; seeds would change nothing; or `batches` are not as for `many`.
+
+        Example:
+          Gradient descent from 1 on w · x, with x = 1, for two steps at three rates:
+
+          >>> import jax.numpy as jnp, optimize_loss as ol
+          >>> step = ol.optimize_loss(lambda p, x: p["w"] * x, learning_rate=1.0, optimizer="SGD")
+          >>> found = step.sweep(step.init({"w": 1.0}), jnp.ones(2), learning_rate=[0.0, 0.5, 1.0])
+          >>> print(found.losses, found.points[found.best])
+          [[1.  1. ]
+           [1.  0.5]
+           [1.  0. ]] {'learning_rate': 1.0}
+          >>> print(found.state().params["w"])
+          -1.0
+        """
+        self._check_state(state)
+        _check_stacked(batches)
+        points = check_grid(numbers, seeds, init, grid)
+        return self._search.sweep(self._shardings(state), state, batches, points)
+
+    @functools.cached_property
+    def _search(self) -> Search:
+        """The programs of searches; they live as long as this object."""
+        return Search(self._advance, self._advance_many, f"{self.name}loss")
 
     @functools.cached_property
     def _programs(self) -> dict[tuple[bool, bool], Any]:
@@ -493,6 +618,15 @@ class TrainStep:
         if state.placement is not None:
             state = state.with_packed(state.placement.constrain(state.packed))
         return state, metrics
+
+
+def _check_stacked(batches: tuple[Any, ...]) -> None:
+    lengths = {np.shape(x)[:1] for x in jax.tree.leaves(batches)}
+    if len(lengths) != 1 or lengths == {()}:
+        raise ValueError(
+            "`batches` must be arrays with one first axis, of one length: the number of steps. "
+            f"Received: shapes {[np.shape(x) for x in jax.tree.leaves(batches)]}."
+        )
 
 
 def optimize_loss(

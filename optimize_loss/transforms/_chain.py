@@ -147,7 +147,7 @@ class Chain(optax.GradientTransformationExtraArgs):
         lowered = self._lowered(state)
         return {
             owner: lowered(_numbers.all_at_step(owner, self.link(owner), state[owner], step))[name]
-            for owner, number in self._numbers()
+            for owner, number in self.all_numbers()
             if number == name and self._is_declared(owner, number)
         }
 
@@ -174,7 +174,7 @@ class Chain(optax.GradientTransformationExtraArgs):
         """
         state = dict(state)
         for name, value in values.items():
-            link_name, number = self._find(name)
+            link_name, number = self.find(name)
             link, mine = self.link(link_name), state[link_name]
             new = _numbers.replaced(
                 name, value, link.numbers()[number], link.rule(number), mine[number]
@@ -182,7 +182,8 @@ class Chain(optax.GradientTransformationExtraArgs):
             state[link_name] = {**mine, number: new}
         return state
 
-    def _numbers(self) -> Iterator[tuple[str, str]]:
+    def all_numbers(self) -> Iterator[tuple[str, str]]:
+        """Yield the link and the name of every hyperparameter."""
         for name, link in self._linked():
             if isinstance(link, Link):
                 yield from ((name, number) for number in link.numbers())
@@ -191,8 +192,13 @@ class Chain(optax.GradientTransformationExtraArgs):
         """Return whether a number is a field of its link, and not named after a parameter."""
         return number in number_rules(type(self.link(owner)))
 
-    def _find(self, name: str) -> tuple[str, str]:
-        known = list(self._numbers())
+    def find(self, name: str) -> tuple[str, str]:
+        """Return the link and the number that `name`, or `link/number`, stands for.
+
+        Raises:
+          ValueError: there is none, or more than one.
+        """
+        known = list(self.all_numbers())
         found = [
             p for p in known if name == "/".join(p) or (name == p[1] and self._is_declared(*p))
         ]

@@ -1,0 +1,424 @@
+"""Pictures of training, each one call that returns a matplotlib figure.
+
+Nothing is shown, and no setting of matplotlib changes: `figure.savefig("loss.png")` writes a file,
+and a notebook shows the figure that a cell ends with. Needs the extra `demo`.
+"""
+
+import functools
+import io
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optimize_loss._checks import AT_LEAST_1, InvalidType, check_integer, received
+from optimize_loss._names import leaf_names, same_leaves
+from optimize_loss.schedules import evaluate
+
+__all__ = ["learning_rate", "metrics", "schedule", "sweep", "update_ratios"]
+
+# colours that the colour-blind can tell apart, of M. Okabe and K. Ito; then with other lines
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
+LINES = ("-", "--", ":", "-.")
+WIDTH = 9.0  # inches; at 100 dpi as wide as a README
+MOST_POINTS = 400  # of a line
+MOST_LINES = 8  # with a label each
+MOST_BARS = 40
+
+
+class _Curve(Protocol):
+    @property
+    def rates(self) -> np.ndarray: ...
+    @property
+    def losses(self) -> np.ndarray: ...
+    @property
+    def smoothed(self) -> np.ndarray: ...
+    @property
+    def suggestion(self) -> float | None: ...
+
+
+class _Runs(Protocol):
+    @property
+    def points(self) -> tuple[dict[str, Any], ...]: ...
+    @property
+    def final(self) -> np.ndarray: ...
+
+
+def schedule(schedules: Any, steps: int = 1000) -> Any:
+    """Draw one or several schedules over the step.
+
+    Args:
+      schedules: a function of the step, a list of them, or {label: function}.
+      steps: how many steps, at least 1.
+
+    Returns:
+      A `matplotlib.figure.Figure`.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+      InvalidType: `schedules` is none of these, or one does not return a number.
+
+    Example:
+      >>> import optimize_loss as ol
+      >>> figure = ol.plot.schedule({"cosine": ol.schedules.CosineDecay(0.1, 100)}, steps=100)
+      >>> line = figure.axes[0].lines[0]
+      >>> print(line.get_ydata()[0], line.get_ydata()[50].round(3), line.get_ydata()[-1])
+      0.1 0.05 0.0
+    """
+    steps = check_integer("steps", steps, AT_LEAST_1)
+    at = np.unique(np.linspace(0, steps, min(steps + 1, 1001)).astype(np.int32))
+    figure, [axes] = _panels(1, height=3.6)
+    values = []
+    for style, (label, function) in _styled(_labelled(schedules)):
+        rate = functools.partial(evaluate, label, function, dtype=jnp.float32)
+        values.append(np.asarray(jax.vmap(rate)(jnp.asarray(at))))
+        axes.plot(at, values[-1], label=label, lw=2, **style)
+    _finish(axes, "step", "value of the schedule", legend=True)
+    return figure
+
+
+def _labelled(schedules: Any) -> dict[str, Callable[[Any], Any]]:
+    if callable(schedules):
+        schedules = [schedules]
+    if not isinstance(schedules, Mapping) and isinstance(schedules, Iterable):
+        schedules = list(schedules)
+        names = [_short(x) for x in schedules]
+        twice = {n for n in names if names.count(n) > 1}
+        labels = [f"{n} {i}" if n in twice else n for i, n in enumerate(names)]
+        schedules = dict(zip(labels, schedules, strict=True))
+    if not isinstance(schedules, Mapping) or not schedules or not _all_callable(schedules):
+        raise InvalidType(
+            "`schedules` must be a function of the step, a list of them, or {label: function}. "
+            f"{received('schedules', schedules)}"
+        )
+    return {str(label): function for label, function in schedules.items()}
+
+
+def _all_callable(functions: Mapping[Any, Any]) -> bool:
+    return all(map(callable, functions.values()))
+
+
+def _short(function: Any) -> str:
+    shown = repr(function)
+    if hasattr(function, "__dataclass_fields__") and len(shown) <= 60:
+        return shown
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def metrics(metrics: Mapping[str, Any]) -> Any:
+    """Draw the metrics of a run over its steps: losses, rates, norms, then each of the others.
+
+    An axis is logarithmic where all values are above 0 and the greatest is over 10 times the
+    least. Above 400 steps, lines are means over groups of steps, with the least and the greatest
+    of each group as a band behind. What is not one number a step, such as histograms, is left out.
+
+    Args:
+      metrics: {tag: array of shape (steps,)}, as `step.run` and `step.many` return them.
+
+    Returns:
+      A `matplotlib.figure.Figure`.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+      InvalidType: `metrics` is no mapping.
+      ValueError: no metric has one number a step.
+
+    Example:
+      >>> import jax.numpy as jnp, optimize_loss as ol
+      >>> step = ol.optimize_loss(lambda p, x: (p["w"] * x) ** 2, learning_rate=0.1)
+      >>> state, metrics = step.many(step.init({"w": 1.0}), jnp.ones(20))
+      >>> figure = ol.plot.metrics(metrics)
+      >>> [axes.get_ylabel() for axes in figure.axes]
+      ['loss', 'learning rate', 'L2 norm']
+    """
+    if not isinstance(metrics, Mapping):
+        raise InvalidType(f"`metrics` must map tags to arrays. {received('metrics', metrics)}")
+    lines = {}
+    for tag, value in metrics.items():
+        if isinstance(value, np.ndarray | jax.Array) and np.ndim(value) == 1 and np.size(value):
+            lines[str(tag)] = np.asarray(value, np.float64)
+    if not lines:
+        raise ValueError(
+            "`metrics` must have an array of shape (steps,), as `step.run` and `step.many` return; "
+            f"those of a single step have none. Received: {list(metrics)}."
+        )
+    panels = _grouped(lines)
+    figure, every = _panels(len(panels), height=3.0)
+    for axes, (label, members) in zip(every, panels.items(), strict=True):
+        for style, (tag, values) in _styled(members):
+            _draw_steps(axes, values, tag, style)
+        _scale("y", axes, list(members.values()))
+        _finish(axes, "step", label, legend=len(members) > 1)
+    return figure
+
+
+_GROUPS = {
+    "loss": ("loss", "loss/mean"),
+    "learning rate": ("learning_rate",),
+    "L2 norm": ("global_norm/",),
+    "L2 norm of a gradient": ("gradient_norm/",),
+}
+
+
+def _grouped(lines: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
+    """Return the lines of each panel, by its label and their own."""
+    prefix = next((t[:-4] for t in lines if t == "loss" or t.endswith("/loss")), "")
+    panels: dict[str, dict[str, np.ndarray]] = {label: {} for label in _GROUPS}
+    for full, values in lines.items():
+        tag = full.removeprefix(prefix)
+        for label, starts in _GROUPS.items():
+            start = next((s for s in starts if tag == s or tag.startswith(s.rstrip("/") + "/")), "")
+            if start:
+                short = tag.removeprefix(start) if start.endswith("/") else tag
+                panels[label][short] = values
+                break
+        else:
+            panels[tag] = {tag: values}
+    return {label: members for label, members in panels.items() if members}
+
+
+def _draw_steps(axes: Any, values: np.ndarray, label: str, style: Mapping[str, Any]) -> None:
+    """Draw a line over the steps; of many, the means of groups before their least and greatest."""
+    starts = np.arange(0, len(values), -(-len(values) // MOST_POINTS))
+    sizes = np.diff(starts, append=len(values))
+    at = starts + (sizes + 1) / 2
+    means = np.add.reduceat(values, starts) / sizes
+    if len(starts) < len(values):
+        low, high = np.minimum.reduceat(values, starts), np.maximum.reduceat(values, starts)
+        axes.fill_between(at, low, high, color=style["color"], alpha=0.2, lw=0)
+    marker = "o" if len(starts) == 1 else None
+    axes.plot(at, means, label=label, lw=1.6, marker=marker, **style)
+
+
+def update_ratios(before: Any, after: Any, *, steps: int = 1) -> Any:
+    """Draw how much each parameter has changed, as a part of its size.
+
+        ratio = ‖after - before‖ / (‖before‖ · steps)
+
+    Some 0.001 a step is usual, the mark in the picture; far less hardly trains, far more is
+    unstable. A parameter that was zero has no ratio and is named without a bar; of more than 40
+    parameters, those with the largest ratios are shown.
+
+    Args:
+      before: a tree of parameters. A step takes the memory of the state that it is given, so copy
+        them before: `jax.device_get(state.params)`.
+      after: the same parameters, later.
+      steps: how many updates lie between, at least 1.
+
+    Returns:
+      A `matplotlib.figure.Figure`.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+      TreeMismatch: the trees have different leaves.
+
+    Example:
+      >>> import optimize_loss as ol
+      >>> figure = ol.plot.update_ratios({"a": 2.0, "b": 1.0}, {"a": 2.5, "b": 1.1})
+      >>> [round(float(bar.get_width()), 3) for bar in figure.axes[0].patches]
+      [0.25, 0.1]
+    """
+    steps = check_integer("steps", steps, AT_LEAST_1)
+    later, names = same_leaves("after", after, "before", before), leaf_names(before)
+    pairs = zip(jax.tree.leaves(before), later, strict=True)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = np.array([_norm(_wide(b) - _wide(a)) / _norm(_wide(a)) for a, b in pairs]) / steps
+    ratios[~np.isfinite(ratios)] = np.nan
+    order = np.argsort(-np.nan_to_num(ratios, nan=-1.0), kind="stable")[:MOST_BARS]
+    shown, labels = ratios[order], [names[i] for i in order]
+    figure, [axes] = _panels(1, height=1.2 + 0.26 * len(order))
+    axes.barh(range(len(order)), np.nan_to_num(shown), color=COLOURS[0], height=0.7)
+    axes.axvline(1e-3, color=COLOURS[5], ls="--", lw=1.5, label="0.001")
+    empty = [f"{n} (was 0)" if np.isnan(r) else n for n, r in zip(labels, shown, strict=True)]
+    axes.set_yticks(range(len(order)), empty)
+    axes.set_ylim(len(order) - 0.4, -0.6)
+    label = "parameter"
+    if np.any(shown > 0):
+        axes.set_xscale("log")
+        low = min(1e-3, float(np.min(shown[shown > 0])))
+        axes.set_xlim(low / 3, max(1e-3, float(np.nanmax(shown))) * 3)
+    if len(order) < len(names):
+        label = f"parameter (the {len(order)} largest of {len(names)})"
+    _finish(axes, "‖change in a step‖ / ‖parameter‖, no unit", label, legend=True)
+    return figure
+
+
+def _wide(leaf: Any) -> np.ndarray:
+    array = np.asarray(leaf)
+    return array if np.iscomplexobj(array) else array.astype(np.float64)
+
+
+def _norm(array: np.ndarray) -> np.ndarray:
+    return np.sqrt(np.sum(np.abs(array) ** 2))
+
+
+def sweep(result: _Runs) -> Any:
+    """Draw the loss of a sweep over each of its numbers.
+
+    A dot is a run: its mean loss over the last tenth of the steps. The line goes through the best
+    run at each value; with seeds, through the best mean over them. The best run of all has a ring,
+    and crosses at the top are runs whose loss was not finite.
+
+    Args:
+      result: what `step.sweep` has returned.
+
+    Returns:
+      A `matplotlib.figure.Figure`, with a panel for each number that has several values.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+
+    Example:
+      >>> import jax.numpy as jnp, optimize_loss as ol
+      >>> step = ol.optimize_loss(lambda p, x: p["w"] * x, learning_rate=1.0, optimizer="SGD")
+      >>> found = step.sweep(step.init({"w": 1.0}), jnp.ones(2), learning_rate=[0.25, 0.5, 1.0])
+      >>> print(ol.plot.sweep(found).axes[0].lines[0].get_ydata())
+      [0.75 0.5  0.  ]
+    """
+    columns = {name: [point[name] for point in result.points] for name in result.points[0]}
+    varied = [name for name, values in columns.items() if len(set(values)) > 1]
+    names = [n for n in varied if n != "seed"] or varied or list(columns)
+    figure, every = _panels(len(names), height=3.4)
+    for axes, name in zip(every, names, strict=True):
+        _draw_number(axes, result, name)
+        _finish(axes, name, "loss, mean of the last steps", legend=True)
+    return figure
+
+
+def _draw_number(axes: Any, result: _Runs, name: str) -> None:
+    losses = result.final
+    values = [point[name] for point in result.points]
+    ticks = [v for v in dict.fromkeys(values) if v is None]
+    x = np.array([np.nan if v is None else float(v) for v in values])
+    if ticks:  # as built: it stands at the left of the numbers
+        x[np.isnan(x)] = np.nanmin(x) / 2 if np.any(np.isfinite(x)) else 0.0
+    good = np.isfinite(losses)
+    line = _through_the_best(result.points, name, losses)
+    where = np.array([x[values.index(v)] for v in line])
+    order = np.argsort(where)
+    heights = np.array(list(line.values()))[order]
+    label = "best, mean over seeds" if "seed" in result.points[0] and name != "seed" else "best"
+    axes.plot(where[order], heights, "-", color=COLOURS[0], lw=2, label=label)
+    axes.plot(x[good], losses[good], "o", color=COLOURS[4], ms=5, alpha=0.8, label="run", zorder=1)
+    if np.any(good):
+        best = int(np.where(good, losses, np.inf).argmin())
+        ring = {"mfc": "none", "mec": COLOURS[5], "mew": 2, "ms": 11}
+        axes.plot([x[best]], [losses[best]], "o", label="best of all", **ring)
+        _scale("y", axes, [losses[good]])
+    if not np.all(good):
+        top = np.full((~good).sum(), 0.97)
+        cross = {"color": COLOURS[6], "ms": 7, "label": "not finite"}
+        axes.plot(x[~good], top, "x", transform=axes.get_xaxis_transform(), **cross)
+    _scale("x", axes, [x])
+
+
+def _through_the_best(points: Sequence[dict[str, Any]], name: str, losses: np.ndarray) -> dict:
+    """Return for each value the least loss over the other numbers, of means over the seeds."""
+    groups: dict[Any, dict[Any, list[float]]] = {}
+    for point, loss in zip(points, losses, strict=True):
+        others = tuple(v for n, v in point.items() if n not in (name, "seed"))
+        groups.setdefault(point[name], {}).setdefault(others, []).append(float(loss))
+    means = {v: [np.mean(each) for each in found.values()] for v, found in groups.items()}
+    return {
+        v: min((m for m in each if np.isfinite(m)), default=np.nan) for v, each in means.items()
+    }
+
+
+def learning_rate(result: _Curve) -> Any:
+    """Draw a learning-rate range test: the loss over the rate, with the rate that is suggested.
+
+    Args:
+      result: what `step.find_learning_rate` has returned.
+
+    Returns:
+      A `matplotlib.figure.Figure`.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+
+    Example:
+      >>> import optimize_loss as ol
+      >>> step = ol.optimize_loss(lambda p, x: (p["w"] - x) ** 2, learning_rate=1.0)
+      >>> found = step.find_learning_rate(step.init({"w": 0.0}), [3.0])
+      >>> figure = ol.plot.learning_rate(found)
+      >>> figure.axes[0].get_xlabel(), figure.axes[0].get_xscale()
+      ('learning rate', 'log')
+    """
+    figure, [axes] = _panels(1, height=3.6)
+    losses, smoothed = np.asarray(result.losses), np.asarray(result.smoothed)
+    axes.plot(result.rates, losses, color=COLOURS[4], lw=1.2, label="loss")
+    axes.plot(result.rates, smoothed, color=COLOURS[0], lw=2.4, label="smoothed loss")
+    if result.suggestion is not None:
+        label = f"suggestion {result.suggestion:.2g}"
+        axes.axvline(result.suggestion, color=COLOURS[5], ls="--", lw=1.8, label=label)
+    axes.set_xscale("log")
+    shown = smoothed[np.isfinite(smoothed)]
+    low, first = min(shown.min(), losses[np.isfinite(losses)].min()), shown[0]
+    room = max(first - low, 1e-3 * abs(first), 1e-12)
+    axes.set_ylim(low - 0.15 * room, first + 0.6 * room)  # where it diverges, it leaves the picture
+    _finish(axes, "learning rate", "loss", legend=True)
+    return figure
+
+
+def _panels(count: int, height: float) -> tuple[Any, list[Any]]:
+    """Return a figure with so many axes, at most two in a row; `height` is of a row, in inches."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "`optimize_loss.plot` needs matplotlib. Install it with: "
+            f"pip install 'optimize_loss[demo]'. ({error})"
+        ) from error
+    columns = min(2, count)
+    rows = -(-count // columns)
+    figure: Any = Figure(figsize=(WIDTH, height * rows), dpi=100, layout="constrained")
+    # Notebooks look for this method, as no backend knows of a figure made without pyplot.
+    figure._repr_png_ = functools.partial(_png, figure)
+    every = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
+    for axes in every[count:]:
+        axes.remove()
+    return figure, every[:count]
+
+
+def _png(figure: Any) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
+
+
+def _styled(lines: Mapping[str, Any]) -> list[tuple[dict[str, Any], tuple[str, Any]]]:
+    """Return each item with a colour, or with a colour and a dash where there are many."""
+    return [
+        ({"color": COLOURS[i % 7], "ls": LINES[i // 7 % 4]}, item)
+        for i, item in enumerate(lines.items())
+    ]
+
+
+def _scale(which: str, axes: Any, values: Sequence[np.ndarray]) -> None:
+    """Make an axis logarithmic where that shows more."""
+    every = np.concatenate([v[np.isfinite(v)] for v in values])
+    above = every[every > 0]
+    if not above.size or every.min() < 0 or above.max() <= 10 * above.min():
+        return
+    scale = axes.set_xscale if which == "x" else axes.set_yscale
+    if above.size == every.size:
+        scale("log")
+    elif which == "x":  # a zero among values of several magnitudes
+        scale("symlog", linthresh=above.min(), linscale=0.5)
+
+
+def _finish(axes: Any, x: str, y: str, legend: bool) -> None:
+    axes.set_xlabel(x, fontsize=12)
+    axes.set_ylabel(y, fontsize=12)
+    axes.tick_params(labelsize=11)
+    axes.grid(alpha=0.3)
+    axes.set_axisbelow(True)
+    handles, labels = axes.get_legend_handles_labels()
+    if legend and handles:
+        handles, labels = handles[:MOST_LINES], labels[:MOST_LINES]
+        room = 112 if axes.get_subplotspec().get_gridspec().ncols == 1 else 54  # characters
+        columns = max(1, min(len(labels), room // (11 + max(map(len, labels)))))
+        above = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2}
+        axes.legend(handles, labels, fontsize=10, ncols=columns, frameon=False, **above)

@@ -143,7 +143,7 @@ def _are_ready(leaves: Sequence[Any]) -> bool:
 def _on_all(buffer: Any) -> Any:
     """Return an array whole on every device if its type says that it is spread."""
     sharding = getattr(jax.typeof(buffer), "sharding", None)
-    if not any(part is not None for part in getattr(sharding, "spec", ())):
+    if sharding is None or all(part is None for part in sharding.spec):
         return buffer
     return jax.sharding.reshard(buffer, NamedSharding(sharding.mesh, PartitionSpec()))
 

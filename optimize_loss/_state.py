@@ -173,16 +173,15 @@ class TrainState:
         Waits for the device.
 
         Raises:
-          InvalidType: these are several states, stacked, or one that is being traced: names are
-            text, which no array holds.
+          InvalidType: these are several states, stacked, or one that is being traced.
         """
         if (guard := guard_of(self.chain.links)) is None:
             return None
         code = self.links[guard[0]]["offender"]
         if isinstance(code, Tracer) or jnp.ndim(code):
             raise InvalidType(
-                "`state` must be one state outside of jit and vmap for `offender`; take one of "
-                "several as in `jax.tree.map(lambda x: x[0], states).offender`. "
+                "`offender` must be asked of one state at a time, outside of jit and vmap, since "
+                "it is text: of several, `jax.tree.map(lambda x: x[0], states).offender`. "
                 f"Received: {code}."
             )
         return blamed(int(code), leaf_names(self.params))

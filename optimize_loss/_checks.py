@@ -96,6 +96,16 @@ def received(name: str, value: Any) -> str:
     return f"Received: {name}={shown if len(shown) <= 200 else shown[:197] + '...'}."
 
 
+def check_single(what: str, step: Any) -> None:
+    """Raise an `InvalidType` if `step` is that of several states, stacked for `jax.vmap`."""
+    if jnp.ndim(step):
+        raise InvalidType(
+            f"`state` must be one state for {what}; take it under jax.vmap, one state at a time, "
+            "as in `jax.vmap(lambda state: state.eval_params)(states)`. "
+            f"Received: states of shape {jnp.shape(step)}."
+        )
+
+
 def check_number(name: str, value: Any, rule: Rule = FINITE) -> float:
     """Return `value` as a Python float that `rule` allows.
 

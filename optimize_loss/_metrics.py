@@ -12,6 +12,7 @@ from optimize_loss.schedules import evaluate
 from optimize_loss.transforms import (
     Chain,
     ClipByAdaptiveNorm,
+    DivideByDynamicLossScale,
     ObserveHistograms,
     ObserveNorm,
     ObserveNorms,
@@ -87,6 +88,9 @@ def read(chain: Chain, state: dict[str, Any]) -> dict[str, Any]:
     for name, link in chain.links:
         if isinstance(link, ReduceOnPlateau):
             metrics["plateau_scale"] = state[name]["scale"]
+        if isinstance(link, DivideByDynamicLossScale):  # of several, all that they divide by
+            scale = state[name]["loss_scale"]
+            metrics["loss_scale"] = scale * metrics.get("loss_scale", 1)
     if "loss_mean" in state:
         metrics["loss/mean"] = state["loss_mean"]["mean"]
     for name, _ in chain.links:

@@ -135,7 +135,10 @@ class TrainState:
         """The parameters to evaluate: the average, or the slow ones, where a link keeps such.
 
         What `ema`, `lookahead` and schedule-free optimizers have users keep; all else is as in
-        `params`.
+        `params`. Of stacked states, take them with `jax.vmap(lambda state: state.eval_params)`.
+
+        Raises:
+          InvalidType: these are several states, stacked, and a link averages.
 
         Example:
           >>> import jax.numpy as jnp, optimize_loss as ol
@@ -169,10 +172,20 @@ class TrainState:
         for a loss alone, "the norm of all gradients" for a spike, "a schedule" for one with a
         value that its number cannot have. None if there was no such batch.
         Waits for the device.
+
+        Raises:
+          InvalidType: these are several states, stacked, or one that is being traced.
         """
         if (guard := guard_of(self.chain.links)) is None:
             return None
-        return blamed(int(self.links[guard[0]]["offender"]), leaf_names(self.params))
+        code = self.links[guard[0]]["offender"]
+        if isinstance(code, Tracer) or jnp.ndim(code):
+            raise InvalidType(
+                "`offender` must be asked of one state at a time, outside of jit and vmap, since "
+                "it is text: of several, `jax.tree.map(lambda x: x[0], states).offender`. "
+                f"Received: {code}."
+            )
+        return blamed(int(code), leaf_names(self.params))
 
     def set(self, *, step: Any = None, **values: Any) -> "TrainState":
         """Return the state with another step or other hyperparameters; nothing is traced anew.

@@ -1,7 +1,8 @@
 """The gradients of a step: where the parameters are, or where the loss is worst nearby."""
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 
 from optimize_loss._loss import Aux
 from optimize_loss._trainable import Trainable, derivatives, gradients
-from optimize_loss.transforms import Accumulate, Chain, SumOverAxis
+from optimize_loss.transforms import Accumulate, Chain, DivideByLossScale, SumOverAxis
 from optimize_loss.transforms._accumulate import averaged_over
 from optimize_loss.transforms._sharpness import climbed
 
@@ -44,8 +45,12 @@ def told(loss: jax.Array, aux: Aux, chain: Chain) -> dict[str, Any]:
 
     Where gradients are summed over mapped devices, these are the means of all devices: what goes
     by them, such as skips, must be the same everywhere.
+
+    Raises:
+      ValueError: the loss scale with which the chain was built is infinite in the loss' dtype.
     """
     links = [link for _, link in chain.links]
+    _check_scale(links, loss.dtype)
     takes = any(isinstance(link, Accumulate) and link.reduce == "weighted" for link in links)
     numbers = {"value": loss}
     if takes and aux.weight is not None:
@@ -53,3 +58,15 @@ def told(loss: jax.Array, aux: Aux, chain: Chain) -> dict[str, Any]:
     for axes in [link.axis_name for link in links if isinstance(link, SumOverAxis)]:
         numbers = {name: averaged_over(x, axes) for name, x in numbers.items()}
     return numbers
+
+
+def _check_scale(links: Sequence[Any], dtype: Any) -> None:
+    """Raise if a scale that stays is too large for the loss; one that is dynamic shrinks."""
+    scales = [link.loss_scale for link in links if isinstance(link, DivideByLossScale)]
+    fixed = [scale for scale in scales if not callable(scale)]
+    most = float(jnp.finfo(dtype).max)
+    if math.prod(fixed) > most:
+        raise ValueError(
+            f"`loss_scale` must be at most {most:g}, for a loss of dtype {dtype}: the gradients "
+            f"would be infinite. Received: loss_scale={math.prod(fixed)}."
+        )

@@ -54,7 +54,7 @@ from optimize_loss.transforms import (
     with_precision,
 )
 from optimize_loss.transforms._bucket import Layout, find_layout, unpacked
-from optimize_loss.transforms._guard import kept
+from optimize_loss.transforms._guard import kept, was_open
 from optimize_loss.transforms._params import PARAMETER, copied, distinct, placed_like
 from optimize_loss.transforms._precision import check_precision
 from optimize_loss.transforms._sharding import check_axis, check_on_mesh, devices_along, init_spread
@@ -228,6 +228,9 @@ class TrainStep:
 
         Raises:
           ValueError: the arrays differ in the length of their first axis, or have none.
+          NonFiniteError: as for a single step, by what came last before this state. A row of
+            batches that `skip` left out, and that ended within a call, is in the metric
+            `skipped_in_a_row` only, whose maximum tells.
         """
         _check_stacked(batches)
         return self._dispatch(True, state, batches)
@@ -581,7 +584,8 @@ class TrainStep:
 
             packed = state.placement.run(update, state.packed, state, grads, extra)
             new = state.with_packed(packed)
-        model_state = kept(self.chain.links, new.links, state.model_state, aux.model_state)
+        is_open = was_open(self.chain.links, state.links, new.links)
+        model_state = kept(is_open, state.model_state, aux.model_state)
         new = dataclasses.replace(new, model_state=model_state)
         metrics = {"loss": loss, **_metrics.read(self.chain, new.links)}
         if "learning_rate" in self.summaries:
@@ -698,7 +702,7 @@ def optimize_loss(
       colocate_gradients_with_ops: whether to constrain each gradient to its parameter's sharding.
       increment_global_step: whether a step advances the global step that schedules see.
       moving_average_decay: where given, the metric `loss/mean` is a moving average of the loss,
-        which starts at 0. Training is not affected.
+        which starts at 0; with `accumulate`, of those of the updates. Training is not affected.
       rules: {pattern: rule}, in order: the first pattern that matches a parameter decides which
         rule it has. A rule is a dict with some of these keys, whose numbers may be schedules, and
         are set as `state.set(**{"rules.weight_decay/**/bias": 0.0})`:
@@ -719,12 +723,15 @@ def optimize_loss(
         gradients are not finite, or unusually large, leaves no trace in the state, the model state
         included, but for being counted, in the metrics `skipped` and `skipped_in_a_row`.
         `state.offender` names the parameter. So many in a row, by default 10, are a
-        `NonFiniteError`, raised when the host comes to know of it. With a dynamic loss scale
-        above 1, gradients alone that are not finite are left to that.
+        `NonFiniteError`, raised when the host comes to know of it: by `step.run` always, by other
+        calls where the row has not ended before the state that they are given. With a dynamic loss
+        scale above 1, gradients alone that are not finite are left to that.
       loss_scale: "dynamic", or a number above 0, or a link of that kind: by what the loss is
-        multiplied for the gradients, which lifts those of float16 over its smallest number.
+        multiplied for the gradients, which lifts those of float16 over its smallest number. A
+        dynamic one is the metric `loss_scale`, as it is after the step: it falls where a batch was
+        left out because of a gradient that is not finite; the model state, too, is then as before.
       accumulate: how many batches make one update, at least 1, or an `ol.transforms.Accumulate`
-        with another `reduce` than the mean. What goes by steps, goes by updates.
+        with another `reduce` than the mean. What goes by steps, or by the loss, goes by updates.
       ema: the decay of an average of the parameters, in [0, 1), a schedule of it, or an
         `ol.transforms.AverageParams`. `state.eval_params` shows the average, in which the first
         parameters do not count: after n updates the newest have the weight (1-β) / (1-βⁿ), about
@@ -734,6 +741,9 @@ def optimize_loss(
       sam: the radius ρ within which the parameters are first moved to where the loss is larger,
         above 0: sharpness-aware minimization. The gradients are those of there, at twice the
         cost; loss, metrics and model state those of the parameters. `state.set(rho=...)` sets it.
+        Where gradients are summed by `SumOverAxis`, each device climbs by its own gradient, before
+        the sum, as in m-sharpness with the m of a device's batch; and with `accumulate`, by that
+        of each batch.
       plateau: an `ol.transforms.ReduceOnPlateau`, which lowers the learning rate where the loss
         does not fall; its factor is the metric `plateau_scale`.
       precision: how exactly the optimizer's moments are kept: "bfloat16", half of the memory, or

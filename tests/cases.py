@@ -168,6 +168,15 @@ def accumulated(every, clip, adam, decay, rate, average):
     )
 
 
+def losses_of_updates(every, decay, rate):
+    """A gate that passes a loss on."""
+    return T.chain(
+        accumulate=T.Accumulate(every),
+        loss=T.AverageLoss(decay),
+        rate=T.ScaleByLearningRate(rate),
+    )
+
+
 def scaled(initial_scale, growth_steps, decay, ftrl):
     """A gate, a move, and a rule that sees the parameter moved."""
     return T.chain(
@@ -434,6 +443,11 @@ CASES = [
         accumulated(2, 0.5, (0.9, 0.999, 1e-8), 0.1, 0.1, 0.9),
         accumulated(3, 0.25, (0.8, 0.99, 1e-4), 0.2, 0.2, 0.5),
         empty_ok=False,
+    ),
+    case(
+        "chain-accumulate-loss",
+        losses_of_updates(2, 0.5, 0.1),
+        losses_of_updates(3, 0.25, 0.2),
     ),
     case(
         "chain-loss-scale",

@@ -1,10 +1,12 @@
 """What goes around a rule: loss scales, accumulation, averages, sharpness, plateaus."""
 
+import operator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import optimize_loss as ol
@@ -189,6 +191,98 @@ def test_weights_of_zero_make_an_update_of_zero():
     assert (state.params["w"], state.step) == (4, 1)
 
 
+def test_what_has_no_weight_is_not_looked_at():
+    """A mean over no rows is 0/0: the update is that of the other batch alone."""
+
+    def of_rows(params, x):
+        rows = jnp.sum(x != 0).astype(x.dtype)
+        return params["w"] * jnp.sum(x) / rows, ol.Aux(weight=rows)
+
+    step = build(of_rows, accumulate=T.Accumulate(2, "weighted"), moving_average_decay=0.0)
+    batches = np.array([[1, 3], [0, 0]], np.float32)
+    for some in (batches, batches[::-1]):
+        state, metrics = step.many(step.init(W), some)
+        assert (state.params["w"], state.step) == (2, 1)
+        assert metrics["loss/mean"].tolist() == [0, 8]
+
+
+# How losses make one, their weights, and the loss that links behind have seen after each.
+GATHERED = {
+    "mean": ("mean", [100, 1, 20, 4], [1, 1, 1, 1], [0, 50.5, 50.5, 12]),
+    "sum": ("sum", [100, 1, 20, 4], [1, 1, 1, 1], [0, 101, 101, 24]),
+    "weighted": ("weighted", [100, 1, 20, 4], [3, 1, 1, 3], [0, 75.25, 75.25, 8]),
+    "weighted-by-0": ("weighted", [100, np.nan, 1, 2], [1, 0, 0, 7], [0, 100, 100, 2]),
+    "all-by-0": ("weighted", [100, 1, np.nan, 2], [1, 1, 0, 0], [0, 50.5, 50.5, 50.5]),
+}
+
+
+@pytest.mark.parametrize("bucket", [None, "auto"])
+@pytest.mark.parametrize("case", GATHERED.values(), ids=GATHERED)
+def test_links_behind_see_the_loss_of_the_update(case, bucket):
+    reduce, losses, weights, wanted = case
+    step = build(
+        lambda p, x, w: (p["w"] * 0 + x, ol.Aux(weight=w)),
+        accumulate=T.Accumulate(2, reduce),
+        moving_average_decay=0.0,
+        bucket=bucket,
+    )
+    parts = (np.array(part, np.float32) for part in (losses, weights))
+    _, metrics = step.many(step.init(W), *parts)
+    assert metrics["loss/mean"].tolist() == wanted
+    np.testing.assert_array_equal(metrics["loss"], np.array(losses, np.float32))
+
+
+def test_a_plateau_goes_by_the_mean_loss_of_updates():
+    """It falls from 7 to 4.25 to 1.5, while the last batch of each has 1, 2 and 3."""
+    step = build(
+        lambda p, x: p["w"] * 0 + x, accumulate=4, plateau=T.ReduceOnPlateau(0.5, patience=0)
+    )
+    losses = np.array([9, 9, 9, 1, 5, 5, 5, 2, 1, 1, 1, 3], np.float32)
+    state, metrics = step.many(step.init(W), losses)
+    assert metrics["plateau_scale"].tolist() == [1] * 12
+    assert state.optimizer["plateau"]["best"] == 1.5
+
+
+def test_the_loss_of_the_update_reaches_optax_and_a_second_accumulation():
+    seen = optax.GradientTransformationExtraArgs(
+        lambda params: jnp.zeros(()),
+        lambda updates, state, params=None, *, value, **_: (updates, value),
+    )
+    tx = T.chain(one=T.Accumulate(2), two=T.Accumulate(2), seen=seen)
+    state = tx.init(W)
+    for value in (1.0, 3.0, 5.0, 9.0):
+        _, state = tx.update(W, state, W, value=jnp.float32(value))
+    assert (state["seen"], state["step"]) == (4.5, 1)
+
+
+def test_a_loss_that_is_missing_is_not_left_out_of_the_mean_in_silence():
+    seen = optax.GradientTransformationExtraArgs(
+        lambda params: jnp.zeros(()),
+        lambda updates, state, params=None, *, value=None, **_: (
+            updates,
+            state if value is None else value,
+        ),
+    )
+    tx = T.chain(gather=T.Accumulate(3), seen=seen, rate=T.ScaleByLearningRate(1.0))
+    state = tx.init(W)
+    for value in (1.0, None, 3.0):
+        given = {} if value is None else {"value": jnp.float32(value)}
+        _, state = tx.update(W, state, W, **given)
+    assert (bool(jnp.isnan(state["seen"])), state["step"]) == (True, 1)
+    tx = T.chain(gather=T.Accumulate(2), seen=T.AverageLoss(0.5))
+    state = tx.init(W)
+    with pytest.raises(ValueError, match="needs the loss"):
+        tx.update(W, state, W)
+
+
+def test_no_loss_is_kept_where_no_link_behind_needs_one():
+    front = T.chain(loss=T.AverageLoss(0.5), gather=T.Accumulate(2), adam=T.ScaleByAdam())
+    behind = T.chain(gather=T.Accumulate(2), loss=T.AverageLoss(0.5), adam=T.ScaleByAdam())
+    assert set(front.init(W)["gather"]) == {"every", "gathered", "sum"}
+    assert set(behind.init(W)["gather"]) == {"every", "gathered", "sum", "loss"}
+    assert front.link("gather") == T.Accumulate(2)
+
+
 def products(jaxpr, inside=False):
     """Return how many products of matrices there are outside of branches, and inside of them."""
     counts = np.zeros(2, int)
@@ -215,6 +309,24 @@ def test_the_rule_runs_once_for_so_many_batches():
     assert rule > 0
     assert loss_alone + rule == loss_and_rule
     assert counted(accumulate=4, skip="nonfinite").tolist() == [loss_alone, rule]
+
+
+def test_accumulation_adds_no_operations_to_those_of_the_rule():
+    """By XLA's count, in which a branch is always taken and the body of a loop runs once.
+
+    So it tells that the rule is in the program once; that it is in a branch, the test above.
+    """
+    params = {"w": np.eye(32, dtype=np.float32)}
+
+    def counted(optimizer, **options):
+        step = build(lambda p, x: jnp.sum((x @ p["w"]) ** 2), optimizer=optimizer, **options)
+        many = jax.jit(lambda s, x: step._advance_many(None, s, x))
+        lowered = many.lower(step.init(params), (np.ones((8, 2, 32), np.float32),))
+        return lowered.compile().cost_analysis()["flops"]
+
+    without, gathers = counted("Muon"), counted("Muon", accumulate=4)
+    assert without > 500_000 > counted("SGD")
+    assert without < gathers < without + 10 * 32**2
 
 
 # Loss scale.
@@ -249,7 +361,55 @@ def test_82_a_loss_scale_trains_float16(case):
     assert (error == 1) == (not trains)
 
 
+def test_a_fixed_scale_that_the_loss_cannot_hold_is_an_error():
+    step = build(small, loss_scale=2.0**17)
+    with pytest.raises(
+        ValueError, match=r"`loss_scale` must be at most 65504, .* float16"
+    ) as caught:
+        step(step.init({"w": np.ones(3, np.float16)}), np.ones(3, np.float16))
+    assert "loss_scale=131072.0" in str(caught.value)
+    step(step.init({"w": np.ones(3, np.float32)}), np.ones(3, np.float32))
+
+
+@pytest.mark.parametrize("skip", [None, "nonfinite"])
+def test_what_a_loss_scale_drops_leaves_no_trace_and_is_seen(skip):
+    """At 2¹²⁰ a gradient of 1e3 is infinite, and 2e2 is not after one halving."""
+
+    def counting(params, x, *, model_state):
+        return params["w"] * x, ol.Aux(model_state=model_state + 1)
+
+    scale = T.DivideByDynamicLossScale(2.0**120, 1)
+    step = build(counting, loss_scale=scale, skip=skip)
+    state = step.init(W, model_state=np.int32(0))
+    state, metrics = step.many(state, np.array([1e3, 1e3, 1e2, 1e3, 1e-3, 1e-3], np.float32))
+    powers = np.log2(np.asarray(metrics["loss_scale"])).tolist()
+    assert powers == [119, 118, 119, 118, 119, 120]
+    assert (state.model_state, state.step) == (3, 3)
+
+
+@pytest.mark.parametrize("first", [0.25, 1.0, 1.5, 2.0, 2.0**126])
+def test_a_loss_scale_tells_whether_it_let_the_gradients_through(first):
+    link = T.DivideByDynamicLossScale(first, 2)
+    tx = T.chain(scale=link, rate=T.ScaleByLearningRate(1.0))
+    state = tx.init(W)
+    for bad in (0, 1, 1, 0, 0, 0, 1, 0, 0):
+        old, grad = state, {"w": np.float32(np.inf if bad else 1)}
+        _, state = tx.update(grad, old)
+        assert bool(link.was_open(old["scale"], state["scale"])) == (state["step"] > old["step"])
+        assert (state["step"] > old["step"]) == (not bad)
+
+
 # Averages.
+
+
+def test_an_ema_whose_schedule_reaches_1_is_a_mean_of_all():
+    """Parameters of 3, 2, 1, 0; at a decay of 1 each has the weight 1/t."""
+    step = build(ema=lambda n: jnp.float32(1))
+    state, _ = step.many(step.init(W), np.ones(4, np.float32))
+    np.testing.assert_allclose(state.eval_params["w"], 1.5, rtol=1e-6)
+    step = build(ema=lambda n: jnp.minimum(n / 2, 1.0))
+    state, _ = step.many(step.init(W), np.ones(4, np.float32))
+    assert 0 <= state.eval_params["w"] <= 3
 
 
 def test_ema_leaves_the_first_parameters_out():
@@ -307,6 +467,25 @@ def test_schedule_free_is_evaluated_at_its_mean():
     wanted = state.chain.averaged(state.optimizer, {**state.params, "n": None})
     assert_close({**state.eval_params, "n": None}, wanted, 0)
     assert np.abs(state.eval_params["a"] - state.params["a"]).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [T.StepByScheduleFree(0.1), T.chain(rate=T.ScaleByLearningRate(0.1), ema=T.AverageParams(0.5))],
+    ids=["free", "ema"],
+)
+def test_parameters_to_evaluate_of_several_states(rule):
+    step = build(two, optimizer=rule, learning_rate=None)
+    first = step.init(PARAMS)
+    states = jax.vmap(lambda rate: first.set(learning_rate=rate))(jnp.array([0.1, 0.2]))
+    for _ in range(4):
+        states, _ = jax.vmap(step, in_axes=(0, None))(states, 1.0)
+    with pytest.raises(TypeError, match=r"jax\.vmap\(lambda state: state\.eval_params\)"):
+        _ = states.eval_params
+    got = jax.vmap(lambda state: state.eval_params)(states)
+    for i in range(2):
+        at = operator.itemgetter(i)
+        assert_close(jax.tree.map(at, got), jax.tree.map(at, states).eval_params)
 
 
 RULES = ["SGD", "Adam", "Lion", "RMSprop"]
@@ -434,5 +613,6 @@ def test_metrics_have_one_structure_from_the_first_step():
         state, metrics = step(state, *x)
         seen.append(jax.tree.map(lambda v: (v.shape, v.dtype), metrics))
     assert all(s == seen[0] for s in seen)
-    assert {"m/skipped", "m/skipped_in_a_row", "m/plateau_scale"} <= set(seen[0])
+    wanted = {"m/skipped", "m/skipped_in_a_row", "m/plateau_scale", "m/loss_scale"}
+    assert wanted <= set(seen[0])
     assert step._program(False, True)._cache_size() == 1

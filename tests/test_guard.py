@@ -133,6 +133,69 @@ def test_the_program_of_many_leaves_out_what_single_steps_do():
     assert_same((seen(one), one.optimizer["skip"]), (seen(many), many.optimizer["skip"]))
 
 
+# All options at once, in every dtype.
+
+KINDS = [  # any two of these are together in one of them
+    ("float32", "Adam", "auto"),
+    ("float32", "Muon", None),
+    ("bfloat16", "Adam", None),
+    ("bfloat16", "Muon", "auto"),
+    ("float16", "Adam", "auto"),
+    ("float16", "Muon", None),
+]
+
+
+def masked(params, x, *, model_state, key):
+    """A loss with statistics and a random mask; a parameter of it is frozen, one not in it."""
+    kept = jax.random.bernoulli(key, 0.8, (1, 4)).astype(x.dtype)
+    hidden = jnp.tanh(x @ params["a"] + params["b"][None]) * kept
+    mean = 0.9 * model_state["mean"] + 0.1 * jnp.mean(x).astype(jnp.float32)
+    value = jnp.mean(hidden * hidden) + jnp.sum(params["frozen"]) * jnp.mean(x)
+    return value, ol.Aux(model_state={"mean": mean}, weight=jnp.sum(x != 0))
+
+
+@pytest.mark.filterwarnings("ignore:The loss does not depend")
+@pytest.mark.parametrize(("dtype", "optimizer", "bucket"), KINDS)
+def test_all_options_together_leave_no_trace_of_a_bad_batch(dtype, optimizer, bucket):
+    rng = np.random.default_rng(0)
+    params = {"a": (3, 4), "b": (4,), "frozen": (3,), "unused": (2,)}
+    params = {k: jnp.asarray(rng.normal(size=s), dtype) for k, s in params.items()}
+    params["n"] = jnp.arange(2)
+    good = rng.normal(size=(12, 5, 3))
+    every = np.insert(good, [2, 5, 5, 9], np.full((4, 5, 3), NAN), 0)
+    step = ol.optimize_loss(
+        masked,
+        learning_rate=0.01,
+        optimizer=optimizer,
+        skip="nonfinite",
+        loss_scale="dynamic",
+        accumulate=T.Accumulate(3, "weighted"),
+        ema=0.9,
+        lookahead=2,
+        sam=0.05,
+        plateau=T.ReduceOnPlateau(0.5, patience=0),
+        gradient_noise_scale=0.01,
+        clip_gradients=1.0,
+        moving_average_decay=0.5,
+        rules={"frozen": {"freeze": True}},
+        bucket=bucket,
+    )
+
+    def after(batches):
+        state = step.init(params, model_state={"mean": 0.0})
+        for some in np.split(batches, len(batches) // 4):
+            state, metrics = step.many(state, jnp.asarray(some, dtype))
+        return state, metrics
+
+    (wanted, _), (state, metrics) = after(good), after(every)
+    assert_same(seen(state), seen(wanted))
+    assert (state.step, metrics["skipped"][-1]) == (4, 4)
+    assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(state.params))
+    assert bool(jnp.any(state.params["a"] != params["a"]))
+    for name in ("frozen", "unused", "n"):
+        assert_same(state.eval_params[name], params[name])
+
+
 # One batch.
 
 # What comes as gradients of a, b and c, the loss that is 0 with it, and who is named.
@@ -393,12 +456,41 @@ def test_a_state_that_is_not_ready_is_not_waited_for():
         check_ready(state)
 
 
-def test_many_states_at_once_are_guarded_each():
-    step, state = bad_step("auto", skip="nonfinite")
+@pytest.mark.parametrize("bucket", [None, "auto"])
+def test_a_state_of_numpy_arrays_is_ready(bucket):
+    step, state = bad_step(bucket)
+    state, _ = step(jax.device_get(state), 1.0)
+    assert state.step == 1
+    state, _ = step.many(state, np.full(3, NAN, np.float32))
+    with pytest.raises(ol.NonFiniteError, match=r"^3 batches in a row"):
+        step(jax.device_get(state), 1.0)
+
+
+def test_a_row_that_ended_within_a_call_is_in_the_metrics():
+    step, state = bad_step("auto")
+    batches = np.array([NAN] * 5 + [1.0], np.float32)
+    state, metrics = step.many(state, batches)
+    jax.block_until_ready(state)
+    state, _ = step(state, 1.0)  # the state does not show it
+    assert metrics["skipped_in_a_row"].tolist() == [1, 2, 3, 4, 5, 0]
+    step, state = bad_step("auto")
+    with pytest.raises(ol.NonFiniteError, match=r"^5 batches in a row"):
+        step.run(state, list(batches), steps_per_call=6)
+
+
+@pytest.mark.parametrize("bucket", [None, "auto"])
+def test_many_states_at_once_are_guarded_each(bucket):
+    step, state = bad_step(bucket, skip=T.SkipNonFinite(most=1))
     states = jax.tree.map(lambda x: jnp.stack([x, x]), state)
-    states, metrics = jax.vmap(step)(states, jnp.array([NAN, 1.0]))
-    assert metrics["skipped"].tolist() == [1, 0]
-    assert states.step.tolist() == [0, 1]
+    for count in (1, 2):  # they only count, whatever `most` is
+        states, metrics = jax.vmap(step)(states, jnp.array([NAN, 1.0]))
+        assert metrics["skipped"].tolist() == [count, 0]
+        assert states.step.tolist() == [0, count]
+        jax.block_until_ready(states)
+    with pytest.raises(TypeError, match="one state at a time"):
+        _ = states.offender
+    assert jax.tree.map(lambda x: x[0], states).offender == "a"
+    assert jax.tree.map(lambda x: x[1], states).offender is None
 
 
 @pytest.mark.parametrize("spoilt", [[0, 0, 0, 0], [0, 0, NAN, 0], [INF, 0, -INF, 0]])

@@ -1,13 +1,16 @@
 """Gather the gradients of several batches, and sum them over devices."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from optimize_loss._checks import InvalidType, check_choice, received
 from optimize_loss.transforms._base import Count, Link, TreeLink, zeros
+from optimize_loss.transforms._for_parameters import ForParameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +28,17 @@ class Accumulate(Link):
 
     Weighted, the mean over batches of different sizes is that over one large batch: w is how much
     there was in the batch over which its loss is a mean, such as its number of tokens. A loss for
-    `optimize_loss` returns it in `Aux(weight=...)`; elsewhere it is passed to `update`. Where all
-    weights of an update are 0, so is u.
+    `optimize_loss` returns it in `Aux(weight=...)`; elsewhere it is passed to `update`. What comes
+    with a weight of 0 is not looked at, be it NaN; where all weights of an update are 0, so is u.
+
+    Links behind that go by the loss, such as `ReduceOnPlateau`, see that of the update: the same
+    mean or sum of the losses since. Where all its weights are 0, it is that of the update before.
 
     Args:
       every: how many gradients make one update, an integer of at least 1.
       reduce: "mean", "sum" or "weighted".
+      of_loss: whether to keep the loss of the update. `chain` lets each `Accumulate` do so that
+        has a link behind it which may need the loss.
 
     Example:
       >>> import optimize_loss as ol
@@ -48,7 +56,8 @@ class Accumulate(Link):
 
     every: Count
     reduce: str = "mean"
-    needs = "weight"
+    of_loss: bool = False
+    needs = "loss_and_weight"
     gates = True
     elementwise = True
 
@@ -61,38 +70,72 @@ class Accumulate(Link):
         return {"sum": zeros(param)}
 
     def memory(self):
-        """Return how many gradients are in the sum, and their weights' sum."""
-        return {"gathered": 0} | ({"weight": 0.0} if self.reduce == "weighted" else {})
+        """Return how many gradients are in the sum, their weights' sum, and the loss."""
+        weight = {"weight": 0.0} if self.reduce == "weighted" else {}
+        return {"gathered": 0} | weight | ({"loss": 0.0} if self.of_loss else {})
 
     def scalars(self, numbers, memory, total, step):
         """Count one gradient, and open when they are enough."""
+        loss, weight = total
         gathered = memory["gathered"] + 1
         enough = gathered >= numbers["every"]
         # The count, not `every`, divides: `every` may have been set lower in between.
-        share = 1 / gathered.astype(float)
+        share = newest = 1 / gathered.astype(float)
         k = {"open": enough, "is_first": gathered == 1, "share": share}
         new = {"gathered": jnp.where(enough, 0, gathered)}
         if self.reduce == "weighted":
-            if total is None:
-                raise ValueError(
-                    f"{self!r} needs a weight: return it in `Aux(weight=...)` of the loss, or pass "
-                    "`weight=...` to `update`."
-                )
-            weight = jnp.where(k["is_first"], total, memory["weight"] + total)
-            share = jnp.where(weight == 0, 0, 1 / jnp.where(weight == 0, 1, weight))
-            k, new = {**k, "share": share, "weight": total}, {**new, "weight": weight}
+            weight = self._weight(weight, memory)
+            new["weight"] = jnp.where(k["is_first"], weight, memory["weight"] + weight)
+            inverse = 1 / jnp.where(new["weight"] == 0, 1, new["weight"])
+            k |= {"share": jnp.where(new["weight"] == 0, 0, inverse), "weight": weight}
+            newest = jnp.where(weight == new["weight"], 1, weight * inverse)
+            newest = jnp.where(weight == 0, 0, newest)
+        if self.of_loss:
+            new["loss"] = self._loss(loss, memory["loss"], k["is_first"], newest)
+            k |= {} if loss is None else {"loss_behind": new["loss"]}
         return k, new
+
+    def _weight(self, weight, memory):
+        if weight is None:
+            raise ValueError(
+                f"{self!r} needs a weight: return it in `Aux(weight=...)` of the loss, or pass "
+                "`weight=...` to `update`."
+            )
+        return jnp.asarray(weight, memory["weight"].dtype)
+
+    def _loss(self, loss, old, is_first, share):
+        """Return the loss of the update so far, of which the newest one has a share."""
+        if loss is None:  # so that no mean leaves it out in silence
+            return jnp.full_like(old, jnp.nan)
+        loss, share = jnp.asarray(loss, old.dtype), share.astype(old.dtype)
+        if self.reduce == "sum":
+            return jnp.where(is_first, loss, old + loss)
+        mean = jnp.where(share == 1, loss, old + (loss - old) * share)
+        return jnp.where(share == 0, old, mean)
 
     def leaf(self, update, slots, param, k):
         """Add one gradient to the sum."""
         if self.reduce == "weighted":
-            update = update * k["weight"]
+            update = jnp.where(k["weight"] == 0, 0, update * k["weight"])
         total = jnp.where(k["is_first"], update, slots["sum"] + update)
         return total, {"sum": total}
 
     def factor(self, k):
         """Return what makes the sum a mean."""
         return jnp.ones_like(k["share"]) if self.reduce == "sum" else k["share"]
+
+
+def with_losses(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the links of a chain, each `Accumulate` with the loss where one behind may need it."""
+    links, needed = {}, False
+    for name, entry in reversed(entries.items()):
+        link = entry.link if isinstance(entry, ForParameters) else entry
+        if needed and isinstance(link, Accumulate):
+            entry = dataclasses.replace(link, of_loss=True)
+        needed = needed or isinstance(link, optax.GradientTransformationExtraArgs)
+        needed = needed or getattr(link, "needs", None) == "loss"
+        links[name] = entry
+    return dict(reversed(links.items()))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,10 +16,11 @@ class AverageParams(Link):
 
     The average is the slot `average`, in float32 or wider, and starts as a copy of the parameter.
     With `bias_free` it is the mean of p₁ … pₜ with weights βᵗ⁻ⁱ, so the start does not count: the
-    weight of the newest is (1-β) / (1-βᵗ) in place of (1-β).
+    weight of the newest is (1-β) / (1-βᵗ) in place of (1-β), and 1/t where a schedule gives 1.
 
     Args:
-      decay: β, in [0, 1]; below 1 if `bias_free`. At 1 the average stays at its start.
+      decay: β, in [0, 1]; below 1 if `bias_free`, but for a schedule. At 1 the average stays as
+        it starts.
       overwrite_every: where given, every so many updates the parameter becomes the average.
       bias_free: whether to leave the initial parameters out of the average.
 
@@ -49,8 +50,9 @@ class AverageParams(Link):
             self.rule("decay").check("decay", self.decay)
 
     def rule(self, name):
-        """Return what the number must satisfy: a decay of 1 leaves nothing to correct."""
-        return DECAY if name == "decay" and self.bias_free else super().rule(name)
+        """Return what the number must satisfy: a decay that is always 1 averages nothing."""
+        below_1 = name == "decay" and self.bias_free and not callable(self.decay)
+        return DECAY if below_1 else super().rule(name)
 
     def slots(self, param):
         """Return a copy of the parameter."""
@@ -60,7 +62,9 @@ class AverageParams(Link):
         """Return the weight of the newest parameters, and whether to overwrite."""
         beta, weight = numbers["decay"]
         if self.bias_free:
-            weight = weight / (1 - beta ** count(step, beta))
+            t = count(step, beta)
+            rest = jnp.where(beta == 1, 1, 1 - beta**t)
+            weight = jnp.where(beta == 1, 1 / t, weight / rest)
         k = {"weight": weight}
         if self.overwrite_every is not None:
             every = numbers["overwrite_every"]
@@ -85,6 +89,8 @@ class AverageLoss(Link):
     """Keep an exponential moving average of the loss, for reports; updates pass unchanged.
 
         mean ← mean + (1-β)(loss - mean),   starting at 0, not corrected
+
+    Behind an `Accumulate` the losses are those of the updates, of all their batches.
 
     Args:
       decay: β, in [0, 1).

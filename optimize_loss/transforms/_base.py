@@ -122,10 +122,11 @@ class Link:
       [-1.  0.  1.] 0.5
     """
 
-    needs: ClassVar[Literal["global_norm", "loss", "weight", "health"] | None] = None
+    needs: ClassVar[Literal["global_norm", "loss", "loss_and_weight", "health"] | None] = None
     """What `scalars` receives as `total` where there is no `measure`: the L2 norm of all updates
-    at this place in the chain, safe from overflow; the loss of this step; the weight that it came
-    with, or None; or, for guards, the `Health` of the step."""
+    at this place in the chain, safe from overflow; the loss of this step; a pair of the loss and
+    the weight that it came with, as given, each None where there is none; or, for guards, the
+    `Health` of the step."""
 
     borrows: ClassVar[tuple[str, ...]] = ()
     """Numbers of other links that `scalars` receives with its own, such as `learning_rate`."""
@@ -143,7 +144,8 @@ class Link:
 
     gates: ClassVar[bool] = False
     """True where `scalars` returns `open`, a bool, among what `leaf` needs. Unless it is true, the
-    links behind do not run: parameters, their slots and the count of updates stay as they are."""
+    links behind do not run: parameters, their slots and the count of updates stay as they are.
+    Where there is a `loss_behind` among it, too, that is the loss which these links see."""
 
     needs_stored: ClassVar[bool] = False
     """True where `leaf` must see an update after which the parameter is as it will be stored,

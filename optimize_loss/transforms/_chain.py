@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optimize_loss._checks import InvalidType, TreeMismatch, nearest
+from optimize_loss._checks import InvalidType, TreeMismatch, check_single, nearest
 from optimize_loss.transforms import _numbers
+from optimize_loss.transforms._accumulate import with_losses
 from optimize_loss.transforms._base import Link, Numbers, is_transformation, number_rules
 from optimize_loss.transforms._for_parameters import ForParameters
 from optimize_loss.transforms._fused import Wanted
@@ -216,6 +217,7 @@ class Chain(optax.GradientTransformationExtraArgs):
         """Return the parameters to use after training: an average, where a link keeps one.
 
         Raises:
+          InvalidType: these are several states, stacked.
           TreeMismatch: the state is another chain's, or of other parameters.
 
         Example:
@@ -227,6 +229,7 @@ class Chain(optax.GradientTransformationExtraArgs):
           1.0 1.5
         """
         _check_state(self, state)
+        check_single("the average of the parameters", state["step"])
         taken = take_apart(params)
         return taken.unflatten(averaged(self._places(taken), state, taken))
 
@@ -438,7 +441,7 @@ def chain(*unnamed: Any, **links: Any) -> Chain:
         if "/" in name or name == "step":
             raise ValueError(f"A link's name has no '/' and is not 'step'. Received: {name!r}.")
     check_order(links)
-    return Chain(tuple(links.items()))
+    return Chain(tuple(with_losses(links).items()))
 
 
 def _unknown(update: Any) -> Any:

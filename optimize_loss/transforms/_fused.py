@@ -137,8 +137,8 @@ def prepare(
             if settings.loss is None:
                 raise ValueError(f"{link!r} needs the loss: pass `value=loss` to `update`.")
             total = jnp.asarray(settings.loss, settings.dtype)
-        elif link.needs == "weight" and settings.weight is not None:
-            total = jnp.asarray(settings.weight, settings.dtype)
+        elif link.needs == "loss_and_weight":
+            total = settings.loss, settings.weight
         k, memory = link.scalars(settings.numbers[i], settings.memories[i], total, settings.step)
         memories.append({m: memory[m].astype(old.dtype) for m, old in settings.memories[i].items()})
         shared.append(k)

@@ -1,6 +1,7 @@
 """Leave out a batch whose loss or gradients are not finite, or unusually large."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -11,6 +12,7 @@ import optax
 from optimize_loss._checks import AT_LEAST_1, STEP
 from optimize_loss.transforms._base import Decay, Link, NotNegative, Numbers, Positive, sqrt
 from optimize_loss.transforms._health import A_SCHEDULE, NOBODY, THE_LOSS, THE_NORM, Health
+from optimize_loss.transforms._loss_scale import DivideByDynamicLossScale
 
 Most = Annotated[int, dataclasses.replace(AT_LEAST_1, initial=True)]
 
@@ -74,7 +76,9 @@ class SkipNonFinite(Guard):
 
     Args:
       most: so many left out in a row are a `NonFiniteError` of `optimize_loss`; at least 1, or
-        None for no error.
+        None for no error. `step.run` sees every row. A state shows only the last: one that ended
+        within a call of `step.many` is in the metric `skipped_in_a_row` alone, which is for the
+        caller to look at. States that step together, under `jax.vmap`, only count.
 
     Example:
       >>> import jax.numpy as jnp, optimize_loss as ol
@@ -117,7 +121,9 @@ class SkipSpikes(Guard):
         `k_sigma` of 6, a norm below 1.8 times the usual one is never a spike.
       epsilon: ε, above 0; added to the norm.
       most: so many left out in a row are a `NonFiniteError` of `optimize_loss`; at least 1, or
-        None for no error.
+        None for no error. `step.run` sees every row. A state shows only the last: one that ended
+        within a call of `step.many` is in the metric `skipped_in_a_row` alone, which is for the
+        caller to look at. States that step together, under `jax.vmap`, only count.
 
     Example:
       A norm of 50 after two of 5 is 10 times the usual one; log 10 is 2.3, above 6 · 0.1:
@@ -173,17 +179,27 @@ def guard_of(links: Sequence[tuple[str, Any]]) -> tuple[str, Any] | None:
     return next(((name, link) for name, link in links if isinstance(link, Guard)), None)
 
 
-def kept(links: Sequence[tuple[str, Any]], state: Any, old: Any, new: Any) -> Any:
-    """Return a new tree, or the old one where the guard has just left out the batch.
+def was_open(links: Sequence[tuple[str, Any]], old: Any, new: Any) -> jax.Array | None:
+    """Return whether guard and loss scale let the last batch through; None if it always is.
 
     Args:
       links: of a chain.
-      state: their new state.
-      old: a tree of arrays.
-      new: a tree like it.
+      old: their state before the batch.
+      new: their state after it.
     """
-    found = guard_of(links)
-    if found is None:
+    found = []
+    if guard := guard_of(links):
+        found.append(new[guard[0]]["skipped_in_a_row"] == 0)
+    for name, link in links:
+        if isinstance(link, DivideByDynamicLossScale):
+            found.append(link.was_open(old[name], new[name]))
+        elif isinstance(link, Link) and link.gates and not isinstance(link, Guard):
+            break  # a scale behind it may not have seen the batch
+    return functools.reduce(jnp.logical_and, found) if found else None
+
+
+def kept(is_open: jax.Array | None, old: Any, new: Any) -> Any:
+    """Return the new tree of arrays, or the old one where the batch was left out."""
+    if is_open is None:
         return new
-    is_open = state[found[0]]["skipped_in_a_row"] == 0
     return jax.tree.map(lambda a, b: jnp.where(is_open, a, b), new, old)

@@ -2,9 +2,10 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 
-from optimize_loss.transforms._base import Count, Link, Positive, PositiveStart
+from optimize_loss.transforms._base import Count, Link, Numbers, Positive, PositiveStart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +94,13 @@ class DivideByDynamicLossScale(Link):
             "finite_in_a_row": jnp.where(grows, 0, in_a_row),
         }
         return {"open": finite, "scale": scale}, new
+
+    def was_open(self, old: Numbers, new: Numbers) -> jax.Array:
+        """Return whether the gradients were finite in the call from one memory to the next."""
+        before, after = old["loss_scale"], new["loss_scale"]
+        # What is finite sets the count to 0 only where the scale doubles, or is too large to.
+        at_most = (after == before) & (before > 1)
+        return (new["finite_in_a_row"] > 0) | (after > before) | at_most
 
     def factor(self, k):
         """Return the reciprocal of the scale."""

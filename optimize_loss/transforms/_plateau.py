@@ -19,8 +19,8 @@ class ReduceOnPlateau(Link):
 
     `scale` starts at 1, is kept in the state, and multiplies the `learning_rate` of all links,
     whatever that is: a number, a schedule, or the part of a rule. The loss of an update counts
-    from the next one on. It is that of the batch whose gradient completed the update; a mean over
-    several updates, `every`, is less noisy. A loss that is not finite is no improvement.
+    from the next one on; behind an `Accumulate` it is that of all batches of the update. A mean
+    over several updates, `every`, is less noisy. A loss that is not finite is no improvement.
 
     Args:
       multiplier: in [0, 1].

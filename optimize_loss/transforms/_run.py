@@ -62,9 +62,11 @@ def _run_passes(passes: list[list[Place]], call: Call, flow: Flow) -> tuple[list
     flow, new = _RUN[first[0].kind](first, call, flow, wanted)
     if wanted != "rest":
         return flow.updates, {**new, **_counted(call)}
+    gate = flow.gate
+    seen = _after(gate, call)
 
     def go_on() -> tuple[list[Any], State]:
-        return _run_passes(rest, call, flow)
+        return _run_passes(rest, seen, flow)
 
     def stay() -> tuple[list[Any], State]:
         unchanged = (
@@ -73,13 +75,19 @@ def _run_passes(passes: list[list[Place]], call: Call, flow: Flow) -> tuple[list
         names = ["step", *(place.name for places in rest for place in places)]
         return unchanged, {name: call.state[name] for name in names}
 
-    gate = flow.gate
     outputs, behind = go_on() if gate is None else jax.lax.cond(gate.k["open"], go_on, stay)
     return outputs, {**new, **behind}
 
 
 def _counted(call: Call) -> State:
     return {"step": optax.safe_increment(call.state["step"])}
+
+
+def _after(gate: Gate | None, call: Call) -> Call:
+    """Return the call as the links behind a gate see it: with the loss that the gate has made."""
+    if gate is None or "loss_behind" not in gate.k:
+        return call
+    return call._replace(extra={**call.extra, "value": gate.k["loss_behind"]})
 
 
 def _behind(gate: Gate, places: list[Place], call: Call) -> tuple[list[Place], Call]:

@@ -682,10 +682,12 @@ def test_bad_calls(path, name):
     assert not path.exists()
 
 
-def on_devices():
+def on_devices(spread="params"):
     """Restore one file on 1, 2 and 8 devices, and take the same steps."""
-    mesh = {n: jax.make_mesh((n,), ("d",), devices=jax.devices()[:n]) for n in (1, 2, 8)}
-    spec = jax.sharding.PartitionSpec("d")
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = {n: jax.make_mesh((n,), ("d",), auto, devices=jax.devices()[:n]) for n in (1, 2, 8)}
+    spec = jax.sharding.PartitionSpec("d" if spread == "params" else None)
+    axis = "d" if spread == "slots" else None
 
     def put(tree, n):
         whole = jax.sharding.NamedSharding(mesh[n], jax.sharding.PartitionSpec())
@@ -698,7 +700,7 @@ def on_devices():
     def fits(params, x):
         return jnp.mean((x @ params["w"] + (params["a"] * params["b"])[None]) ** 2)
 
-    step = ol.optimize_loss(fits, learning_rate=0.1, clip_gradients=1.0)
+    step = ol.optimize_loss(fits, learning_rate=0.1, clip_gradients=1.0, shard_state=axis)
     tree = random_like({"w": (8, 3), "a": (3,), "b": (3,)}, 0)
     x = random_like({"x": (5, 4, 8)}, 1)["x"]
     found: dict[str, Any] = {}
@@ -717,6 +719,8 @@ def on_devices():
             placed = {
                 "devices": len(m.sharding.device_set),
                 "rows": m.addressable_shards[0].data.shape[0],
+                "params": again.params["w"].addressable_shards[0].data.shape[0],
+                "placed": again.placement == like.placement,
             }
             after, _ = step.many(again, x)
             found[str(n)] = placed | {
@@ -728,12 +732,20 @@ def on_devices():
     return json.dumps(found)
 
 
-def test_one_file_restores_on_1_2_and_8_devices():
-    found = on_eight_devices("test_checkpoint", "on_devices")
+def with_slots_on_devices():
+    return on_devices("slots")
+
+
+@pytest.mark.parametrize("spread", ["params", "slots"])
+def test_one_file_restores_on_1_2_and_8_devices(spread):
+    function = "on_devices" if spread == "params" else "with_slots_on_devices"
+    found = on_eight_devices("test_checkpoint", function)
     for n in (1, 2, 8):
         got = found[str(n)]
         assert got["same"]
         assert got["matched"]
         assert got["same_file"]
+        assert got["placed"]
+        assert got["params"] == (8 // n if spread == "params" else 8)
         assert (got["devices"], got["rows"]) == (n, 8 // n)
         np.testing.assert_allclose(got["w"], found["1"]["w"], rtol=1e-5, atol=1e-6)

@@ -145,6 +145,15 @@ def test_what_does_not_fit_is_not_passed_over(tmp_path):
     np.testing.assert_array_equal(state.params["v"], np.ones(3))
 
 
+def test_a_number_of_the_file_is_told_of(tmp_path):
+    checkpoints = ol.Checkpoints(tmp_path)
+    checkpoints.save(at(4).set(learning_rate=0.7))
+    with pytest.warns(UserWarning, match=r"state\.set\(learning_rate=None\)"):
+        state, report = checkpoints.newest(like=init())
+    assert report.changed == ("optimizer/rate/learning_rate",)
+    assert state.optimizer["rate"]["learning_rate"] == np.float32(0.7)
+
+
 def test_files_of_others_stay(tmp_path):
     others = [
         "step_.safetensors",

@@ -4,11 +4,11 @@ import dataclasses
 import json
 import os
 import pathlib
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from optimize_loss._checks import (
@@ -28,11 +28,13 @@ from optimize_loss._named_state import (
     on_host,
     outline,
 )
+from optimize_loss._new_slots import begun
 from optimize_loss._renaming import Rename, renamed
 from optimize_loss._safetensors import Entry, Reader, write
 from optimize_loss._state import TrainState
 from optimize_loss.schedules import Decayed
-from optimize_loss.transforms import Chain, Link, TreeLink
+from optimize_loss.transforms import Chain, Link
+from optimize_loss.transforms._base import number_rules
 from optimize_loss.transforms._numbers import FOLLOW_SCHEDULE
 from optimize_loss.transforms._places import linked
 
@@ -144,10 +146,13 @@ def restore(
     average, begins from the restored parameter. Corrections of a start, such as Adam's, go by the
     step, so that they are not made again for a slot that is new late in training.
 
-    Hyperparameters are taken as well, as `state.set` may have set them:
-    `state.set(learning_rate=None)` gives back what was built in, and the report lists those for
-    which `like` had another value.
-    But where the file has a schedule and `like` has a number, the number is new.
+    Hyperparameters are taken as well, as `state.set` may have set them, also where `like` has a
+    schedule and the file a number: `state.set(learning_rate=None)` gives back what was built in.
+    The report lists those for which `like` had another value, and there is a warning. But where
+    the file has a schedule and `like` has a number, the number is new.
+
+    Moments in another `precision` are other slots, and are not converted: they are new, begin at
+    zero, and those of the file are unused.
 
     Args:
       path: of a file that `save` wrote.
@@ -193,27 +198,36 @@ def restore(
     check_flags(strict=strict)
     frame = Frame(check_state("like", like))
     with Reader(path) as file:
-        found = renamed(list(file.entries), list(frame.outline), rename)
+        found = renamed(file.entries, list(frame.outline), rename, like.chain)
         _check_parameters(path, frame, found)
         _check_kinds(path, file, frame, found)
-        match = _Match(frame, like.chain, found)
+        match = _Match(frame, like, found)
         if strict:
             _check_all_used(path, match.report())  # before all is read
         match.read(file)
+        report = match.report()
         if strict:
-            _check_all_used(path, match.report())
-        return frame.state(), match.report()
+            _check_all_used(path, report)
+        state = frame.state()
+    if report.changed:
+        warnings.warn(
+            "`like` has other hyperparameters than the file, and those of the file are taken: "
+            f"{_listed(report.changed)}. For what was built in, such as a schedule: "
+            f"`{_to_undo(like.chain, report.changed)}`.",
+            stacklevel=2,
+        )
+    return state, report
 
 
 class _Match:
     """The leaves that a file and a state have in common, while they go from one to the other."""
 
-    def __init__(self, frame: Frame, chain: Chain, found: Mapping[str, str]):
+    def __init__(self, frame: Frame, like: TrainState, found: Mapping[str, str]):
         self._frame = frame
-        self._chain = chain
+        self._like = like
         self._fields = {
             f"optimizer/{name}/{number}": field
-            for name, link in linked(dict(chain.links))
+            for name, link in linked(dict(like.chain.links))
             if isinstance(link, Link)
             for number, field in link.numbers().items()
         }
@@ -242,8 +256,8 @@ class _Match:
                 self._unused.append(key)
             elif name is not None:
                 self._frame.put(name, array)
-        for name in fresh:
-            self._frame.put(name, self._begun(name))
+        for name, slot in begun(self._like, self._frame, fresh):
+            self._frame.put(name, slot)
 
     def _takes_number(self, name: str, array: np.ndarray) -> bool:
         """Return whether a hyperparameter can be taken; a schedule that is gone cannot."""
@@ -257,25 +271,25 @@ class _Match:
 
     def _fresh(self) -> list[str]:
         """Return the new slots that are as a link begins them with the parameters of `like`."""
-        begun = ((name, self._begun(name)) for name in self.report().new)
         return [
             name
-            for name, slot in begun
-            if slot is not None and bool(jnp.array_equal(slot, self._frame.get(name)))
+            for name, slot in begun(self._like, self._frame, self.report().new)
+            if np.array_equal(np.asarray(slot), np.asarray(self._frame.get(name)))
         ]
 
-    def _begun(self, name: str) -> Any:
-        """Return the slot of this name before the first step; None if no link tells."""
-        kind, _, rest = name.partition("/")
-        link_name, _, rest = rest.partition("/")
-        slot, _, parameter = rest.partition("/")
-        parameter = f"params/{parameter}" if parameter else "params"
-        if kind != "optimizer" or name in self._fields or parameter not in self._frame.outline:
-            return None
-        link = self._chain.link(link_name)
-        if not isinstance(link, Link) or isinstance(link, TreeLink):
-            return None
-        return link.slots(jnp.asarray(self._frame.get(parameter))).get(slot)
+
+def _to_undo(chain: Chain, names: Sequence[str]) -> str:
+    """Return the call that gives back what hyperparameters of these names were built with."""
+    links = {name: x for name, x in linked(dict(chain.links)) if isinstance(x, Link)}
+    declared = {name: {*x.numbers()} & {*number_rules(type(x))} for name, x in links.items()}
+    arguments = []
+    for name in names:
+        _, link, number = name.split("/", 2)
+        owners = [other for other, numbers in declared.items() if number in numbers]
+        arguments.append(number if owners == [link] else f"{link}/{number}")
+    if all(argument.isidentifier() for argument in arguments):
+        return f"state.set({', '.join(f'{argument}=None' for argument in arguments)})"
+    return f"state.set(**{dict.fromkeys(arguments)})"
 
 
 def _check_parameters(path: pathlib.Path, frame: Frame, found: Mapping[str, str]) -> None:

@@ -10,12 +10,14 @@ from optimize_loss._checkpoint import RestoreReport, restore, save
 from optimize_loss._checks import (
     AT_LEAST_1,
     CheckpointCorrupt,
+    CheckpointVersion,
     InvalidType,
     check_integer,
     received,
 )
 from optimize_loss._named_state import check_state, first_process
 from optimize_loss._renaming import Rename
+from optimize_loss._safetensors import Reader
 from optimize_loss._state import TrainState
 from optimize_loss._whole_file import sweep
 
@@ -26,7 +28,8 @@ class Checkpoints:
     """Keep the newest checkpoints of a run in a folder, and continue from the newest whole one.
 
     The files are `step_<n>.safetensors`, n the global step; where it does not advance, the number
-    of updates. No other file is touched. A hook of `TrainStep.run` that saves every so many steps:
+    of updates. No other file is touched, and none of such a name whose header is not whole or that
+    something else wrote is deleted. A hook of `TrainStep.run` that saves every so many steps:
     `step.run(state, batches, hooks={100: checkpoints})`.
 
     Args:
@@ -106,7 +109,7 @@ class Checkpoints:
                 stacklevel=3,
             )
         for old in steps[: -self.keep]:
-            if old != step:
+            if old != step and _is_ours(self.path(old)):
                 self.path(old).unlink(missing_ok=True)
 
     def newest(
@@ -165,6 +168,15 @@ class Checkpoints:
         last = max(before, default=0)
         if step // self.every > last // self.every:
             self.save(state)
+
+
+def _is_ours(path: pathlib.Path) -> bool:
+    """Return whether `save` wrote a file, as its header tells."""
+    try:
+        with Reader(path):
+            return True
+    except (CheckpointCorrupt, CheckpointVersion, OSError):
+        return False
 
 
 def _step(state: TrainState) -> int:

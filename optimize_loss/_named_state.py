@@ -1,7 +1,6 @@
 """A `TrainState` as arrays by name, and back, whatever shares an array inside of it."""
 
 import collections
-import dataclasses
 from typing import Any
 
 import jax
@@ -14,8 +13,7 @@ from optimize_loss._checks import CheckpointMismatch, InvalidType
 from optimize_loss._names import leaf_names
 from optimize_loss._state import TrainState
 
-_PACKED = ("packed_params", "packed_optimizer")  # seen as `params` and `optimizer`
-_STRUCTURE = ("chain", "increment_step", "layout")  # not data
+_FIELDS = ("model_state", "key", "first_step")  # beside `params` and `optimizer`
 
 
 def is_key(leaf: Any) -> bool:
@@ -64,9 +62,7 @@ def named(state: TrainState) -> dict[str, Any]:
       ValueError: two leaves have one name.
     """
     tree = {"params": state.params, "optimizer": state.optimizer}
-    tree |= {x.name: getattr(state, x.name) for x in dataclasses.fields(state)}
-    for name in (*_PACKED, *_STRUCTURE):
-        del tree[name]
+    tree |= {name: getattr(state, name) for name in _FIELDS}
     return dict(zip(leaf_names(tree), jax.tree.leaves(tree), strict=True))
 
 
@@ -109,7 +105,7 @@ def agreed(true_here: bool) -> bool:
 
 
 class Frame:
-    """A state whose leaves can be replaced by name.
+    """A state whose leaves can be replaced by name. With several processes, all must make it.
 
     Attributes:
       outline: the shape and the dtype of every leaf by name; random keys as they are.
@@ -127,15 +123,18 @@ class Frame:
             if found[i] > 1 or self.outline[name].shape != self._leaves[i].shape
         }
         # Parameters, slots or numbers in one array: their parts are views of it.
-        self._buffers = {i: np.array(self._leaves[i]) for i in shared}
+        self._buffers = {i: np.array(_gathered(self._leaves[i])) for i in shared}
         self._views = named(
             self._structure.unflatten([self._buffers.get(i, i) for i in range(len(self._leaves))])
         )
 
     def get(self, name: str) -> Any:
-        """Return a leaf; one of a shared array as a copy."""
+        """Return a leaf, all of it; one of a shared array as a copy. All processes must call it."""
         place = self._places[name]
-        return self._views[name].copy() if place in self._buffers else self._leaves[place]
+        if place in self._buffers:
+            return self._views[name].copy()
+        leaf = self._leaves[place]
+        return leaf if leaf.is_fully_addressable else np.asarray(_gathered(leaf))
 
     def put(self, name: str, array: Any) -> None:
         """Replace a leaf by an array of its shape and dtype; random keys are given by their data.
@@ -171,7 +170,8 @@ def _placed(array: Any, like: jax.Array) -> jax.Array:
         keys = jax.random.wrap_key_data(jnp.array(array), impl=key_kind(like))
         return jax.device_put(keys, like.sharding) if like.committed else keys
     if not like.is_fully_addressable:
-        return jax.make_array_from_callback(like.shape, like.sharding, lambda i: array[i])
+        whole = np.asarray(array)
+        return jax.make_array_from_callback(like.shape, like.sharding, lambda i: whole[i])
     place = like.sharding if like.committed else None
     new = jax.device_put(array, place)
     if new.dtype != like.dtype:

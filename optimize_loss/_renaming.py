@@ -1,23 +1,31 @@
 """New names for what is in a file, proven to fit."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
+
 from optimize_loss._checks import InvalidType, nearest, received
+from optimize_loss.transforms import Chain, Link, TreeLink
+from optimize_loss.transforms._places import linked
+from optimize_loss.transforms._reset import owners_of
 
 Rename = Mapping[str, str] | Callable[[str], str]
 
 
-def renamed(keys: Sequence[str], wanted: Sequence[str], rename: Rename | None) -> dict[str, str]:
+def renamed(
+    found: Mapping[str, Any], wanted: Sequence[str], rename: Rename | None, chain: Chain
+) -> dict[str, str]:
     """Return the new key of each key of a file.
 
     Names stand behind `params/` and `model_state/`; those of parameters also at the end of
-    `optimizer/<link>/<slot>/…`.
+    `optimizer/<link>/<slot>/…`. Numbers of links stay as they are called.
 
     Args:
-      keys: of the file.
+      found: what is in the file by key: whatever has a `shape` and a `dtype`.
       wanted: the keys of the state that the file is for.
       rename: new names by name, or by the first parts of names; or a function of a name.
+      chain: the links of the state that the file is for.
 
     Raises:
       InvalidType: `rename` is neither, or gives no text.
@@ -25,22 +33,22 @@ def renamed(keys: Sequence[str], wanted: Sequence[str], rename: Rename | None) -
         or two keys become one.
 
     Example:
-      >>> keys = ["params/a/w", "optimizer/adam/m/a/w"]
-      >>> renamed(keys, ["params/b/w"], {"a": "b"})
+      >>> import numpy as np
+      >>> from optimize_loss.transforms import ScaleByAdam, chain
+      >>> found = dict.fromkeys(["params/a/w", "optimizer/adam/m/a/w"], np.zeros(2))
+      >>> renamed(found, ["params/b/w"], {"a": "b"}, chain(adam=ScaleByAdam()))
       {'params/a/w': 'params/b/w', 'optimizer/adam/m/a/w': 'optimizer/adam/m/b/w'}
     """
     if rename is None:
-        return {key: key for key in keys}
+        return {key: key for key in found}
     _check(rename)
-    heads = [_head(key) for key in keys]
-    parameters = {k[len(h) :] for k, h in zip(keys, heads, strict=True) if h == "params/"}
-    tails = [_tail(key, head, parameters) for key, head in zip(keys, heads, strict=True)]
-    names = sorted({tail for tail in tails if tail})
-    new = _new_names(names, _names_of(wanted), rename)
-    result = {
-        key: key[: len(key) - len(tail)] + new[tail] if tail else key
-        for key, tail in zip(keys, tails, strict=True)
-    }
+    numbers = _numbers(chain)
+    tails = _names_in(found, numbers, chain)
+    new = _new_names(sorted({*tails.values()}), {*_names_of(wanted).values()}, rename)
+    result = {key: key for key in found}
+    for key, tail in tails.items():
+        other = key.removesuffix(tail) + new[tail]
+        result[key] = key if other in numbers else other
     came: dict[str, str] = {}
     for key, other in result.items():
         if came.setdefault(other, key) != key:
@@ -62,25 +70,51 @@ def _check(rename: Any) -> None:
         raise InvalidType(f"`rename` must map texts to texts. {received('rename', rename)}")
 
 
-def _head(key: str) -> str:
-    """Return the part of a key that stands before a name; all of it where there is none."""
-    depth = {"params": 1, "model_state": 1, "optimizer": 3}.get(key.partition("/")[0])
-    parts = key.split("/")
-    return key if depth is None else "".join(f"{part}/" for part in parts[:depth])
+def _names_of(keys: Iterable[str]) -> dict[str, str]:
+    """Return the names at the end of the keys of parameters and of the model state, by key."""
+    pairs = ((key, key.partition("/")) for key in keys)
+    return {
+        key: name for key, (kind, _, name) in pairs if name and kind in ("params", "model_state")
+    }
 
 
-def _tail(key: str, head: str, parameters: set[str]) -> str:
-    """Return the name at the end of a key, if there is one."""
-    rest = key[len(head) :]
-    if not key.startswith("optimizer/"):
-        return rest
-    while rest and rest not in parameters:  # as in those of optax, with more parts before
-        rest = rest.partition("/")[2]
-    return rest
+def _names_in(found: Mapping[str, Any], numbers: set[str], chain: Chain) -> dict[str, str]:
+    """Return the name at the end of each key that has one."""
+    names = _names_of(found)
+    parameters = {name for key, name in names.items() if key.startswith("params/")}
+    of_links: dict[str, dict[str, Any]] = {}
+    for key, x in found.items():
+        kind, _, rest = key.partition("/")
+        link_name, _, slot = rest.partition("/")
+        if kind == "optimizer" and slot and key not in numbers:
+            of_links.setdefault(link_name, {})[key] = x
+    leafwise = {name for name, x in linked(dict(chain.links)) if _is_leafwise(x)}
+    for link_name, own in of_links.items():
+        owned = _of_slots(own) if link_name in leafwise else _of_whole(own, parameters)
+        names |= {key: name for key, name in owned if name in parameters}
+    return names
 
 
-def _names_of(keys: Sequence[str]) -> set[str]:
-    return {key[len(_head(key)) :] for key in keys if not key.startswith("optimizer/")} - {""}
+def _numbers(chain: Chain) -> set[str]:
+    """Return the keys of numbers and of memories for the whole tree."""
+    links = ((name, x) for name, x in linked(dict(chain.links)) if isinstance(x, Link))
+    return {f"optimizer/{n}/{key}" for n, x in links for key in (*x.numbers(), *x.memory())}
+
+
+def _is_leafwise(link: Any) -> bool:
+    return isinstance(link, Link) and not isinstance(link, TreeLink)
+
+
+def _of_slots(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield what stands behind `optimizer/<link>/<slot>/`, with the key."""
+    return ((key, parts[3]) for key in found if len(parts := key.split("/", 3)) == 4)
+
+
+def _of_whole(found: Mapping[str, Any], parameters: set[str]) -> Iterator[tuple[str, str]]:
+    """Yield the parameter whose slot it is by key, as its place among others tells."""
+    shapes = {key: jax.ShapeDtypeStruct(x.shape, x.dtype) for key, x in found.items()}
+    owners = zip(sorted(shapes), owners_of(shapes, parameters), strict=True)  # as jax sorts them
+    return ((key, name) for key, name in owners if name is not None)
 
 
 def _new_names(names: Sequence[str], wanted: set[str], rename: Rename) -> dict[str, str]:

@@ -39,10 +39,17 @@ def write_whole(path: pathlib.Path, parts: Iterable[Any]) -> None:
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)
+        if isinstance(error, OSError):
+            _name(error, path)
         raise
     _sync_folder(path.parent)
+
+
+def _name(error: OSError, path: pathlib.Path) -> None:
+    """Make an error tell of the file that the user knows, and not of the temporary one."""
+    error.filename = str(path)
+    if error.filename2 is not None:
+        del error.filename2
 
 
 def _check_replaceable(path: pathlib.Path) -> None:
@@ -63,7 +70,7 @@ def sweep(folder: pathlib.Path, names: str) -> None:
     """
     for stray in folder.glob(f".{names}.tmp-*"):
         with contextlib.suppress(OSError), stray.open("rb") as file:
-            if _is_lockable(file):  # its writer, while it lives, holds the lock
+            if _locked(file, wait=False):  # its writer, while it lives, holds the lock
                 stray.unlink()
 
 
@@ -71,20 +78,22 @@ def _created(path: pathlib.Path) -> BinaryIO:
     """Return a new file, locked, with the rights that the user's mask leaves."""
     while True:
         file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb")
-        _is_lockable(file)
-        if os.fstat(file.fileno()).st_nlink:  # it was not swept before it was locked
+        # Another writer may be about to sweep it, and has it locked then. Once that is done, what
+        # has a name still is not swept any more.
+        _locked(file, wait=True)
+        if os.fstat(file.fileno()).st_nlink:
             return file
         file.close()
 
 
-def _is_lockable(file: BinaryIO) -> bool:
-    """Lock a file if no other has it locked. False where there are no locks."""
+def _locked(file: BinaryIO, *, wait: bool) -> bool:
+    """Lock a file, if no other has it locked or once none has. False where there are no locks."""
     try:
         import fcntl
     except ImportError:
         return False
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         return False
     return True

@@ -293,10 +293,113 @@ def test_a_copy_of_the_parameters_begins_from_the_restored_ones(path):
         np.testing.assert_array_equal(on_host(state)[average], begun[average])
 
 
+@dataclasses.dataclass(frozen=True)
+class KeepCopies(T.TreeLink):
+    """A link of a user's that keeps a multiple of each parameter."""
+
+    factor: float = 2.0
+
+    def init(self, params):
+        return {"copy": {name: 2 * p for name, p in params.items()}}
+
+    def run(self, updates, slots, params, k):
+        return updates, slots
+
+
+FREE = optax.contrib.schedule_free_sgd(0.1)
+COPIES = {
+    "optax": ({"optimizer": FREE}, "optimizer/optimizer/z/", NAMES, 1),
+    "of-a-rule": (
+        {"optimizer": "SGD", "rules": {"head/**": {"optimizer": FREE}}},
+        "optimizer/rule.optimizer/state/z/",
+        NAMES[2:],
+        1,
+    ),
+    "optax-of-some": (
+        {"optimizer": FREE, "variables": ["dense/**"]},
+        "optimizer/optimizer/z/",
+        NAMES[:2],
+        1,
+    ),
+    "tree-link": (
+        {"optimizer": links(copies=KeepCopies())},
+        "optimizer/copies/copy/",
+        NAMES,
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_what_sees_the_whole_tree_begins_from_the_restored_parameters(path, name):
+    options, slot, names, factor = COPIES[name]
+    wanted = saved(built("SGD"), path)
+    step = built(**options)
+    with jax.numpy_dtype_promotion("standard"):
+        like = step.init(params(1))
+        state, report = ol.restore(path, like)
+        got = on_host(state)
+        assert [n for n in report.new if n.startswith(slot)] == [f"{slot}{n}" for n in names]
+        for parameter in names:
+            array = got[f"{slot}{parameter}"]
+            np.testing.assert_array_equal(array, factor * wanted[f"params/{parameter}"])
+        step(state, X[0])
+        # But one that has gone on in `like` goes on.
+        like, _ = step.many(like, X[:3])
+        begun = on_host(like)
+        state, _ = ol.restore(path, like)
+    for parameter in names if factor == 1 else ():
+        array = on_host(state)[f"{slot}{parameter}"]
+        np.testing.assert_array_equal(array, begun[f"{slot}{parameter}"])
+
+
+SIZES = {"big": (80, 64), "a": (3,), "b": (2,)}  # small ones have 16 bits where 8 are asked for
+ROUNDED = {"optimizer/round_params/seed"}
+MOMENTS = {
+    "float32": of("big", "a", "b"),
+    "bfloat16": of("big", "a", "b", slots=["m+v_bf16"]) | ROUNDED,
+    "float8": of("big", slots=["m+v_f8", "m+v_scale"]) | of("a", "b", slots=["m+v_bf16"]) | ROUNDED,
+}
+
+
+@pytest.mark.parametrize("before", MOMENTS)
+@pytest.mark.parametrize("after", MOMENTS)
+@pytest.mark.parametrize("bucket", ["auto", None])
+def test_moments_in_another_precision_are_new(path, before, after, bucket):
+    def fits(params, x):
+        return sum(jnp.sum((leaf - x) ** 2) for leaf in params.values())
+
+    first, second = (
+        built("AdamW", fits, precision=precision, bucket=bucket) for precision in (before, after)
+    )
+    state, _ = first.many(first.init(random_like(SIZES, 0)), jnp.arange(3.0))
+    ol.save(path, state)
+    wanted = on_host(state)
+    like = second.init(random_like(SIZES, 1))
+    fresh = on_host(like)
+    again, report = ol.restore(path, like)
+    ours, theirs = MOMENTS[after], MOMENTS[before]
+    assert (set(report.new), set(report.unused)) == (ours - theirs, theirs - ours)
+    assert set(report.matched) == set(fresh) - (ours - theirs)
+    assert_matched(again, report, wanted)
+    for name in report.new:
+        np.testing.assert_array_equal(on_host(again)[name], fresh[name])
+    if before != after:
+        with pytest.raises(ol.CheckpointMismatch, match=r"Only in the file: 'optimizer/adam/m"):
+            ol.restore(path, like, strict=True)
+    again, metrics = second.many(again, jnp.arange(3.0))
+    assert np.isfinite(metrics["loss"]).all()
+    if before == after:
+        assert_equal(again, first.many(state, jnp.arange(3.0))[0])
+
+
 def test_numbers_that_were_set_come_back(path):
     state = PLAIN.init(params()).set(learning_rate=0.5, step=7)
     saved(PLAIN, path, state=state)
-    state, report = ol.restore(path, PLAIN.init(params()))
+    with pytest.warns(
+        UserWarning, match=r"optimizer/rate/learning_rate.*set\(learning_rate=None\)"
+    ):
+        state, report = ol.restore(path, PLAIN.init(params()))
     assert state.optimizer["rate"]["learning_rate"] == 0.5
     assert report.changed == ("optimizer/rate/learning_rate",)
     assert int(state.step) == 10
@@ -318,9 +421,31 @@ def test_schedules_and_numbers(path):
         ol.restore(path, PLAIN.init(params()), strict=True)
     # A number takes the place of a schedule, as in `set`, and the report tells.
     saved(PLAIN, path)
-    state, report = ol.restore(path, follows.init(params()))
+    with pytest.warns(UserWarning, match="and those of the file are taken") as seen:
+        state, report = ol.restore(path, follows.init(params()))
+    assert [x.filename for x in seen] == [__file__]
     assert report.changed == (name,)
     assert state.optimizer["rate"]["learning_rate"] == np.float32(0.01)
+
+
+def test_the_warning_has_the_call_that_gives_back_what_was_built_in(path):
+    step = built(
+        T.chain(
+            multiply=T.MultiplyGradients({"dense/bias": 2.0}),
+            first=T.ScaleByLearningRate(0.5),
+            adam=T.ScaleByAdam(),
+            rate=T.ScaleByLearningRate(0.01),
+        )
+    )
+    changed = {"multiply/dense/bias": 3.0, "rate/learning_rate": 0.2, "epsilon": 1e-3}
+    fresh = step.init(params())
+    ol.save(path, fresh.set(**changed))
+    with pytest.warns(UserWarning, match="multiply/dense/bias") as seen:
+        state, report = ol.restore(path, fresh)
+    assert len(report.changed) == 3
+    call = str(seen[0].message).split("`")[-2]
+    assert "'epsilon': None, 'multiply/dense/bias': None, 'rate/learning_rate': None" in call
+    assert_equal(eval(call, {"state": state}), fresh)
 
 
 def test_a_model_state_and_its_names(path):
@@ -356,6 +481,46 @@ def test_slots_of_optax_follow_a_parameter_of_another_name(path):
     state, report = ol.restore(path, like, rename={"dense": "body/first"}, strict=True)
     assert len(report.matched) == len(wanted)
     assert_matched(state, report, {n.replace("dense", "body/first"): x for n, x in wanted.items()})
+
+
+def test_a_number_that_ends_like_a_parameter_is_not_renamed(path):
+    def both(p, x):
+        return jnp.sum(p.get("bias", p.get("b")) * x) + jnp.sum(p["enc"]["bias"])
+
+    rules = {"enc/bias": {"weight_decay": 0.1, "learning_rate_multiplier": 2.0}}
+    step = built("AdamW", both, rules=rules, gradient_multipliers={"enc/bias": 3.0})
+    tree = {"bias": jnp.ones(2), "enc": {"bias": jnp.ones(2)}}
+    changed = {"rules.weight_decay/enc/bias": 0.7, "gradient_multipliers/enc/bias": 9.0}
+    state = step.init(tree).set(**changed)
+    ol.save(path, state)
+    like = step.init({"b": jnp.ones(2), "enc": {"bias": jnp.ones(2)}}).set(**changed)
+    again, report = ol.restore(path, like, rename={"bias": "b"}, strict=True)
+    assert len(report.matched) == len(on_host(state))
+    assert float(again.optimizer["rules.weight_decay"]["enc/bias"]) == np.float32(0.7)
+
+
+@pytest.mark.parametrize("of_rule", [False, True])
+def test_what_counts_is_not_renamed_as_a_parameter(path, of_rule):
+    def built_for(name):
+        options = {"optimizer": optax.adam(0.01)}
+        if of_rule:
+            options = {"optimizer": "SGD", "rules": {f"{name}|mu": options}}
+        return built(function=lambda p, x: jnp.sum(p[name] * p["mu"] * x), **options)
+
+    step = built_for("count")
+    with jax.numpy_dtype_promotion("standard"):
+        state, _ = step(step.init({"count": jnp.ones(2), "mu": jnp.ones(2)}), 1.0)
+        ol.save(path, state)
+        wanted = on_host(state)
+        like = built_for("n").init({"n": jnp.zeros(2), "mu": jnp.zeros(2)})
+        again, report = ol.restore(path, like, rename={"count": "n"}, strict=True)
+    got = on_host(again)
+    assert len(report.matched) == len(wanted)
+    slots = [n for n in wanted if n.endswith("/count") and wanted[n].shape == (2,)]
+    assert len(slots) == 3  # the parameter, and two moments
+    for name, array in wanted.items():
+        other = name.removesuffix("count") + "n" if name in slots else name
+        np.testing.assert_array_equal(got[other], array)
 
 
 RENAMES = {
@@ -536,7 +701,8 @@ def test_a_sweep_of_states_comes_back(path):
     sweep = jax.vmap(lambda rate: like.set(learning_rate=rate))
     state = sweep(jnp.array([0.1, 0.2]))
     ol.save(path, state)
-    again, _ = ol.restore(path, sweep(jnp.array([0.0, 0.0])), strict=True)
+    with pytest.warns(UserWarning, match="optimizer/rate/learning_rate"):
+        again, _ = ol.restore(path, sweep(jnp.array([0.0, 0.0])), strict=True)
     assert_equal(again, state)
     assert_equal(jax.vmap(step, (0, None))(again, 1.0)[0], jax.vmap(step, (0, None))(state, 1.0)[0])
 
@@ -682,10 +848,12 @@ def test_bad_calls(path, name):
     assert not path.exists()
 
 
-def on_devices():
+def on_devices(spread="params"):
     """Restore one file on 1, 2 and 8 devices, and take the same steps."""
-    mesh = {n: jax.make_mesh((n,), ("d",), devices=jax.devices()[:n]) for n in (1, 2, 8)}
-    spec = jax.sharding.PartitionSpec("d")
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = {n: jax.make_mesh((n,), ("d",), auto, devices=jax.devices()[:n]) for n in (1, 2, 8)}
+    spec = jax.sharding.PartitionSpec("d" if spread == "params" else None)
+    axis = "d" if spread == "slots" else None
 
     def put(tree, n):
         whole = jax.sharding.NamedSharding(mesh[n], jax.sharding.PartitionSpec())
@@ -698,7 +866,7 @@ def on_devices():
     def fits(params, x):
         return jnp.mean((x @ params["w"] + (params["a"] * params["b"])[None]) ** 2)
 
-    step = ol.optimize_loss(fits, learning_rate=0.1, clip_gradients=1.0)
+    step = ol.optimize_loss(fits, learning_rate=0.1, clip_gradients=1.0, shard_state=axis)
     tree = random_like({"w": (8, 3), "a": (3,), "b": (3,)}, 0)
     x = random_like({"x": (5, 4, 8)}, 1)["x"]
     found: dict[str, Any] = {}
@@ -717,6 +885,8 @@ def on_devices():
             placed = {
                 "devices": len(m.sharding.device_set),
                 "rows": m.addressable_shards[0].data.shape[0],
+                "params": again.params["w"].addressable_shards[0].data.shape[0],
+                "placed": again.placement == like.placement,
             }
             after, _ = step.many(again, x)
             found[str(n)] = placed | {
@@ -728,12 +898,20 @@ def on_devices():
     return json.dumps(found)
 
 
-def test_one_file_restores_on_1_2_and_8_devices():
-    found = on_eight_devices("test_checkpoint", "on_devices")
+def with_slots_on_devices():
+    return on_devices("slots")
+
+
+@pytest.mark.parametrize("spread", ["params", "slots"])
+def test_one_file_restores_on_1_2_and_8_devices(spread):
+    function = "on_devices" if spread == "params" else "with_slots_on_devices"
+    found = on_eight_devices("test_checkpoint", function)
     for n in (1, 2, 8):
         got = found[str(n)]
         assert got["same"]
         assert got["matched"]
         assert got["same_file"]
+        assert got["placed"]
+        assert got["params"] == (8 // n if spread == "params" else 8)
         assert (got["devices"], got["rows"]) == (n, 8 // n)
         np.testing.assert_allclose(got["w"], found["1"]["w"], rtol=1e-5, atol=1e-6)

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import pathlib
+import pickle
 import signal
 import socket
 import subprocess
@@ -15,9 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import optimize_loss
 from optimize_loss._named_state import on_host
+from optimize_loss.transforms._bucket import Bucket
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -142,6 +145,15 @@ def test_what_does_not_fit_is_not_passed_over(tmp_path):
     np.testing.assert_array_equal(state.params["v"], np.ones(3))
 
 
+def test_a_number_of_the_file_is_told_of(tmp_path):
+    checkpoints = ol.Checkpoints(tmp_path)
+    checkpoints.save(at(4).set(learning_rate=0.7))
+    with pytest.warns(UserWarning, match=r"state\.set\(learning_rate=None\)"):
+        state, report = checkpoints.newest(like=init())
+    assert report.changed == ("optimizer/rate/learning_rate",)
+    assert state.optimizer["rate"]["learning_rate"] == np.float32(0.7)
+
+
 def test_files_of_others_stay(tmp_path):
     others = [
         "step_.safetensors",
@@ -162,6 +174,16 @@ def test_files_of_others_stay(tmp_path):
         checkpoints.save(at(step))
     kept = [*others, "step_2.safetensors", "step_3.safetensors", "step_6.safetensors"]
     assert names(tmp_path) == sorted(kept)
+
+
+def test_files_of_others_with_such_names_stay(tmp_path):
+    safetensors.numpy.save_file({"w": np.ones(3)}, tmp_path / "step_1.safetensors")
+    (tmp_path / "step_2.safetensors").write_bytes(pickle.dumps([1, 2]))
+    (tmp_path / "step_3.safetensors").touch()
+    checkpoints = ol.Checkpoints(tmp_path, keep=1)
+    for step in (4, 5, 6):
+        checkpoints.save(at(step))
+    assert checkpoints.steps == (1, 2, 3, 6)
 
 
 def test_an_older_step_after_a_newer_one(tmp_path):
@@ -319,18 +341,20 @@ def test_a_trainer_that_is_killed_goes_on_where_it_was(tmp_path):
     np.testing.assert_array_equal(state.params["w"], straight.params["w"])
 
 
-def in_two_processes(folder):
+def in_two_processes(folder, shard_state):
     """Save parameters that lie in two processes, from both; then go on in both."""
-    mesh = jax.make_mesh((2,), ("d",))
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("d"))
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
     def init(values):
         w = jax.make_array_from_callback((4,), spread, lambda i: values[i])
-        return step.init({"w": w, **dict.fromkeys("ab", jax.device_put(values[0], whole))})
+        return step.init({"w": w, **dict.fromkeys("ab", jax.device_put(values[:2], whole))})
 
     step = ol.optimize_loss(
-        lambda p, x: jnp.sum((p["w"] * x) ** 2) + p["a"] * p["b"], learning_rate=0.1
+        lambda p, x: jnp.sum((p["w"] * x) ** 2) + jnp.sum(p["a"] * p["b"]),
+        learning_rate=0.1,
+        shard_state=shard_state,
     )
     checkpoints = ol.Checkpoints(folder, keep=1, every=2)
     first = np.arange(1.0, 5.0, dtype=np.float32)
@@ -340,6 +364,10 @@ def in_two_processes(folder):
     equal = all(got[name].tobytes() == wanted[name].tobytes() for name in wanted)
     all_matched = len(report.matched) == len(wanted)
     shards = len(again.params["w"].addressable_shards)
+    pairs = zip(*(jax.tree.leaves(x.packed_optimizer) for x in (again, state)), strict=True)
+    placed = again.placement == state.placement and all(a.sharding == b.sharding for a, b in pairs)
+    (bucket,) = (x for x in again.packed_optimizer["adam"]["m"].values() if isinstance(x, Bucket))
+    parted = not bucket.buffer.is_fully_replicated
     one, _ = step(again, np.float32(1))
     two, _ = step(state, np.float32(1))
     later = on_host(one)["params/w"].tobytes() == on_host(two)["params/w"].tobytes()
@@ -348,7 +376,7 @@ def in_two_processes(folder):
         failed = ""
     except OSError as error:
         failed = type(error).__name__
-    print(json.dumps([equal, later, all_matched, shards, failed]))
+    print(json.dumps([equal, later, all_matched, shards, placed, parted, failed]))
 
 
 def free_port():
@@ -357,7 +385,8 @@ def free_port():
         return found.getsockname()[1]
 
 
-def test_two_processes_write_one_file(tmp_path):
+@pytest.mark.parametrize("axis", [None, "d"])
+def test_two_processes_write_one_file(tmp_path, axis):
     port = free_port()
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
     children = [
@@ -367,7 +396,7 @@ def test_two_processes_write_one_file(tmp_path):
                 "-c",
                 f"import jax; jax.distributed.initialize('127.0.0.1:{port}', 2, {rank}); "
                 "from tests import conftest, test_checkpoints as t; "
-                f"t.in_two_processes({str(tmp_path)!r})",
+                f"t.in_two_processes({str(tmp_path)!r}, {axis!r})",
             ],
             cwd=ROOT,
             env=env,
@@ -380,5 +409,8 @@ def test_two_processes_write_one_file(tmp_path):
     found = [child.communicate(timeout=100) for child in children]
     assert [child.returncode for child in children] == [0, 0], found[0][1] + found[1][1]
     of_both = [json.loads(out.splitlines()[-1]) for out, _ in found]
-    assert of_both == [[True, True, True, 1, error] for error in ("FileNotFoundError", "OSError")]
+    assert of_both == [
+        [True, True, True, 1, True, axis is not None, error]
+        for error in ("FileNotFoundError", "OSError")
+    ]
     assert names(tmp_path) == ["step_4.safetensors"]

@@ -325,11 +325,22 @@ def test_an_interrupt_leaves_the_old_file_whole(written, monkeypatch, stage, err
 
 
 def test_a_folder_without_the_right_to_write(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere"):
+    with pytest.raises(FileNotFoundError) as missing:
         layout.write(tmp_path / "nowhere" / "a.safetensors", {}, {})
+    assert str(missing.value).endswith(f"'{tmp_path}/nowhere/a.safetensors'")
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError, match="file"):
         layout.write(tmp_path / "file" / "a.safetensors", {}, {})
+
+
+def test_an_error_of_the_last_step_names_the_file_of_the_user(path, monkeypatch):
+    def fails(temporary, target):
+        raise OSError(5, "Input/output error", str(temporary), None, str(target))
+
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(OSError, match=r"Input/output error") as error:
+        layout.write(path, {}, {})
+    assert str(error.value) == f"[Errno 5] Input/output error: '{path}'"
 
 
 def test_a_symbolic_link_is_not_replaced(tmp_path, written):
@@ -384,6 +395,39 @@ def test_of_two_writers_at_once_the_last_wins(path, monkeypatch):
     monkeypatch.setattr(os, "replace", slow)
     layout.write(path, some_arrays(1), {})
     assert_same(read(path), some_arrays(1))
+
+
+def test_a_writer_whose_file_another_one_sweeps_makes_a_new_one(path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    fdopen, flock, sweepers = os.fdopen, fcntl.flock, []
+
+    def begins_to_sweep(*args):
+        monkeypatch.setattr(os, "fdopen", fdopen)
+        (stray,) = path.parent.glob(".a.safetensors.tmp-*")
+        sweepers.append((stray, stray.open("rb")))
+        flock(sweepers[0][1], fcntl.LOCK_EX)
+        return fdopen(*args)
+
+    def sweeps():
+        for stray, file in sweepers:
+            stray.unlink()
+            file.close()
+        sweepers.clear()
+
+    def flocks(file, how):
+        if not how & fcntl.LOCK_NB:  # which the sweeper makes wait
+            sweeps()
+        flock(file, how)
+
+    def parts():
+        sweeps()
+        yield b"new"
+
+    monkeypatch.setattr(os, "fdopen", begins_to_sweep)
+    monkeypatch.setattr(fcntl, "flock", flocks)
+    whole_file.write_whole(path, parts())
+    assert path.read_bytes() == b"new"
+    assert strays(path.parent) == []
 
 
 KILLS = 100

@@ -68,11 +68,8 @@ def _of_link(
 def _of_whole(
     name: str, link: Any, state: Any, params: Any, names: set[str]
 ) -> tuple[Any, set[str]]:
-    known, rest = leaf_names(params), {}
-    if isinstance(link, TreeLink):
-        rest = {n: state[n] for n in (*link.numbers(), *link.memory())}
-        state = {n: x for n, x in state.items() if n not in rest}
-    owners = owners_of(state, known)
+    state, rest = _parted(link, state)
+    owners = owners_of(state, leaf_names(params))
     have = {owner for owner in owners if owner is not None}
     if have & names:
         fresh = jax.tree.leaves(_made(name, link, state, params, have))
@@ -80,6 +77,31 @@ def _of_whole(
         leaves = [_placed(new, old) if owner in names else old for new, old, owner in pairs]
         state = jax.tree.unflatten(jax.tree.structure(state), leaves)
     return ({**rest, **state} if rest else state), have
+
+
+def made_of(name: str, link: Any, state: Any, params: Any) -> Any:
+    """Return what a link that sees the whole tree makes of the parameters that it was made for.
+
+    Args:
+      name: of the link.
+      link: an optax transformation, or a `TreeLink`, of which numbers and memory are left out.
+      state: its state, which tells the parameters.
+      params: all parameters.
+
+    Raises:
+      TreeMismatch: it has another structure than the state.
+    """
+    slots, _ = _parted(link, state)
+    owners = owners_of(slots, leaf_names(params))
+    return _made(name, link, slots, params, {owner for owner in owners if owner is not None})
+
+
+def _parted(link: Any, state: Any) -> tuple[Any, State]:
+    """Return the state of a link without its numbers and its memory, and these."""
+    if not isinstance(link, TreeLink):
+        return state, {}
+    rest = {name: state[name] for name in (*link.numbers(), *link.memory())}
+    return {name: x for name, x in state.items() if name not in rest}, rest
 
 
 def _made(name: str, link: Any, state: Any, params: Any, have: set[str]) -> Any:

@@ -15,7 +15,7 @@ from optimize_loss._names import leaf_names
 from optimize_loss._state import TrainState
 
 _PACKED = ("packed_params", "packed_optimizer")  # seen as `params` and `optimizer`
-_STRUCTURE = ("chain", "increment_step", "layout")  # not data
+_STRUCTURE = ("chain", "increment_step", "layout", "placement")  # not data
 
 
 def is_key(leaf: Any) -> bool:

@@ -104,7 +104,7 @@ for axes, (name, tx) in zip(panels, chains.items(), strict=True):
     updates, state = gradients[-1], tx and tx.init(params)
     for gradient in gradients if tx else ():
         updates, state = tx.update(gradient, state, params)
-    axes.hist(np.clip(updates["w"], -6, 6), bins=61, log=True)
+    axes.hist(np.clip(updates["w"], -6, 6), bins=np.linspace(-6.1, 6.1, 62), log=True)
     axes.set(title=name, xlabel="entry, cut at ±6", xlim=(-6.3, 6.3))
 panels[0].set_ylabel("entries")
 plt.show()

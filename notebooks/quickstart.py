@@ -17,6 +17,8 @@
 # few seconds on a laptop, and needs `pip install 'optimize_loss[demo]'` for the pictures.
 
 # %%
+import itertools
+
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
@@ -52,7 +54,7 @@ def init_net(sizes, seed):
             "kernel": (random.standard_normal((n, m)) * np.sqrt(2 / n)).astype(np.float32),
             "bias": np.zeros(m, np.float32),
         }
-        for i, (n, m) in enumerate(zip(sizes[:-1], sizes[1:], strict=True))
+        for i, (n, m) in enumerate(itertools.pairwise(sizes))
     }
 
 

@@ -199,7 +199,7 @@ def test_a_state_of_a_step_without_it_is_refused():
 
 
 def saved():
-    """Return what a state restored from a file differs by, a step later, and whether its slots are spread alike."""
+    """Return what states restored from a file differ by a step later, and how they are spread."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     whole, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
     x = jax.device_put(np.ones((16, 64), np.float32), rows)

@@ -24,6 +24,7 @@ def peers(torch_python: str) -> dict[str, Name]:
     return {
         OURS: Name("ours"),
         "ours, bucket=None": Name("ours", setting=("OURS_BUCKET", "None")),
+        "ours, loss only": Name("ours", setting=("OURS_SUMMARIES", "loss")),
         "optax": Name("with_optax"),
         "keras": Name("with_keras"),
         "keras-10": Name("with_keras", setting=("KERAS_STEPS", "10")),

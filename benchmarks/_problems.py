@@ -6,7 +6,7 @@ The rule is AdamW behind a clip of the global norm, with a warm-up and cosine sc
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -34,10 +34,12 @@ class Problem:
     Attributes:
       kind: "update" (gradients are given), "vector" (the loss reads all leaves as one vector),
         "digits" (an MLP, 64-128-128-10) or "transformer" (written out layer by layer).
-      size: how many parameters, for the first two.
+      size: how many parameters, for the first two; for digits, the width of the hidden layers.
       leaves: in how many arrays; for a transformer, how many layers.
       steps_per_call: how many steps ours takes in a call; the others have their own ways.
       packed: whether ours is given the gradients as one vector, by a loss that costs nothing.
+      metrics: whether ours reports the metrics that it does by default, and not only the loss.
+      precision: of ours; the others have float32 whatever it is.
     """
 
     kind: str
@@ -45,6 +47,8 @@ class Problem:
     leaves: int = 0
     steps_per_call: int = 1
     packed: bool = False
+    metrics: bool = False
+    precision: Literal["float32", "bfloat16", "float8"] | None = None
 
     def tiny(self) -> "Problem":
         """Return a problem of the same kind, for tests of the benchmarks themselves."""
@@ -57,7 +61,7 @@ class Problem:
 
     def _flat_params(self) -> Arrays:
         if self.kind == "digits":
-            return _digits_params()
+            return _digits_params(self.size or 128)
         each, repeated = self.size // self.leaves, _noise()
         names = [f"p{i:04d}" for i in range(self.leaves)]
         return {n: np.resize(repeated, each) + np.float32(i % 7) for i, n in enumerate(names)}
@@ -96,8 +100,8 @@ def _matrix(generator: np.random.Generator, rows: int, columns: int) -> np.ndarr
     return (generator.normal(size=(rows, columns)) / math.sqrt(rows)).astype(np.float32)
 
 
-def _digits_params() -> Arrays:
-    generator, sizes = np.random.default_rng(2), (64, 128, 128, 10)
+def _digits_params(width: int) -> Arrays:
+    generator, sizes = np.random.default_rng(2), (64, width, width, 10)
     params = {}
     for i in range(3):
         params[f"w{i}"] = _matrix(generator, sizes[i], sizes[i + 1])

@@ -44,6 +44,19 @@ ROWS = (
         problem(1e5, 100, packed=True),
         {"optax": 5.0, "keras": None, **dict.fromkeys(TORCH)},
     ),
+    # The others have float32.
+    Row(
+        "update, 1e7 parameters, 4 leaves, bfloat16 pair",
+        problem(1e7, 4, precision="bfloat16"),
+        {"optax": 2.0, "torch-1": 1.2, "torch-2": 1.2, "limit": 0.9},
+        counted=True,
+    ),
+    Row(
+        "update, 1e7 parameters, 100 leaves, bfloat16 pair",
+        problem(1e7, 100, precision="bfloat16"),
+        {"optax": 2.0, "torch-1": None, "torch-2": None, "limit": None},
+        counted=True,
+    ),
     Row("error of 200 steps", problem(1e5, 100), {"optax": 1.0, "keras": None}, "error"),
 )
 

@@ -22,6 +22,7 @@ from optimize_loss._train_step import optimize_loss as optimize_loss
 from optimize_loss.optimizers._tf1 import OPTIMIZER_CLS_NAMES as OPTIMIZER_CLS_NAMES
 from optimize_loss.optimizers._variable import Variable as Variable
 from optimize_loss.transforms._guard import SkipSpikes as Spike
+from optimize_loss.transforms._precision import Precision as Precision
 
 __all__ = [
     "OPTIMIZER_CLS_NAMES",
@@ -33,6 +34,7 @@ __all__ = [
     "Checkpoints",
     "InvalidType",
     "NonFiniteError",
+    "Precision",
     "RestoreReport",
     "Spike",
     "TrainState",

@@ -18,6 +18,7 @@ from optimize_loss.transforms import (
     ClipByValue,
     Link,
     MultiplyGradients,
+    RoundParams,
 )
 from optimize_loss.transforms._base import number_rules
 
@@ -64,12 +65,10 @@ class Horizon:
     Attributes:
       first: the step of the first update.
       updates: how many updates there will be; None if that is not known.
-      rounds: whether small updates of 16-bit parameters are rounded stochastically.
     """
 
     first: int = 0
     updates: int | None = None
-    rounds: bool = False
 
 
 def check_horizon(first: int, steps: Any, increments: bool) -> Horizon:
@@ -107,7 +106,7 @@ def lint(
         schedule = _Schedule(rate)
         peak = max(peak, schedule.peak(horizon))
         yield from _of_schedule(names, schedule, horizon)
-    if not horizon.rounds:
+    if not any(isinstance(link, RoundParams) for _, link, _ in links):
         yield from _narrow(rows, peak)
     yield from _clipped_late(links)
     yield from _unused(rows, links, rules)

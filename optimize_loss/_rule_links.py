@@ -1,5 +1,6 @@
 """From rules to links: those of the rules, and the optimizer's without what rules take over."""
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from optimize_loss.transforms import (
     ClipByValue,
     ForParameters,
     Link,
+    Precision,
     ShrinkParams,
     StepByDualAveraging,
     StepByFtrl,
@@ -242,3 +244,24 @@ def _multipliers(rules: Rules) -> Links:
         layers = MultiplyLayers(rules.patterns, rules.values(key, stacked))
         links[f"rules.{key}_of_layers"] = _only(rules, stacked, layers)
     return links
+
+
+def precision_of(rules: Rules, chosen: Precision | None) -> Precision | None:
+    """Return the option `precision` with the `state_dtype` of the rules, which comes before it.
+
+    Raises:
+      ValueError: both go by parameter.
+    """
+    if not rules.having("state_dtype"):
+        return chosen
+    plain = chosen or Precision("float32", params="nearest")
+    if not isinstance(plain.state, str):
+        raise ValueError(
+            "`precision` must be one format for all where `rules` have a `state_dtype`. "
+            f"Received: {plain}."
+        )
+    pairs = zip(rules.patterns, rules.options, strict=True)
+    own = {p: x.get("state_dtype", plain.state) for p, x in pairs if not x.get("freeze", False)}
+    if chosen is None and set(own.values()) == {"float32"}:
+        return None
+    return dataclasses.replace(plain, state=own, rest=plain.state)

@@ -12,6 +12,7 @@ from optimize_loss._checks import (
     NOT_NEGATIVE,
     POSITIVE,
     InvalidType,
+    check_choice,
     check_flags,
     check_number,
     nearest,
@@ -25,6 +26,7 @@ from optimize_loss._names import (
     leaf_names,
     pattern_text,
 )
+from optimize_loss.transforms._precision import FORMATS
 
 KEYS = (
     "learning_rate_multiplier",
@@ -159,7 +161,10 @@ def _check(label: str, key: str, value: Any) -> Any:
             raise InvalidType(f"`{label}` must be an optimizer. {received(label, value)}")
         return value
     if key == "state_dtype":
-        return _check_dtype(label, value)
+        if not isinstance(value, str):
+            raise InvalidType(f"`{label}` must be one of {[*FORMATS]}. {received(label, value)}")
+        check_choice(label, value, FORMATS)
+        return value
     if key == "learning_rate_multiplier" and _is_vector(value):
         return tuple(check_number(f"{label}[{i}]", x, NOT_NEGATIVE) for i, x in enumerate(value))
     if callable(value):
@@ -171,13 +176,3 @@ def _is_vector(value: Any) -> bool:
     if isinstance(value, np.ndarray | jax.Array):
         return value.ndim == 1 and value.size > 0
     return isinstance(value, list | tuple) and len(value) > 0
-
-
-def _check_dtype(label: str, value: Any) -> str:
-    try:
-        dtype = jnp.dtype(value)
-    except TypeError as error:
-        raise InvalidType(f"`{label}` must be a dtype. {received(label, value)}") from error
-    if value is None or dtype != jnp.float32:
-        raise ValueError(f"`{label}` must be one of ['float32']. {received(label, value)}")
-    return dtype.name

@@ -147,6 +147,20 @@ class TrainState:
         return averaged_params(self.chain, self.optimizer, self.params)
 
     @property
+    def decoded(self) -> dict[str, Any]:
+        """The optimizer's state with moments in float32, by slot, as without a `precision`.
+
+        Example:
+          >>> import optimize_loss as ol
+          >>> step = ol.optimize_loss(
+          ...     lambda p, x: p["w"] * x, learning_rate=1.0, precision="bfloat16")
+          >>> state, _ = step(step.init({"w": 4.0}), 8.0)
+          >>> abs(state.decoded["adam"]["m"]["w"] - 0.8) < 0.8 / 2**7  # a bfloat16 has 8 bits
+          Array(True, dtype=bool)
+        """
+        return self.chain.decoded(self.optimizer, self.params)
+
+    @property
     def offender(self) -> str | None:
         """Why the last batch was left out by `skip`: a parameter's name, or what else it was.
 

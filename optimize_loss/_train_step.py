@@ -31,7 +31,7 @@ from optimize_loss._loop import Run, check_plan
 from optimize_loss._loss import Loss
 from optimize_loss._model_state import run_update_ops
 from optimize_loss._names import Pattern
-from optimize_loss._rule_links import clips, with_noise, with_rules
+from optimize_loss._rule_links import clips, precision_of, with_noise, with_rules
 from optimize_loss._rules import NO_RULES, Rules, check_rules
 from optimize_loss._skips import check_ready
 from optimize_loss._state import TrainState
@@ -43,14 +43,17 @@ from optimize_loss.transforms import (
     AverageLoss,
     Chain,
     Lookahead,
+    Precision,
     ReduceOnPlateau,
     SkipNonFinite,
     SkipSpikes,
     chain,
+    with_precision,
 )
 from optimize_loss.transforms._bucket import Layout, find_layout, unpacked
 from optimize_loss.transforms._guard import kept
 from optimize_loss.transforms._params import PARAMETER, copied, distinct, placed_like
+from optimize_loss.transforms._precision import check_precision
 from optimize_loss.transforms._sharding import check_axis, check_on_mesh, devices_along, init_spread
 
 logger = logging.getLogger("optimize_loss")
@@ -399,9 +402,11 @@ class TrainStep:
         if state.chain != self.chain:
             ours, theirs = dict(self.chain.links), dict(state.chain.links)
             differ = [n for n in {**ours, **theirs} if ours.get(n) != theirs.get(n)]
+            same = state.chain.precision == self.chain.precision
+            what = differ or ("their order" if same else f"precision {state.chain.precision}")
             raise TreeMismatch(
                 "`state` must come from the `init` of this step, or of one with equal options. "
-                f"Links that differ: {differ or 'their order'}. Received: "
+                f"Links that differ: {what}. Received: "
                 f"{ {n: theirs.get(n) for n in differ} }, for a step with "
                 f"{ {n: ours.get(n) for n in differ} }."
             )
@@ -504,6 +509,7 @@ def optimize_loss(
     lookahead: int | Lookahead | None = None,
     sam: Any = None,
     plateau: ReduceOnPlateau | None = None,
+    precision: Literal["float32", "bfloat16", "float8"] | Precision | None = None,
     shard_state: str | None = None,
     seed: int = 0,
     bucket: Literal["auto"] | int | None = "auto",
@@ -562,7 +568,7 @@ def optimize_loss(
         `freeze`: True for no gradient and no state, as if `variables` did not name it.
         `optimizer`: as the argument of this name; the others do not see the parameter. Its links
         are called by its name, as `SGD.rate`; without a rate of its own it has `learning_rate`.
-        `state_dtype`: "float32".
+        `state_dtype`: "float32", "bfloat16" or "float8", as `precision` has it for all others.
         A rule that decides for no float parameter raises in `step.init`.
       skip: "nonfinite", `ol.transforms.SkipNonFinite()` or `ol.Spike()`: a batch whose loss or
         gradients are not finite, or unusually large, leaves no trace in the state, the model state
@@ -585,10 +591,15 @@ def optimize_loss(
         cost; loss, metrics and model state those of the parameters. `state.set(rho=...)` sets it.
       plateau: an `ol.transforms.ReduceOnPlateau`, which lowers the learning rate where the loss
         does not fall; its factor is the metric `plateau_scale`.
+      precision: how exactly the optimizer's moments are kept: "bfloat16", half of the memory, or
+        "float8", a quarter. Parameters of bfloat16 and float16 are then rounded stochastically, so
+        that small updates are not lost. `ol.Precision` has more choices and all conditions;
+        `state.decoded` shows the moments in float32. None, or "float32", changes nothing.
       shard_state: the name of an axis of the mesh that the parameters are on: each device along it
         keeps and updates its part of every slot, and gathers the new parameters (ZeRO-1). A slot
         none of whose dimensions is a multiple of the number of devices stays whole on each.
-      seed: of the noise, and of the key of losses that take one; an integer in [0, 2**32).
+      seed: of the noise, of stochastic rounding, and of the key of losses that take one; an
+        integer in [0, 2**32).
       bucket: parameters of at most so many entries share one array inside of the state, which
         makes a step with many small ones faster. None: none do. What is computed is the same, but
         for the order of sums in a norm over all gradients, and last bits where XLA contracts other
@@ -633,9 +644,11 @@ def optimize_loss(
         links["loss_mean"] = AverageLoss(moving_average_decay)
     around = Around(skip, loss_scale, accumulate, ema, lookahead, sam, plateau)
     inner = options.joined(links, with_rules(own, resolve(optimizer, rate), rate))
+    seed = check_integer("seed", seed, SEED)
+    kept_as = precision_of(own, check_precision(precision, seed))
     return TrainStep(
         loss=Loss(loss),
-        chain=chain(**around.links(inner)),
+        chain=with_precision(chain(**around.links(inner)), kept_as, seed=seed),
         variables=options.check_variables(variables),
         update_ops=options.check_functions("update_ops", update_ops),
         summaries=chosen,
@@ -643,7 +656,7 @@ def optimize_loss(
         first_step=0 if global_step is None else check_integer("global_step", global_step, STEP),
         increment_step=increment_global_step and global_step is not None,
         colocate_gradients=colocate_gradients_with_ops,
-        seed=check_integer("seed", seed, SEED),
+        seed=seed,
         learning_rate=rate,
         shard_state=check_axis(shard_state),
         bucket=options.check_bucket(bucket),

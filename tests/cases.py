@@ -241,6 +241,20 @@ class SubtractMean(T.TreeLink):
         return new, {"sum": slots["sum"] | sums}
 
 
+def in_bits(adam, momentum, rate, seed):
+    """Two links with moments, and one with sums that stay as they are."""
+    links = T.chain(
+        clip=T.ClipByGlobalNorm(rate),
+        adam=T.ScaleByAdam(*adam, amsgrad=True),
+        accumulate=T.Accumulate(seed),
+        momentum=T.ScaleByMomentum(momentum),
+        rate=T.ScaleByLearningRate(rate),
+        rounding=T.RoundParams(seed),
+        average=T.AverageParams(momentum),
+    )
+    return T.with_precision(links, "bfloat16")
+
+
 def around_a_tree_link(share, clip, rate):
     """A link of a user, which sees the whole tree, between others."""
     return T.chain(
@@ -379,6 +393,13 @@ CASES = [
         T.StepByDualAveraging(0.1, 0.1, 0.01, 0.01),
         T.StepByDualAveraging(0.2, 0.2, 0.02, 0.02),
         complex_ok=False,
+    ),
+    case("round-params", T.RoundParams(1), T.RoundParams(2)),
+    case(
+        "chain-bfloat16",
+        in_bits((0.9, 0.999, 1e-8), 0.9, 0.1, 1),
+        in_bits((0.8, 0.99, 1e-4), 0.5, 0.2, 2),
+        all_float64=False,
     ),
     case("average", T.AverageParams(0.9), T.AverageParams(0.5)),
     case(

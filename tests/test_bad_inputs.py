@@ -1236,12 +1236,24 @@ ROWS: dict[str, Row] = {
 }
 
 
+@pytest.fixture(scope="module")
+def count():
+    """Count what becomes of the rows, and print it behind the last: see it with `-rP`."""
+    count = {"tried": 0, "caught": 0}
+    yield count
+    silent = count["tried"] - count["caught"]
+    print(f"bad inputs: {count['tried']} tried, {count['caught']} caught, {silent} silently wrong")
+    assert silent == 0
+
+
 @pytest.mark.parametrize("name", ROWS)
 @pytest.mark.filterwarnings("ignore:The loss does not depend")
-def test_bad_input(name):
+def test_bad_input(name, count):
     bad, error, says = ROWS[name]
+    count["tried"] += 1
     with pytest.raises(error) as caught:
         bad()
+    count["caught"] += 1
     assert type(caught.value) is error
     message = "\n".join([str(caught.value), *getattr(caught.value, "__notes__", ())])
     assert [part for part in says if part not in message] == []

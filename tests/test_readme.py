@@ -19,7 +19,8 @@ def pages():
 
 
 @pytest.mark.parametrize("page", pages())
-def test_the_blocks_run(page, capsys):
+def test_the_blocks_run(page, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     session: dict[str, object] = {"__name__": page}
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):

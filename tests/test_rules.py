@@ -437,8 +437,8 @@ ROWS: dict[str, tuple[Any, type[Exception], tuple[str, ...]]] = {
     "no-layers": ({"stack/*": {"learning_rate_multiplier": []}}, ol.InvalidType, ("multiplier",)),
     "matrix": ({"**": {"learning_rate_multiplier": np.ones((2, 2))}}, ol.InvalidType, ("(2, 2)",)),
     "freeze": ({"**": {"freeze": 1}}, ol.InvalidType, ("freeze", "1")),
-    "state-dtype": ({"**": {"state_dtype": "bfloat16"}}, ValueError, ("state_dtype", "float32")),
-    "no-dtype": ({"**": {"state_dtype": "float33"}}, ol.InvalidType, ("state_dtype", "float33")),
+    "state-dtype": ({"**": {"state_dtype": "float33"}}, ValueError, ("state_dtype", "float33")),
+    "no-dtype": ({"**": {"state_dtype": None}}, ol.InvalidType, ("state_dtype", "None")),
     "optimizer": ({"**": {"optimizer": "Adaam"}}, ValueError, ("'Adaam'", "'Adam'")),
     "no-optimizer": ({"**": {"optimizer": None}}, ol.InvalidType, ("optimizer", "None")),
     "gate": (
@@ -501,3 +501,25 @@ def test_a_rule_that_matches_only_integers_raises():
     step = make({"count": {"weight_decay": 0.1}})
     with pytest.raises(ValueError, match="matches no parameter"):
         step.init({"count": 3, "w": 1.0})
+
+
+def test_state_dtype_is_the_precision_of_some():
+    def made(**options):
+        step = ol.optimize_loss(
+            lambda p, x: sum(jnp.sum((w * x) ** 2) for w in p.values()),
+            learning_rate=0.1,
+            bucket=None,
+            **options,
+        )
+        state, _ = step(step.init({n: jnp.ones(8) for n in ("a", "b", "c")}), 1.0)
+        return state
+
+    rules = {"a": {"freeze": True}, "b": {"weight_decay": 0.1}, "*": {"state_dtype": "bfloat16"}}
+    own = made(rules=rules).optimizer["adam"]
+    assert own["m+v_bf16"]["c"].dtype == jnp.uint32
+    assert own["m"]["b"].dtype == jnp.float32
+    other = made(rules={"a": {"state_dtype": "float32"}}, precision="bfloat16").optimizer["adam"]
+    assert other["m"]["a"].dtype == jnp.float32
+    assert other["m+v_bf16"]["b"].dtype == jnp.uint32
+    with pytest.raises(ValueError, match="`precision` must be one format for all"):
+        made(rules={"a": {"state_dtype": "float32"}}, precision=ol.Precision({"b": "bfloat16"}))

@@ -14,6 +14,8 @@ from benchmarks.peers import on_jax
 
 VERSIONS = on_jax.versions(ol)
 T = ol.transforms
+BUCKET = None if "OURS_BUCKET" in os.environ else "auto"
+OF_LOSS = "OURS_SUMMARIES" in os.environ
 
 
 def schedule() -> Any:
@@ -32,6 +34,7 @@ class Update(on_jax.JaxPeer):
     def rule(self, params: Any) -> Any:
         rate = T.ScaleByLearningRate(schedule())
         tx = T.chain(clip=T.ClipByGlobalNorm(CLIP), **adamw(), rate=rate)
+        tx = T.with_precision(tx, self.problem.precision)
         return tx.init(params), lambda grads, params, state: tx.apply(grads, state, params)
 
 
@@ -59,8 +62,9 @@ class Step:
             learning_rate=schedule(),
             optimizer=T.chain(**adamw()),
             clip_gradients=CLIP,
-            summaries=["loss"],
-            bucket=None if "OURS_BUCKET" in os.environ else "auto",
+            summaries=None if self.problem.metrics and not OF_LOSS else ["loss"],
+            bucket=BUCKET,
+            precision=self.problem.precision,
         )
 
     def built(self, stage: str) -> Any:

@@ -204,7 +204,7 @@ def _with_recipes_of(chain: Chain, old: Chain) -> Chain:
     """Return the old chain with the custom rules of a new one, where it has the same classes."""
     entries = dict(chain.links)
     links = tuple((name, _renewed(entry, entries.get(name))) for name, entry in old.links)
-    return old if links == old.links else Chain(links)
+    return old if links == old.links else dataclasses.replace(old, links=links)
 
 
 def _renewed(old: Any, new: Any) -> Any:

@@ -84,6 +84,11 @@ def _links(made: Any) -> dict[str, Any]:
         # With the numbers as they are now: the rate may have been set after the chain was built.
         return {**dict(made.chain.links), **made._links_behind_aggregation()}
     if isinstance(made, Chain):
+        if made.precision is not None:
+            raise ValueError(
+                "`optimizer` must be a chain without a precision, as other links join it: give "
+                f"`precision` to `optimize_loss` instead. Received: {made.precision}."
+            )
         return dict(made.links)
     return {"rule" if isinstance(made, Link) else "optimizer": made}
 

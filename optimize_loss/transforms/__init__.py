@@ -48,12 +48,15 @@ from optimize_loss.transforms._observe import ObserveHistograms as ObserveHistog
 from optimize_loss.transforms._observe import ObserveNorm as ObserveNorm
 from optimize_loss.transforms._observe import ObserveNorms as ObserveNorms
 from optimize_loss.transforms._plateau import ReduceOnPlateau as ReduceOnPlateau
+from optimize_loss.transforms._precision import Precision as Precision
 from optimize_loss.transforms._proximal import StepByDualAveraging as StepByDualAveraging
 from optimize_loss.transforms._proximal import StepByProximalAdagrad as StepByProximalAdagrad
 from optimize_loss.transforms._proximal import StepByProximalGradient as StepByProximalGradient
 from optimize_loss.transforms._rate import ScaleByLearningRate as ScaleByLearningRate
 from optimize_loss.transforms._rms import ScaleByAdadelta as ScaleByAdadelta
 from optimize_loss.transforms._rms import ScaleByRMS as ScaleByRMS
+from optimize_loss.transforms._rounding import RoundParams as RoundParams
+from optimize_loss.transforms._rounding import with_precision as with_precision
 from optimize_loss.transforms._schedule_free import StepByScheduleFree as StepByScheduleFree
 from optimize_loss.transforms._weight_decay import AddWeightDecay as AddWeightDecay
 from optimize_loss.transforms._weight_decay import ShrinkParams as ShrinkParams
@@ -88,7 +91,9 @@ __all__ = [
     "ObserveNorms",
     "Positive",
     "PositiveStart",
+    "Precision",
     "ReduceOnPlateau",
+    "RoundParams",
     "ScaleByAdadelta",
     "ScaleByAdagrad",
     "ScaleByAdam",
@@ -114,4 +119,5 @@ __all__ = [
     "SumOverAxis",
     "TreeLink",
     "chain",
+    "with_precision",
 ]

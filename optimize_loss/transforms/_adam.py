@@ -54,6 +54,8 @@ class ScaleByAdam(Link):
     epsilon: Positive = 1e-8
     amsgrad: bool = False
     elementwise = True
+    means = ("m",)
+    squares = ("v", "v_max")
 
     def slots(self, param):
         """Return the running means, and with `amsgrad` the largest v."""

@@ -43,6 +43,7 @@ class ScaleByAdamax(Link):
     beta_2: Decay = 0.999
     epsilon: Positive = 1e-7
     elementwise = True
+    means = ("m", "u")
 
     def slots(self, param):
         """Return the running mean, and the largest size."""

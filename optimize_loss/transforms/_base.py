@@ -80,7 +80,7 @@ def check_fields(options: Any) -> None:
             check_flags(**{field.name: getattr(options, field.name)})
 
 
-_ON_LEAVES = {"slots", "measure", "for_each", "factor", "leaf", "move", "averaged"}
+_ON_LEAVES = {"slots", "measure", "for_each", "factor", "leaf", "move", "averaged", "rounded"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +103,8 @@ class Link:
         move(param, k)                         what the parameter moves by before the links behind
 
     and set the class attributes `needs`, `borrows`, `observes`, `gates`, `needs_stored`,
-    `elementwise`, `scales_moves`, `reads_params` where they differ from the defaults below.
+    `means`, `squares`, `elementwise`, `scales_moves`, `reads_params` where they differ from the
+    defaults below.
 
     Example:
       A link that takes the sign of the gradient where it is large, and sends zero elsewhere:
@@ -147,6 +148,17 @@ class Link:
     needs_stored: ClassVar[bool] = False
     """True where `leaf` must see an update after which the parameter is as it will be stored,
     rounded to its dtype. Such a link stands behind those that change the update."""
+
+    means: ClassVar[tuple[str, ...]] = ()
+    """Slots that are running means of values of either sign, or sums that decay as these do. A
+    `Precision` keeps such in 16 or 8 bits where they are float32 and of the parameter's shape;
+    `leaf` sees them in float32."""
+
+    squares: ClassVar[tuple[str, ...]] = ()
+    """The same for means of squares, which are never negative."""
+
+    draws: ClassVar[bool] = False
+    """True where `k["draw"]` keys random bits of each entry, as `seed` and the step have them."""
 
     elementwise: ClassVar[bool] = False
     """True where every entry of a leaf and its slots goes its own way: `slots`, `leaf`, `factor`,
@@ -202,6 +214,14 @@ class Link:
           step: the number of updates made before this one, an int32.
         """
         return numbers, memory
+
+    def suits(self, param: jax.Array) -> bool:
+        """Return whether the link is for such a parameter at all; others pass."""
+        return True
+
+    def rounded(self, update: jax.Array, param: jax.Array, dtype: Any, k: Numbers) -> jax.Array:
+        """Return the update to what is stored as `dtype`; for links that are `needs_stored`."""
+        return (param + update).astype(dtype).astype(param.dtype) - param
 
     def check_names(self, names: Sequence[str]) -> None:
         """Raise a `ValueError` if a pattern of this link matches none of the parameters."""

@@ -25,7 +25,8 @@ from optimize_loss.transforms._places import (
     structure,
     takes,
 )
-from optimize_loss.transforms._run import averaged, run
+from optimize_loss.transforms._precision import Precision, check_used, codecs
+from optimize_loss.transforms._run import averaged, decoded, run
 
 
 @jax.tree_util.register_static
@@ -47,10 +48,13 @@ class Chain(optax.GradientTransformationExtraArgs):
     """
 
     links: tuple[tuple[str, Any], ...] = ()
+    precision: Precision | None = None
 
     # optax passes extra arguments, such as the loss, only to instances of its own class. That is
     # a named tuple of two functions, which here are methods.
-    def __new__(cls, links: tuple[tuple[str, Any], ...] = ()) -> "Chain":
+    def __new__(
+        cls, links: tuple[tuple[str, Any], ...] = (), precision: Precision | None = None
+    ) -> "Chain":
         return tuple.__new__(cls, (None, None))
 
     def __iter__(self) -> Iterator[Any]:
@@ -59,7 +63,7 @@ class Chain(optax.GradientTransformationExtraArgs):
     __ne__ = object.__ne__  # that of tuples would compare the functions
 
     def __getnewargs__(self) -> tuple[Any, ...]:
-        return (self.links,)
+        return self.links, self.precision
 
     def link(self, name: str) -> Any:
         """Return the link of this name; of one for some parameters, the link itself."""
@@ -76,6 +80,7 @@ class Chain(optax.GradientTransformationExtraArgs):
         state: State = {"step": jnp.zeros((), jnp.int32)}
         places = self._places(taken)
         check_last(places)
+        check_used(self.precision, places)
         for place in places:
             ours = isinstance(place.link, Link)
             state[place.name] = init_link(place, taken) if ours else place.link.init(params)
@@ -97,9 +102,13 @@ class Chain(optax.GradientTransformationExtraArgs):
             return [None] * len(taken.leaves)
         by_entry = [place.link.by_entry for place in places]
         kinds = zip(*(place.takes for place in places), strict=True)
+        stored = [[place.codec(j) for place in places] for j in range(len(taken.leaves))]
         return [
-            kind if all(e for e, takes in zip(by_entry, kind, strict=True) if takes) else None
-            for kind in kinds
+            (kind, tuple(type(codec) for codec in codecs))
+            if all(e for e, takes in zip(by_entry, kind, strict=True) if takes)
+            and all(codec is None or codec.by_entry for codec in codecs)
+            else None
+            for kind, codecs in zip(kinds, stored, strict=True)
         ]
 
     def update(
@@ -222,6 +231,16 @@ class Chain(optax.GradientTransformationExtraArgs):
         taken = take_apart(params)
         return taken.unflatten(averaged(self._places(taken), state, taken))
 
+    def decoded(self, state: State, params: Any) -> State:
+        """Return the state with all moments in float32, by slot, as without a precision.
+
+        Raises:
+          TreeMismatch: the state is another chain's, or of other parameters.
+        """
+        _check_state(self, state)
+        taken = take_apart(params)
+        return {**state, **decoded(self._places(taken), state, taken)}
+
     def loss_scale(self, state: State, schedule_step: Any = None) -> jax.Array | None:
         """Return what the loss must be multiplied by before its gradients come here, or None."""
         scales = list(self.numbers_named("loss_scale", state, schedule_step).values())
@@ -245,6 +264,10 @@ class Chain(optax.GradientTransformationExtraArgs):
             raise ValueError(
                 f"The links must stay {[name for name, _ in self.links]}. "
                 f"Received: {[name for name, _ in other.links]}."
+            )
+        if self.precision != other.precision:
+            raise ValueError(
+                f"The precision must stay {self.precision}. Received: {other.precision}."
             )
         retraced = False
         for (name, old), (_, new) in zip(self.links, other.links, strict=True):
@@ -271,10 +294,14 @@ class Chain(optax.GradientTransformationExtraArgs):
     def _places(self, params: Params) -> list[Place]:
         """Return the links with the parameters that they are for."""
         marks = [is_inexact(p) for p in params.leaves]
-        return [
+        places = [
             Place(name, link, takes(name, dict(self.links)[name], params, marks))
             for name, link in self._linked()
         ]
+        if self.precision is None:
+            return places
+        formats = self.precision.formats(params)
+        return [p._replace(codecs=codecs(p.link, p.takes, formats, params)) for p in places]
 
     def _numbers_at(self, state: State, step: Any) -> dict[str, dict[str, jax.Array]]:
         """Return for each link of ours its numbers at this step, with those that it borrows."""
@@ -363,6 +390,7 @@ class Chain(optax.GradientTransformationExtraArgs):
             live=[j for j, p in enumerate(taken.leaves) if flat[j] is not None and is_inexact(p)],
             wanted=wanted,
             extra=extra,
+            seed=(self.precision and self.precision.seed) or 0,
         )
         results, new_state = run(self._places(taken), call, [flat[j] for j in call.live])
         outputs = list(taken.leaves if wanted == "params" else flat)

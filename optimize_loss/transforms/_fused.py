@@ -17,6 +17,7 @@ from optimize_loss._checks import InvalidType, TreeMismatch
 from optimize_loss.transforms._base import Link, Numbers, abs_squared, compute_dtype, norm, sqrt
 from optimize_loss.transforms._bucket import Members
 from optimize_loss.transforms._health import health
+from optimize_loss.transforms._precision import Encoded, keys
 
 Slots = dict[str, jax.Array]
 Links = tuple[Link, ...]
@@ -36,7 +37,7 @@ class Leaf(NamedTuple):
     update: jax.Array  # its gradient
     param: jax.Array  # as the first of the links sees it
     start: jax.Array | None  # as it is stored, if links of an earlier pass have moved it
-    slots: tuple[Slots, ...]  # for each link
+    slots: tuple[Slots | Encoded, ...]  # for each link
 
     @property
     def dtype(self) -> Any:
@@ -143,6 +144,9 @@ def prepare(
         shared.append(k)
         each = dict(zip(meant[i], link.for_each(meant[i], k), strict=True))
         mine = {j: {**k, **owners[j].own(each)} for j in here}
+        if link.draws:
+            draws = keys([owners[j] for j in here], "", k["seed"], settings.step)
+            mine = {j: {**mine[j], "draw": x} for j, x in zip(here, draws, strict=True)}
         ks = [(*old, mine.get(j, {})) for j, old in enumerate(ks)]
     return ks, shared, memories
 
@@ -195,16 +199,15 @@ def _run(
     for i, (link, old, given) in enumerate(zip(links, leaf.slots, ks, strict=True)):
         k = _widened(given, dtype)
         try:
-            _check_slots(link, old, leaf.param)
             if link.needs_stored or link.scales_moves:
                 update, move = update if move is None else update + move, None
             if link.needs_stored:
-                update = (param + update).astype(leaf.dtype).astype(dtype) - param
+                update = link.rounded(update, param, leaf.dtype, k)
             with _promotion(dtype):
-                result = link.leaf(update, _widened(old, dtype), param, k)
+                run = functools.partial(_run_link, link, update, param, k, leaf.param)
+                update, new = old.run(run) if isinstance(old, Encoded) else run(old)
                 if link.moves:
                     move = link.move(param, k)
-            update, new = _check_result(result, param, old)
             if link.scales_moves and param is not start:
                 shift = param - start
                 update = update + (link.leaf(shift, old, param, k)[0] - shift)
@@ -215,6 +218,14 @@ def _run(
             raise
         new_slots.append(new)
     return param, (update if move is None else update + move).astype(dtype), new_slots
+
+
+def _run_link(
+    link: Link, update: jax.Array, param: jax.Array, k: Numbers, stored: jax.Array, slots: Slots
+) -> tuple[jax.Array, Slots]:
+    """Return what the leaf function of a link returns, if all has the right form."""
+    _check_slots(link, slots, stored)
+    return _check_result(link.leaf(update, _widened(slots, param.dtype), param, k), param, slots)
 
 
 def _moved(links: Links) -> list[bool]:

@@ -29,9 +29,13 @@ def init_link(place: Place, params: Params) -> State:
     if isinstance(link, TreeLink):
         trees = link.init(dict(zip(names, (p for p, takes in pairs if takes), strict=True)))
     else:
-        slots = [link.slots(p) if takes else None for p, takes in pairs]
-        kinds = next((list(s) for s in slots if s is not None), [])
-        trees = {n: params.unflatten([None if s is None else s[n] for s in slots]) for n in kinds}
+        slots = [link.slots(p) if takes else {} for p, takes in pairs]
+        slots = [
+            own if (codec := place.codec(j)) is None else codec.encoded(own)
+            for j, own in enumerate(slots)
+        ]
+        kinds = dict.fromkeys(name for own in slots for name in own)
+        trees = {n: params.unflatten([own.get(n) for own in slots]) for n in kinds}
     if len({**arrays, **memory, **trees}) < len(arrays) + len(memory) + len(trees):
         raise ValueError(
             f"Numbers, memory and slots of a link must have different names: {link!r}."

@@ -42,6 +42,7 @@ class ScaleByLion(Link):
     beta_1: Decay = 0.9
     beta_2: Decay = 0.99
     elementwise = True
+    means = ("m",)
 
     def slots(self, param):
         """Return the momentum."""

@@ -37,6 +37,7 @@ class ScaleByMomentum(Link):
     momentum: Fraction = 0.9
     nesterov: bool = False
     elementwise = True
+    means = ("sum",)
 
     def slots(self, param):
         """Return the sum."""

@@ -74,6 +74,7 @@ class ScaleByMuon(Link):
     cubic: Finite = -4.775
     quintic: Finite = 2.0315
     rms_rate: NotNegative | None = 0.2
+    means = ("sum",)
 
     def __post_init__(self):
         super().__post_init__()

@@ -54,6 +54,8 @@ class ScaleByNadam(Link):
     beta_2: Decay = 0.999
     epsilon: Positive = 1e-7
     elementwise = True
+    means = ("m",)
+    squares = ("v",)
 
     def slots(self, param):
         """Return the running means."""

@@ -11,6 +11,7 @@ from optimize_loss._names import same_leaves
 from optimize_loss.transforms._base import Link, Numbers, TreeLink, compute_dtype
 from optimize_loss.transforms._fused import Leaf, Owner, Settings, Squares, Wanted, prepare
 from optimize_loss.transforms._params import Params
+from optimize_loss.transforms._precision import Codec, Encoded, keys
 
 State = dict[str, Any]
 
@@ -21,6 +22,7 @@ class Place(NamedTuple):
     name: str
     link: Any
     takes: tuple[bool, ...]  # for each parameter, whether the link is for it
+    codecs: tuple[Codec | None, ...] = ()  # how its slots are stored, where not as they are
 
     def names(self, params: Params) -> list[str]:
         """Return the names of the parameters that the link is for."""
@@ -33,6 +35,10 @@ class Place(NamedTuple):
         if isinstance(self.link, TreeLink):
             return "tree"
         return "ours" if isinstance(self.link, Link) else "optax"
+
+    def codec(self, j: int) -> Codec | None:
+        """Return how the slots of the parameter numbered `j` are stored; None: as they are."""
+        return self.codecs[j] if self.codecs else None
 
     @property
     def gates(self) -> bool:
@@ -49,6 +55,7 @@ class Call(NamedTuple):
     live: Sequence[int]  # the parameters that have a gradient and can be trained
     wanted: Wanted
     extra: Mapping[str, Any]
+    seed: int = 0  # of the random bits by which slots are rounded
 
     @property
     def leaves(self) -> list[jax.Array]:
@@ -138,9 +145,23 @@ def own_slots(
 ) -> dict[str, jax.Array]:
     """Return the slots that a link has for the parameter numbered `j`."""
     own = {slot: x[j] for slot, x in slots.items()} if place.takes[j] else {}
+    if any(place.codecs):  # other parameters may have other slots, and a pass checks them
+        own = {slot: x for slot, x in own.items() if x is not None}
     if missing := [slot for slot, x in own.items() if x is None]:
         raise TreeMismatch(
             f"`state` has no {missing} for the parameter {params.names[j]!r} in the link "
             f"{place.name!r}: it was made for other parameters."
         )
+    return own
+
+
+def held_slots(place: Place, slots: dict[str, list[Any]], call: Call) -> list[Any]:
+    """Return the slots that a link has for each live parameter, with what decodes them."""
+    own: list[Any] = [own_slots(place, slots, call.params, j) for j in call.live]
+    chosen = {i: codec for i, j in enumerate(call.live) if (codec := place.codec(j))}
+    if chosen:
+        owners = [call.owners[i] for i in chosen]
+        found = keys(owners, f"{place.name}/", call.seed, call.state["step"])
+        for (i, codec), key in zip(chosen.items(), found, strict=True):
+            own[i] = Encoded(own[i], key, codec)
     return own

@@ -19,6 +19,9 @@ def linked(entries: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def takes(name: str, entry: Any, params: Params, marks: list[bool]) -> tuple[bool, ...]:
     """Return for each parameter whether a link is for it; integers are no link's."""
+    link = entry.link if isinstance(entry, ForParameters) else entry
+    if isinstance(link, Link):
+        marks = [m and link.suits(p) for m, p in zip(marks, params.leaves, strict=True)]
     if not isinstance(entry, ForParameters):
         return tuple(marks)
     # Parameters in one bucket go through the same links: the first of them tells.
@@ -103,7 +106,10 @@ def check_last(places: list[Place]) -> None:
         if not getattr(place.link, "needs_stored", False):
             continue
         for other in places[i + 1 :]:
-            changes = other.gates or not getattr(other.link, "observes", False)
+            looks = getattr(other.link, "observes", False)
+            # A link that rounds keeps nothing of what it sees.
+            looks = looks or (other.link.averages and not place.link.averages)
+            changes = other.gates or not looks
             if changes and any(map(operator.and_, place.takes, other.takes)):
                 raise ValueError(
                     f"The link {place.name!r} must stand last, as it averages what is stored. "

@@ -52,6 +52,8 @@ class ScaleByRMS(Link):
     centered: bool = False
     initial_accumulator_value: Start = 0.0
     elementwise = True
+    means = ("mean",)
+    squares = ("mean_square",)
 
     def slots(self, param):
         """Return the running mean of squares, and with `centered` that of the gradients."""
@@ -101,6 +103,7 @@ class ScaleByAdadelta(Link):
     rho: Decay = 0.95
     epsilon: Positive = 1e-7
     elementwise = True
+    squares = ("mean_square_gradient", "mean_square_update")
 
     def slots(self, param):
         """Return the running means of squares of gradients and of updates."""

@@ -24,6 +24,7 @@ from optimize_loss.transforms._pass import (
     Place,
     State,
     finished,
+    held_slots,
     own_slots,
     prepared,
     slot_leaves,
@@ -95,16 +96,12 @@ def _run_links(places: list[Place], call: Call, flow: Flow, wanted: Wanted) -> t
     links = tuple(place.link for place in places)
     own = [tuple(p.link if p.takes[j] else PASS for p in places) for j in call.live]
     slots = [slot_leaves(place, call.state, call.params) for place in places]
-    held = list(zip(places, slots, strict=True))
+    each = [held_slots(place, mine, call) for place, mine in zip(places, slots, strict=True)]
+    held = list(zip(*each, strict=True)) if each else [()] * len(call.live)
     leaves = [
-        Leaf(
-            update,
-            param,
-            None if param is old else old,
-            tuple(own_slots(place, mine, call.params, j) for place, mine in held),
-        )
-        for j, update, param, old in zip(
-            call.live, flow.updates, flow.params, call.leaves, strict=True
+        Leaf(update, param, None if param is old else old, mine)
+        for mine, update, param, old in zip(
+            held, flow.updates, flow.params, call.leaves, strict=True
         )
     ]
     squares = dict(flow.squares)
@@ -140,8 +137,28 @@ def averaged(places: Sequence[Place], state: State, params: Params) -> list[Any]
         for j, leaf in enumerate(params.leaves):
             if place.takes[j]:
                 own = own_slots(place, slots, params, j)
+                if codec := place.codec(j):
+                    own = codec.decoded(own)
                 leaves[j] = averaged_leaf(place.link, leaf, own, state[place.name])
     return leaves
+
+
+def decoded(places: Sequence[Place], state: State, params: Params) -> State:
+    """Return the state of each link whose slots are encoded, with these as the link has them."""
+    found = {}
+    for place in places:
+        if not any(place.codecs):
+            continue
+        slots = slot_leaves(place, state, params)
+        own = [own_slots(place, slots, params, j) for j in range(len(params.leaves))]
+        own = [
+            codec.decoded(x) if x and (codec := place.codec(j)) else x for j, x in enumerate(own)
+        ]
+        names = dict.fromkeys(name for x in own for name in x)
+        trees = {n: params.unflatten([x.get(n) for x in own]) for n in names}
+        rest = {n: x for n, x in state[place.name].items() if n not in slots}
+        found[place.name] = {**rest, **trees}
+    return found
 
 
 _RUN = {"ours": _run_links, "tree": run_tree, "optax": run_optax}

@@ -65,6 +65,7 @@ class StepByScheduleFree(Link):
     warmup_steps: Annotated[int, STEP] = 0
     reads_params = True
     elementwise = True
+    squares = ("v",)
 
     def __post_init__(self):
         check_number("beta_1", self.beta_1, INNER_DECAY)  # no schedule: see `averaged`

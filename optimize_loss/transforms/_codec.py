@@ -1,0 +1,107 @@
+"""Numbers of 16 and 8 bits by integer operations, rounded to nearest or stochastically.
+
+Arrays of bfloat16 and float8 are slow on CPU, and loops copy them whole at every turn. Here such
+numbers are unsigned integers, of the same bits.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+HALF = 0x8000  # as the random bits of a number: it rounds to nearest, and up where that is a tie
+BLOCK = 256  # entries that share a scale in 8 bits
+LARGEST = 448.0  # of e4m3
+_SMALLEST = 2.0**-100  # scale of a block: one of zeros alone has it
+
+
+def bits_of(x: jax.Array) -> jax.Array:
+    """Return float32 as uint32."""
+    return jax.lax.bitcast_convert_type(x, jnp.uint32)
+
+
+def float_of(bits: jax.Array) -> jax.Array:
+    """Return uint32 as float32."""
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def to_bfloat16(x: jax.Array, random: jax.Array) -> jax.Array:
+    """Return float32 as the bits of bfloat16, in the upper half of uint32; below are other bits.
+
+    A number becomes one of its two neighbours, the nearer the more often: its mean is x. Beyond
+    the largest finite number it becomes that; infinity and NaN stay what they are.
+
+    Args:
+      x: float32.
+      random: uint32 below 2**16, uniform; or `HALF`.
+    """
+    bits = bits_of(x)
+    size = bits & jnp.uint32(0x7FFFFFFF)
+    is_nan = size > jnp.uint32(0x7F800000)
+    kept = jnp.where(is_nan, bits | jnp.uint32(0x00400000), bits)
+    return jnp.where(size < jnp.uint32(0x7F7F0000), bits + random, kept)
+
+
+def round_to(x: jax.Array, dtype: jnp.dtype, random: jax.Array) -> jax.Array:
+    """Return float32 rounded stochastically to what bfloat16 or float16 can hold, as float32.
+
+    As `to_bfloat16`; in float16, what lies beyond the largest number becomes infinity.
+
+    Args:
+      x: float32.
+      dtype: bfloat16 or float16.
+      random: uint32, uniform; its upper half is used.
+    """
+    if dtype == jnp.bfloat16:
+        bits = to_bfloat16(x, random >> jnp.uint32(16))
+        return float_of(bits & jnp.uint32(0xFFFF0000))
+    size = jnp.abs(x)
+    # The last of the 11 bits that a normal number has, and the 2**-24 of all smaller ones.
+    up = float_of((bits_of(size) + (random >> jnp.uint32(19))) & jnp.uint32(0xFFFFE000))
+    up = jnp.where(size < 65504.0, up, size)
+    share = (random >> jnp.uint32(16)).astype(jnp.float32) * 2.0**-16
+    small = jnp.floor(size * 2.0**24 + share) * 2.0**-24
+    return jnp.copysign(jnp.where(size < 2.0**-14, small, up), x)
+
+
+def to_e4m3(x: jax.Array) -> jax.Array:
+    """Return float32 as the bits of the nearest float8_e4m3fn, uint32 below 2**8.
+
+    Bit for bit the cast of `ml_dtypes`: ties to even; NaN beyond 464, as it has no infinity.
+    """
+    bits = bits_of(x)
+    size, sign = bits & jnp.uint32(0x7FFFFFFF), (bits >> jnp.uint32(24)) & jnp.uint32(0x80)
+    even = (size >> jnp.uint32(20)) & jnp.uint32(1)
+    normal = ((size + jnp.uint32(0x7FFFF) + even) >> jnp.uint32(20)) - jnp.uint32(120 << 3)
+    # At 2**14 the last bit of float32 is 2**-9, as that of the smallest of e4m3.
+    small = bits_of(float_of(size) + 2.0**14) & jnp.uint32(0xFF)
+    code = jnp.where(size < jnp.uint32(121 << 23), small, normal)
+    return sign | jnp.where(size > bits_of(jnp.float32(464)), jnp.uint32(0x7F), code)
+
+
+def from_e4m3(code: jax.Array) -> jax.Array:
+    """Return the bits of float8_e4m3fn, uint32 below 2**8, as float32."""
+    size = code & jnp.uint32(0x7F)
+    normal = float_of((size << jnp.uint32(20)) + jnp.uint32(120 << 23))
+    small = size.astype(jnp.float32) * 2.0**-9
+    value = jnp.where(size < jnp.uint32(8), small, normal)
+    value = jnp.where(size == jnp.uint32(0x7F), jnp.nan, value)
+    return jnp.where(code >= jnp.uint32(0x80), -value, value)
+
+
+def block_scales(x: jax.Array) -> jax.Array:
+    """Return for each block of entries, in C order, the scale that makes its largest one 448.
+
+    Where one is not finite, the scale is NaN, and so all of the block will be.
+    """
+    x = jnp.pad(x.reshape(-1), (0, -x.size % BLOCK)).reshape(-1, BLOCK)
+    # Not the largest of the sizes: XLA on CPU would make an array of these.
+    largest = jnp.maximum(jnp.max(x, axis=1), -jnp.min(x, axis=1))
+    scale = jnp.maximum(largest / LARGEST, _SMALLEST)
+    return jnp.where(jnp.isfinite(largest), scale, jnp.nan)
+
+
+def spread(scales: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Return for each entry of `shape` the scale of its block."""
+    each = jnp.broadcast_to(scales[:, None], (scales.size, BLOCK)).reshape(-1)
+    return each[: math.prod(shape)].reshape(shape)

@@ -1,4 +1,8 @@
-"""Run every test as strictly as JAX allows, and keep compiled programs between runs."""
+"""Run every test as strictly as JAX allows, and keep compiled programs between runs.
+
+With JAX_ENABLE_X64=1, numbers that tests write are float64 beside float32 parameters: dtypes then
+promote as they do for users.
+"""
 
 import os
 import pathlib
@@ -7,7 +11,8 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 
 import jax
 
-jax.config.update("jax_numpy_dtype_promotion", "strict")
+promotion = "standard" if jax.config.read("jax_enable_x64") else "strict"
+jax.config.update("jax_numpy_dtype_promotion", promotion)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
 cache = pathlib.Path(__file__).parent.parent / ".jax_cache"

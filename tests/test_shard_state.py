@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -205,3 +206,32 @@ def test_a_state_of_a_step_without_it_is_refused():
         spread(plain.init(params()), x)
     with pytest.raises(ol.TreeMismatch, match="must come from a step with this `shard_state`"):
         plain(spread.init(jax.device_put(params(), whole)), x)
+
+
+def saved():
+    """Return what states restored from a file differ by a step later, and how they are spread."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    whole, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
+    x = jax.device_put(np.ones((16, 64), np.float32), rows)
+    step = made("bucket", "data")
+    begin = functools.partial(step.init, jax.device_put(params(), whole))
+    state, _ = step(begin(), x)
+    with tempfile.TemporaryDirectory() as folder:
+        ol.save(f"{folder}/a.safetensors", state)
+        again, report = ol.restore(f"{folder}/a.safetensors", like=begin(), strict=True)
+        alone, _ = ol.restore(f"{folder}/a.safetensors", like=made("bucket", None).init(params()))
+    one = made("bucket", None)(alone, np.ones((16, 64), np.float32))[0]
+    two, three = step(state, x)[0], step(again, x)[0]
+    alike = [k for k, v in slots(two).items() if v.sharding == slots(three)[k].sharding]
+    trees = [jax.tree.leaves(jax.device_get((s.params, s.optimizer))) for s in (one, two, three)]
+    errors = [max(np.max(np.abs(a - b), initial=0) for a, b in zip(trees[1], t, strict=True))
+              for t in (trees[2], trees[0])]  # fmt: skip
+    return json.dumps([*map(float, errors), len(alike) == len(slots(two)), len(report.new)])
+
+
+def test_a_file_restores_on_eight_devices_and_on_one():
+    same, near, alike, new = on_eight_devices("test_shard_state", "saved")
+    assert same == 0
+    assert near < 1e-6
+    assert alike
+    assert new == 0

@@ -19,6 +19,9 @@ def serialize(thing: Any) -> Any:
     An optimizer or a schedule becomes a dict as Keras writes it: `module`, `class_name`, `config`
     and `registered_name`.
 
+    Args:
+      thing: an optimizer, a schedule, or text, a number, None, a list or dict of these.
+
     Raises:
       InvalidType: it is a function, or something else that has no configuration.
 

@@ -293,6 +293,19 @@ class TreeLink(Link):
 
     Subclass it where a parameter's update depends on other parameters in a way that no total
     tells. Write `init` and `run` in place of `slots` and `leaf`; the rest is as in `Link`.
+
+    Example:
+      A link that gives every parameter the update of the first one by name:
+
+      >>> import dataclasses, optimize_loss as ol
+      >>> @dataclasses.dataclass(frozen=True)
+      ... class Follow(ol.transforms.TreeLink):
+      ...     def run(self, updates, slots, params, k):
+      ...         return dict.fromkeys(updates, updates[min(updates)]), slots
+      >>> tx, params = ol.transforms.chain(follow=Follow()), {"a": 0.0, "b": 0.0}
+      >>> updates, _ = tx.update({"a": 1.0, "b": 2.0}, tx.init(params), params)
+      >>> print(updates["a"], updates["b"])
+      1.0 1.0
     """
 
     reads_params = True

@@ -39,6 +39,13 @@ class Chain(optax.GradientTransformationExtraArgs):
     any other object with `init` and `update`, sees the whole tree and splits that pass in two.
     The state is a dict: `step`, the number of updates made, and for each link a dict of its
     hyperparameters, its memory, and its slots, which are trees like the parameters.
+
+    Example:
+      >>> import optimize_loss as ol
+      >>> tx = ol.transforms.chain(rate=ol.transforms.ScaleByLearningRate(0.5))
+      >>> params, state = tx.apply({"w": 4.0}, tx.init({"w": 3.0}), {"w": 3.0})
+      >>> print(params["w"], state["step"], sorted(state))
+      1.0 1 ['rate', 'step']
     """
 
     links: tuple[tuple[str, Any], ...] = ()

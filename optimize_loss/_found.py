@@ -22,6 +22,13 @@ class LearningRateTest:
       suggestion: the rate at which the smoothed loss falls most steeply over the logarithm of the
         rate, before its minimum; None if it falls nowhere.
       diverged: whether the test ended because the loss rose or was not finite.
+
+    Example:
+      >>> import optimize_loss as ol
+      >>> step = ol.optimize_loss(lambda p: (p["w"] - 1) ** 2, learning_rate=0.1, optimizer="SGD")
+      >>> found = step.find_learning_rate(step.init({"w": 0.0}), [()], lowest=1e-3, highest=0.1)
+      >>> found.losses.shape, found.diverged
+      ((100,), False)
     """
 
     rates: np.ndarray
@@ -49,6 +56,13 @@ class Sweep:
       losses: the loss at each step, before its update. Shape (points, steps).
       metrics: {tag: array}, as numpy arrays of shape (points, steps, ...).
       states: the states after the last step, as one whose arrays have a first axis of points.
+
+    Example:
+      >>> import jax.numpy as jnp, optimize_loss as ol
+      >>> step = ol.optimize_loss(lambda p, x: (p["w"] - x) ** 2, learning_rate=0.1, optimizer="SGD")
+      >>> found = step.sweep(step.init({"w": 0.0}), jnp.ones(20), learning_rate=[0.01, 0.1])
+      >>> found.points[found.best]
+      {'learning_rate': 0.1}
     """
 
     points: tuple[dict[str, Any], ...]

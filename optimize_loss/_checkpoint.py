@@ -151,6 +151,8 @@ def restore(
     The report lists those for which `like` had another value, and there is a warning. But where
     the file has a schedule and `like` has a number, the number is new.
 
+    With several processes all must call it, and see the file.
+
     Moments in another `precision` are other slots, and are not converted: they are new, begin at
     zero, and those of the file are unused.
 

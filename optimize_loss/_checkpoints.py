@@ -117,8 +117,9 @@ class Checkpoints:
     ) -> tuple[TrainState, RestoreReport] | None:
         """Restore the newest whole file; None if the folder has none at all.
 
-        A damaged file is passed over with a warning that names it. With several processes all
-        must see the same folder.
+        A damaged file is passed over with a warning that names it; as in `optimize_loss.restore`,
+        there is one if the file has other hyperparameters than `like`, and these are taken. With
+        several processes all must see the same folder.
 
         Args:
           like: as for `optimize_loss.restore`.

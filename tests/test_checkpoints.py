@@ -347,15 +347,20 @@ def in_two_processes(folder, shard_state):
     spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("d"))
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
-    def init(values):
+    def init(values, ema=None):
+        step = made(ema)
         w = jax.make_array_from_callback((4,), spread, lambda i: values[i])
         return step.init({"w": w, **dict.fromkeys("ab", jax.device_put(values[:2], whole))})
 
-    step = ol.optimize_loss(
-        lambda p, x: jnp.sum((p["w"] * x) ** 2) + jnp.sum(p["a"] * p["b"]),
-        learning_rate=0.1,
-        shard_state=shard_state,
-    )
+    def made(ema):
+        return ol.optimize_loss(
+            lambda p, x: jnp.sum((p["w"] * x) ** 2) + jnp.sum(p["a"] * p["b"]),
+            learning_rate=0.1,
+            shard_state=shard_state,
+            ema=ema,
+        )
+
+    step = made(None)
     checkpoints = ol.Checkpoints(folder, keep=1, every=2)
     first = np.arange(1.0, 5.0, dtype=np.float32)
     state, _ = step.run(init(first), [np.float32(1)] * 4, hooks={1: checkpoints})
@@ -368,6 +373,12 @@ def in_two_processes(folder, shard_state):
     placed = again.placement == state.placement and all(a.sharding == b.sharding for a, b in pairs)
     (bucket,) = (x for x in again.packed_optimizer["adam"]["m"].values() if isinstance(x, Bucket))
     parted = not bucket.buffer.is_fully_replicated
+    averaged, _ = checkpoints.newest(like=init(np.zeros(4, np.float32), ema=0.9))
+    averages = {n: x for n, x in on_host(averaged).items() if "/average/" in n}
+    begun = len(averages) == 3 and all(
+        x.tobytes() == wanted[f"params/{n.rpartition('/')[2]}"].tobytes()
+        for n, x in averages.items()
+    )
     one, _ = step(again, np.float32(1))
     two, _ = step(state, np.float32(1))
     later = on_host(one)["params/w"].tobytes() == on_host(two)["params/w"].tobytes()
@@ -376,7 +387,7 @@ def in_two_processes(folder, shard_state):
         failed = ""
     except OSError as error:
         failed = type(error).__name__
-    print(json.dumps([equal, later, all_matched, shards, placed, parted, failed]))
+    print(json.dumps([equal, later, all_matched, begun, shards, placed, parted, failed]))
 
 
 def free_port():
@@ -410,7 +421,7 @@ def test_two_processes_write_one_file(tmp_path, axis):
     assert [child.returncode for child in children] == [0, 0], found[0][1] + found[1][1]
     of_both = [json.loads(out.splitlines()[-1]) for out, _ in found]
     assert of_both == [
-        [True, True, True, 1, True, axis is not None, error]
+        [True, True, True, True, 1, True, axis is not None, error]
         for error in ("FileNotFoundError", "OSError")
     ]
     assert names(tmp_path) == ["step_4.safetensors"]

@@ -75,6 +75,25 @@ def test_after_a_reset_momentum_is_that_of_a_new_run(bucket):
     assert bool(went_on.params["scale"] != again.params["scale"])
 
 
+def test_moments_in_8_bits_begin_anew():
+    step = ol.optimize_loss(
+        lambda p: sum(jnp.sum(x) for x in p.values()), learning_rate=0.1, precision="float8"
+    )
+    tree = {"big": jnp.ones((80, 64)), "small": jnp.ones(3), "other": jnp.ones(2)}
+    state = step.init(tree)
+    for _ in range(3):
+        state, _ = step(state)
+    after = state.reset("big", "small")
+    names = [f"m+v_{x}" for x in ("f8/big", "scale/big", "bf16/small")]
+    fresh = step.chain.init(state.params)
+    pairs = zip(*map(jax.tree.leaves, (fresh, state.optimizer, after.optimizer)), strict=True)
+    for path, (new, old, got) in zip(leaf_paths(fresh), pairs, strict=True):
+        wanted = new if any(path == f"adam/{name}" for name in names) else old
+        np.testing.assert_array_equal(got, wanted, err_msg=path)
+    assert not np.any(after.decoded["adam"]["m"]["big"])
+    assert np.all(after.decoded["adam"]["m"]["other"])
+
+
 def test_averages_begin_anew_at_the_parameter():
     chain = T.chain(rate=T.ScaleByLearningRate(0.5), ema=T.AverageParams(0.5))
     step = steps_of(chain, loss=lambda p: p["a"] + p["b"])[1]

@@ -1,7 +1,7 @@
 """Make the slots of some parameters anew."""
 
 import collections
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +12,8 @@ from optimize_loss._checks import TreeMismatch
 from optimize_loss._names import leaf_names, leaf_paths
 from optimize_loss.transforms._base import Link, TreeLink
 from optimize_loss.transforms._chain import Chain
+from optimize_loss.transforms._params import take_apart
+from optimize_loss.transforms._precision import Codec, Precision, codecs
 
 State = dict[str, Any]
 
@@ -39,29 +41,36 @@ def reset(
     new, have = dict(state), set()
     for name, _ in chain.links:
         link = chain.link(name)
-        of_leaves = isinstance(link, Link) and not isinstance(link, TreeLink)
-        function = _of_link if of_leaves else _of_whole
-        new[name], found = function(name, link, state[name], params, names)
+        if isinstance(link, Link) and not isinstance(link, TreeLink):
+            new[name], found = _of_link(link, state[name], params, names, chain.precision)
+        else:
+            new[name], found = _of_whole(name, link, state[name], params, names)
         have |= found
     return new, have
 
 
 def _of_link(
-    _: str, link: Link, state: State, params: Any, names: set[str]
+    link: Link, state: State, params: Any, names: set[str], precision: Precision | None
 ) -> tuple[State, set[str]]:
     other, treedef = {*link.numbers(), *link.memory()}, jax.tree.structure(params)
     slots = {slot: treedef.flatten_up_to(x) for slot, x in state.items() if slot not in other}
-    have = set()
-    for j, (name, param) in enumerate(
-        zip(leaf_names(params), jax.tree.leaves(params), strict=True)
-    ):
-        if all(leaves[j] is None for leaves in slots.values()):
+    taken, have = take_apart(params), set()
+    takes = [
+        any(leaves[j] is not None for leaves in slots.values()) for j in range(len(taken.names))
+    ]
+    coded: Sequence[Codec | None] = [None] * len(takes)
+    if precision is not None:
+        coded = codecs(link, takes, precision.formats(taken), taken)
+    for j, (name, param) in enumerate(zip(taken.names, taken.leaves, strict=True)):
+        if not takes[j]:
             continue
         have.add(name)
         if name in names:
             fresh = link.slots(param)
+            fresh = fresh if (codec := coded[j]) is None else codec.encoded(fresh)
             for slot, leaves in slots.items():
-                leaves[j] = _placed(fresh[slot], leaves[j])
+                if leaves[j] is not None:
+                    leaves[j] = _placed(fresh[slot], leaves[j])
     return {**state, **{slot: treedef.unflatten(x) for slot, x in slots.items()}}, have
 
 

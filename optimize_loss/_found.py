@@ -59,7 +59,8 @@ class Sweep:
 
     Example:
       >>> import jax.numpy as jnp, optimize_loss as ol
-      >>> step = ol.optimize_loss(lambda p, x: (p["w"] - x) ** 2, learning_rate=0.1, optimizer="SGD")
+      >>> step = ol.optimize_loss(
+      ...     lambda p, x: (p["w"] - x) ** 2, learning_rate=0.1, optimizer="SGD")
       >>> found = step.sweep(step.init({"w": 0.0}), jnp.ones(20), learning_rate=[0.01, 0.1])
       >>> found.points[found.best]
       {'learning_rate': 0.1}

@@ -448,6 +448,7 @@ CASES = [
         "chain-accumulate-loss",
         losses_of_updates(2, 0.5, 0.1),
         losses_of_updates(3, 0.25, 0.2),
+        empty_ok=False,
     ),
     case(
         "chain-loss-scale",

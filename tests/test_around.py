@@ -243,12 +243,18 @@ def test_a_plateau_goes_by_the_mean_loss_of_updates():
     assert state.optimizer["plateau"]["best"] == 1.5
 
 
+def recorder():
+    """Return a transformation of optax whose state is the loss that it was given last."""
+
+    def update(updates, state, params=None, *, value=None, **_):
+        return updates, state if value is None else value
+
+    function: Any = update
+    return optax.GradientTransformationExtraArgs(lambda params: jnp.zeros(()), function)
+
+
 def test_the_loss_of_the_update_reaches_optax_and_a_second_accumulation():
-    seen = optax.GradientTransformationExtraArgs(
-        lambda params: jnp.zeros(()),
-        lambda updates, state, params=None, *, value, **_: (updates, value),
-    )
-    tx = T.chain(one=T.Accumulate(2), two=T.Accumulate(2), seen=seen)
+    tx = T.chain(one=T.Accumulate(2), two=T.Accumulate(2), seen=recorder())
     state = tx.init(W)
     for value in (1.0, 3.0, 5.0, 9.0):
         _, state = tx.update(W, state, W, value=jnp.float32(value))
@@ -256,14 +262,7 @@ def test_the_loss_of_the_update_reaches_optax_and_a_second_accumulation():
 
 
 def test_a_loss_that_is_missing_is_not_left_out_of_the_mean_in_silence():
-    seen = optax.GradientTransformationExtraArgs(
-        lambda params: jnp.zeros(()),
-        lambda updates, state, params=None, *, value=None, **_: (
-            updates,
-            state if value is None else value,
-        ),
-    )
-    tx = T.chain(gather=T.Accumulate(3), seen=seen, rate=T.ScaleByLearningRate(1.0))
+    tx = T.chain(gather=T.Accumulate(3), seen=recorder(), rate=T.ScaleByLearningRate(1.0))
     state = tx.init(W)
     for value in (1.0, None, 3.0):
         given = {} if value is None else {"value": jnp.float32(value)}
@@ -322,7 +321,8 @@ def test_accumulation_adds_no_operations_to_those_of_the_rule():
         step = build(lambda p, x: jnp.sum((x @ p["w"]) ** 2), optimizer=optimizer, **options)
         many = jax.jit(lambda s, x: step._advance_many(None, s, x))
         lowered = many.lower(step.init(params), (np.ones((8, 2, 32), np.float32),))
-        return lowered.compile().cost_analysis()["flops"]
+        cost: Any = lowered.compile().cost_analysis()
+        return cost["flops"]
 
     without, gathers = counted("Muon"), counted("Muon", accumulate=4)
     assert without > 500_000 > counted("SGD")

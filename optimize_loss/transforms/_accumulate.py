@@ -128,14 +128,14 @@ class Accumulate(Link):
 def with_losses(entries: Mapping[str, Any]) -> dict[str, Any]:
     """Return the links of a chain, each `Accumulate` with the loss where one behind may need it."""
     links, needed = {}, False
-    for name, entry in reversed(entries.items()):
+    for name, entry in reversed(list(entries.items())):
         link = entry.link if isinstance(entry, ForParameters) else entry
         if needed and isinstance(link, Accumulate):
             entry = dataclasses.replace(link, of_loss=True)
         needed = needed or isinstance(link, optax.GradientTransformationExtraArgs)
         needed = needed or getattr(link, "needs", None) == "loss"
         links[name] = entry
-    return dict(reversed(links.items()))
+    return {name: links[name] for name in entries}
 
 
 @dataclasses.dataclass(frozen=True)

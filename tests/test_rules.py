@@ -529,3 +529,23 @@ def test_state_dtype_is_the_precision_of_some():
     assert other["m+v_bf16"]["b"].dtype == jnp.uint32
     with pytest.raises(ValueError, match="`precision` must be one format for all"):
         made(rules={"a": {"state_dtype": "float32"}}, precision=ol.Precision({"b": "bfloat16"}))
+
+
+def test_muon_has_its_parts_beside_a_rule_with_an_optimizer():
+    def stepped(params, **options):
+        step = ol.optimize_loss(
+            lambda p, _: sum(jnp.sum(jnp.sin(x) * x) for x in p.values()),
+            learning_rate=0.1,
+            **options,
+        )
+        return step.many(step.init(params), jnp.zeros((3, 0)))[0].params
+
+    rng = np.random.default_rng(0)
+    body, head = (
+        {f"{part}/{name}": rng.normal(size=shape).astype(np.float32) for name, shape in shapes}
+        for part, shapes in (("body", [("k", (3, 4)), ("b", (4,))]), ("head", [("k", (4, 2))]))
+    )
+    both = stepped(body | head, optimizer="Muon", rules={"head/**": {"optimizer": "AdamW"}})
+    alone = stepped(body, optimizer="Muon") | stepped(head, optimizer="AdamW")
+    for name, param in both.items():
+        np.testing.assert_allclose(param, alone[name], rtol=1e-6)

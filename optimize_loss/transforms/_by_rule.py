@@ -29,6 +29,11 @@ class ByRule:
     chosen: tuple[int, ...]
     within: Any = None
 
+    @property
+    def whole(self) -> "ByRule":
+        """The same rules without what narrows them."""
+        return dataclasses.replace(self, within=None)
+
     def takes(self, names: Sequence[str], leaves: Sequence[Any]) -> list[bool]:
         """Return for each parameter whether it is meant."""
         ours = [i in self.chosen for i in first_index(self.patterns, tuple(names))]

@@ -49,7 +49,7 @@ def lender(entries: Mapping[str, Any], borrower: str, number: str) -> str:
         if number in number_rules(type(link))  # and is not named after a parameter
     ]
     own = where(entries[borrower])
-    wider = (own, getattr(own, "within", None), None)
+    wider = (own, getattr(own, "within", None), getattr(own, "whole", None), None)
     suited = [n for n in others if where(entries[n]) in wider]
     if len(suited) != 1:
         raise ValueError(

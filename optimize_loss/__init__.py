@@ -4,6 +4,7 @@ from optimize_loss import optimizers as optimizers
 from optimize_loss import plot as plot
 from optimize_loss import schedules as schedules
 from optimize_loss import transforms as transforms
+from optimize_loss._build import optimize_loss as optimize_loss
 from optimize_loss._checkpoint import RestoreReport as RestoreReport
 from optimize_loss._checkpoint import restore as restore
 from optimize_loss._checkpoint import save as save
@@ -21,7 +22,6 @@ from optimize_loss._metrics import OPTIMIZER_SUMMARIES as OPTIMIZER_SUMMARIES
 from optimize_loss._options import adaptive_clipping_fn as adaptive_clipping_fn
 from optimize_loss._state import TrainState as TrainState
 from optimize_loss._train_step import TrainStep as TrainStep
-from optimize_loss._train_step import optimize_loss as optimize_loss
 from optimize_loss.optimizers._tf1 import OPTIMIZER_CLS_NAMES as OPTIMIZER_CLS_NAMES
 from optimize_loss.optimizers._variable import Variable as Variable
 from optimize_loss.transforms._guard import SkipSpikes as Spike

@@ -4,6 +4,7 @@ With JAX_ENABLE_X64=1, numbers that tests write are float64 beside float32 param
 promote as they do for users.
 """
 
+import gc
 import os
 import pathlib
 
@@ -15,6 +16,8 @@ promotion = "standard" if jax.config.read("jax_enable_x64") else "strict"
 jax.config.update("jax_numpy_dtype_promotion", promotion)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
+# What JAX keeps of thousands of programs lives long: collecting more often only walks over it.
+gc.set_threshold(100_000, 50, 100)
 cache = pathlib.Path(__file__).parent.parent / ".jax_cache"
 jax.config.update("jax_compilation_cache_dir", str(cache))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

@@ -760,6 +760,26 @@ def test_no_rate_is_fine_where_none_is_read():
         Fixed(weight_decay=0.1).init(params())
 
 
+def test_declared_options_may_do_without_a_rate():
+    class Shift(ol.optimizers.Optimizer):
+        learning_rate: Any = None
+        by: float = 1.0
+
+        def update_step(self, gradient, variable):
+            variable.assign_sub(self.by * jnp.sign(gradient))
+
+    p, g = {"w": jnp.float32(1.0)}, {"w": jnp.float32(3.0)}
+    assert float(Shift(by=0.5).apply(g, p)["w"]) == 0.5
+    assert repr(Shift(by=0.5)) == "Shift(by=0.5)"
+    assert "learning_rate" not in Shift(by=0.5).get_config()
+    assert repr(Shift.from_config(Shift(by=0.5).get_config())) == "Shift(name='Shift', by=0.5)"
+    assert float(Shift(learning_rate=0.5).learning_rate) == 0.5
+    with pytest.raises(ValueError, match="Shift has no learning rate"):
+        _ = Shift().learning_rate
+    with pytest.raises(ValueError, match="`by` must be a finite number"):
+        Shift(by=float("nan"))
+
+
 def test_the_more_derived_of_links_and_update_step_counts():
     class Doubled(ol.optimizers.SGD):
         def update_step(self, gradient, variable):
@@ -772,6 +792,64 @@ def test_the_more_derived_of_links_and_update_step_counts():
     p, g = {"w": jnp.float32(1.0)}, {"w": jnp.float32(1.0)}
     assert float(Doubled(0.25).apply(g, p)["w"]) == 0.5
     assert float(Plainly(0.25).apply(g, p)["w"]) == 0.75
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_an_attribute_may_be_a_method_of_the_optimizer(jit_compile):
+    class Chosen(custom.MomentumSGD):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self._rule_of_choice = self._with_momentum
+
+        def update_step(self, gradient, variable):
+            self._rule_of_choice(gradient, variable)
+
+        def _with_momentum(self, gradient, variable):
+            super().update_step(gradient, variable)
+
+    options = {**custom.OPTIONS[custom.MomentumSGD], "jit_compile": jit_compile}
+    seen = through_variables(Chosen(**options), params(), gradients())
+    assert_close(seen, wanted(custom.MomentumSGD, "plain"))
+    assert Chosen(**options).chain == Chosen(**options).chain
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_a_function_of_another_optimizer_is_loud(jit_compile):
+    class Borrowing(Plain):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.count = lambda: self.calls.assign_add(1.0)
+
+        def build(self, var_list):
+            super().build(var_list)
+            self.calls = self.add_variable(name="calls")
+
+        def update_step(self, gradient, variable):
+            self.count()
+
+    optimizer, v = Borrowing(jit_compile=jit_compile), ol.Variable(1.0)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"was made outside|that it is called on, `self`"):
+            optimizer.apply_gradients([(1.0, v)])
+    assert not optimizer.built
+
+
+def test_the_rate_may_have_any_name_and_other_options_stay():
+    class Named(ol.optimizers.Optimizer):
+        def build(self, variables):
+            super().build(variables)
+
+        def update_step(self, gradient, variable, lr):
+            variable.assign_sub(lr * gradient)
+
+    class Doubling(ol.optimizers.Optimizer):
+        def update_step(self, gradient, variable, scale=2.0):
+            variable.assign_sub(scale * gradient)
+
+    p, g = {"w": jnp.float32(1.0)}, {"w": jnp.float32(0.25)}
+    assert float(Named(learning_rate=0.5).apply(g, p)["w"]) == 0.875
+    assert float(Doubling(learning_rate=0.5).apply(g, p)["w"]) == 0.5
+    Named(learning_rate=0.5).build(variables=[ol.Variable(1.0)])
 
 
 def test_values_decide_in_python_where_nothing_is_compiled():
@@ -813,10 +891,30 @@ def is_split(x):
     return len({str(shard.index) for shard in x.addressable_shards}) == 8
 
 
+def on_a_replica(g):
+    """Return what one device has after two steps with a part of the gradients."""
+    options = {**custom.OPTIONS[custom.GuardedAdam], "axis_name": "data", "clipnorm": 1.0}
+    mine = jax.tree.map(lambda x: x[0], g)
+    optimizer = custom.GuardedAdam(**options)
+    imperative = through_variables(optimizer, params(), [mine, mine])
+    assert optimizer.chain
+    return jax.tree.map(
+        lambda x: x[None], (imperative, through_update(optimizer, params(), [mine] * 2))
+    )
+
+
 def report_on_eight_devices():
     """Return for each class and way how far it is from one device, and what is split."""
     mesh = jax.make_mesh((8,), ("data",), (AxisType.Auto,))
-    report = {}
+    parts = jax.tree.map(lambda x: jnp.stack([t / 36 * x for t in range(1, 9)]), gradients()[0])
+    mapped = jax.shard_map(on_a_replica, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+    summed = jax.jit(mapped)(parts)
+    options = {**custom.OPTIONS[custom.GuardedAdam], "clipnorm": 1.0}
+    alone = through_variables(custom.GuardedAdam(**options), params(), gradients()[:1] * 2)
+    apart = jax.tree.map(
+        lambda a, b: np.abs(np.asarray(a) - np.asarray(b)).max(), summed, (alone, alone)
+    )
+    report: dict[str, Any] = {"shard_map": float(max(jax.tree.leaves(apart)))}
     ways = {"variables": through_variables, "apply": through_apply, "steps": in_steps}
     for cls, options in custom.OPTIONS.items():
         expected = plainest(cls, options)[-1]
@@ -847,6 +945,10 @@ def report_on_eight_devices():
 @pytest.fixture(scope="module")
 def report():
     return on_eight_devices("test_custom_optimizers", "report_on_eight_devices")
+
+
+def test_replicas_sum_their_gradients(report):
+    assert report["shard_map"] < 1e-6
 
 
 @pytest.mark.parametrize("cls", CLASSES)

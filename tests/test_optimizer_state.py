@@ -883,6 +883,7 @@ def built_inside(w):
     optimizer, v = optim.Adam(0.1, clipnorm=0.5, use_ema=True), ol.Variable(w, "w")
     for _ in range(2):
         optimizer.minimize(lambda: v.value @ v.value, [v])
+    assert optimizer.chain.links  # the rate is still a number, and not traced
     tree = optim.Adam(0.1, clipnorm=0.5)
     p = {"w": w}
     for _ in range(2):

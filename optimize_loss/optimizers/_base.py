@@ -506,10 +506,11 @@ class Optimizer(Stateful):
         if not _takes_any(parameters):
             config = {name: x for name, x in config.items() if name in parameters}
         if type(self).get_config is Optimizer.get_config:
+            absent = ("mesh", "learning_rate", *later)
             named = [
                 n for n, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
             ]
-            config |= {n: self._own_option(n) for n in named if n not in (*config, "mesh", *later)}
+            config |= {n: self._own_option(n) for n in named if n not in (*config, *absent)}
         return config
 
     def _own_option(self, name: str) -> Any:

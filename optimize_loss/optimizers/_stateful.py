@@ -193,6 +193,8 @@ class Stateful(Options):
 
     def _set_learning_rate(self, value: Any) -> None:
         kept = self.__dict__.get("_learning_rate")
+        if value is None and kept is None:
+            return  # a rule may do without
         scheduled = callable(value) and not isinstance(value, Variable)
         if isinstance(kept, Variable) and not scheduled:
             kept.assign(self._build_learning_rate(value).value.astype(kept.dtype))

@@ -535,18 +535,17 @@ def grads(t: int) -> Any:
     return random_like(SHAPES, 1 + t)
 
 
-# Eight devices are for what lies where: these programs run once, and compile three times faster so.
-QUICKLY_COMPILED = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+# What eight devices show is what lies where; their programs run once, and compile faster so.
+QUICKLY_COMPILED = "--xla_backend_optimization_level=0"
 
 
-def on_eight_devices(module: str, function: str) -> Any:
+def on_eight_devices(module: str, function: str, flags: str = QUICKLY_COMPILED) -> Any:
     """Call a function of `tests` that returns JSON, in a process with eight CPU devices."""
     code = f"from tests import conftest, {module} as tested; print(tested.{function}())"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=pathlib.Path(__file__).parent.parent,
-        env=os.environ
-        | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8", "XLA_FLAGS": QUICKLY_COMPILED},
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8", "XLA_FLAGS": flags},
         capture_output=True,
         text=True,
         check=False,

@@ -20,7 +20,7 @@ jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
 gc.set_threshold(100_000, 50, 100)
 cache = pathlib.Path(__file__).parent.parent / ".jax_cache"
 jax.config.update("jax_compilation_cache_dir", str(cache))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 # These files take a worker longest; it begins with them, so that none is left alone with one.
 LONG = ("laws", "shard_state", "benchmarks", "keras_live", "bucket", "guard", "notebooks", "readme")

@@ -45,6 +45,7 @@ FLOORS = {
     "_checkpoint": 7,
     "_explain": 7,
     "_checkpoints": 8,
+    "_pure_step": 7,
     "_train_step": 8,
     "keras": 8,
     "_build": 9,

@@ -70,30 +70,42 @@ def slots(state):
     }
 
 
+X = np.random.default_rng(1).normal(size=(6, 16, 64)).astype(np.float32)
+
+
+def placed_on(kind):
+    """Return the parameters and the batches on a mesh of eight devices."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    batches = jax.device_put(X, NamedSharding(mesh, P(None, "data")))
+    return jax.device_put(params(), NamedSharding(mesh, P())), batches
+
+
+@functools.cache
+def whole(name):
+    """Return the state after six steps with whole slots on every device."""
+    placed, batches = placed_on(AxisType.Auto)
+    step = made(name, None)
+    return step.many(step.init(placed), batches)[0]
+
+
 def a_run(name, kind):
     """Return what a run with slots spread differs by, and how much of them a device has."""
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
-    whole, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
-    x = np.random.default_rng(1).normal(size=(4, 16, 64)).astype(np.float32)
-    batches = jax.device_put(x, NamedSharding(mesh, P(None, "data")))
-    states, runs = [], []
-    for axis in (None, "data"):
-        step = made(name, axis)
-        state = step.init(jax.device_put(params(), whole))
-        runs.append(step)
-        for i in range(2):
-            state, _ = step(state, jax.device_put(x[i], rows))
-        before = {k: v.sharding for k, v in slots(state).items()}
-        state, _ = step.many(state, batches)
-        assert {k: v.sharding for k, v in slots(state).items()} == before
-        states.append(state)
-    plain, spread = states
-    assert [runs[1]._program(many, True)._cache_size() for many in (False, True)] == [1, 1]
-    assert all(x.is_fully_replicated for x in jax.tree.leaves(spread.params))
-    pairs = zip(*(jax.tree.leaves((s.params, s.optimizer)) for s in states), strict=True)
-    error = max(float(jnp.max(jnp.abs(a - b), initial=0)) for a, b in pairs)
-    own = sum(x.addressable_shards[0].data.size for x in slots(spread).values())
-    return {"error": error, "own": own, "all": sum(x.size for x in slots(plain).values())}
+    placed, batches = placed_on(kind)
+    step = made(name, "data")
+    state = step.init(placed)
+    for i in range(2):
+        state, _ = step(state, batches[i])
+    before = {k: v.sharding for k, v in slots(state).items()}
+    state, _ = step.many(state, batches[2:])
+    assert {k: v.sharding for k, v in slots(state).items()} == before
+    assert [step._program(many, True)._cache_size() for many in (False, True)] == [1, 1]
+    assert all(x.is_fully_replicated for x in jax.tree.leaves(state.params))
+    pairs = zip(
+        *(jax.tree.leaves((s.params, s.optimizer)) for s in (whole(name), state)), strict=True
+    )
+    error = max(float(np.max(np.abs(np.asarray(a) - np.asarray(b)), initial=0)) for a, b in pairs)
+    own = sum(x.addressable_shards[0].data.size for x in slots(state).values())
+    return {"error": error, "own": own, "all": sum(x.size for x in slots(whole(name)).values())}
 
 
 def runs():

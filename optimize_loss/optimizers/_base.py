@@ -22,7 +22,6 @@ from optimize_loss.optimizers._variable import (
     is_variable,
     value_of,
 )
-from optimize_loss.transforms import chain
 from optimize_loss.transforms._accumulate import summed
 from optimize_loss.transforms._params import as_array, is_inexact, take_apart
 
@@ -447,23 +446,6 @@ class Optimizer(Stateful):
         values = {name: p for name, p in named.items() if is_inexact(p)}
         held.check_names(values)
         return taken.unflatten([*{**named, **held.averaged(values)}.values()])
-
-    def scale_loss(self, loss: Any) -> Any:
-        """Return the loss multiplied by the loss scale, if there is one.
-
-        For gradients that are taken by hand: `minimize` and `optimize_loss` do this themselves.
-
-        Args:
-          loss: a number or an array.
-        """
-        scale = self._loss_scale()
-        return loss if scale is None else loss * scale
-
-    def _loss_scale(self) -> jax.Array | None:
-        if self.built:
-            return self._hold().chain.loss_scale(self._hold().state)
-        scaling = {n: x for n, x in self.chain.links if n == "loss_scale"}
-        return chain(**scaling).loss_scale(chain(**scaling).init({})) if scaling else None
 
     def _advance(
         self, grads: Mapping[str, Any], params: Mapping[str, Any]

@@ -8,150 +8,20 @@ the same elementwise links share one array. Links see it as one parameter.
 import dataclasses
 import functools
 import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec
 
-from optimize_loss._checks import InvalidType
 from optimize_loss._names import leaf_names
 from optimize_loss.transforms._base import compute_dtype
+from optimize_loss.transforms._members import Members, Static
 
 # In entries. Up to here a step becomes 1.2 to 7 times as fast; at 16,000 no longer where the loss
 # needs each leaf as an array of its own, as for a product (benchmarks/bucket.py).
 LARGEST_IN_A_BUCKET = 4096
-
-
-class Static:
-    """A value that is compared at every call of a compiled program, and so compared quickly."""
-
-    def _key(self) -> Any:
-        raise NotImplementedError
-
-    def __eq__(self, other: object) -> bool:
-        if self is other or not isinstance(other, type(self)):
-            return self is other
-        return self._hash == other._hash and self._key() == other._key()
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    @functools.cached_property
-    def _hash(self) -> int:
-        return hash(self._key())
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Members(Static):
-    """Which parameters share an array, in which order, with which shapes."""
-
-    names: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
-
-    def _key(self) -> Any:
-        return self.names, self.shapes
-
-    def __reduce__(self) -> Any:
-        return Members, (self.names, self.shapes)  # without its hash: other processes have others
-
-    @functools.cached_property
-    def sizes(self) -> list[int]:
-        """The number of elements of each."""
-        return [math.prod(shape) for shape in self.shapes]
-
-    def join(self, parts: Sequence[Any]) -> Any:
-        """Return one array of all parts, along the last axis; of nothing, nothing."""
-        if all(part is None for part in parts):
-            return None
-        if not _are_ready(parts):
-            return self._join(parts)
-        with jax.ensure_compile_time_eval():  # in a trace of the caller's, too
-            return _join(self, parts)
-
-    def _join(self, parts: Sequence[Any]) -> Any:
-        rows = [
-            part.reshape(*part.shape[: part.ndim - len(shape)], size)
-            for part, shape, size in zip(parts, self.shapes, self.sizes, strict=True)
-        ]
-        return jnp.concatenate(rows, axis=-1)
-
-    def split(self, buffer: Any) -> list[Any]:
-        """Return the parts of an array; what is no array, such as a sharding, is that of each.
-
-        Axes before the last one stay: a state under `vmap` has them.
-        """
-        if not hasattr(buffer, "shape"):
-            return [buffer] * len(self.names)
-        if isinstance(buffer, jax.ShapeDtypeStruct):
-            first, dtype = buffer.shape[:-1], buffer.dtype
-            return [jax.ShapeDtypeStruct(first + shape, dtype) for shape in self.shapes]
-        if not _are_ready([buffer]):
-            return self._split(buffer)
-        with jax.ensure_compile_time_eval():
-            return _split(self, buffer)
-
-    def _split(self, buffer: Any) -> list[Any]:
-        first, buffer = buffer.shape[:-1], _on_all(buffer)
-        ends = itertools.accumulate(self.sizes)
-        return [
-            _cut(buffer, end - size, end).reshape(first + shape)
-            for shape, size, end in zip(self.shapes, self.sizes, ends, strict=True)
-        ]
-
-    def spread(self, numbers: Sequence[Any]) -> Any:
-        """Return what is each member's own: as it is where all have the same, else for each entry.
-
-        Raises:
-          InvalidType: the members have different arrays, and these are no scalars.
-        """
-        kinds = {id(number): number for number in numbers}
-        result, *others = kinds.values()
-        if others and any(jnp.ndim(kind) for kind in kinds.values()):
-            raise InvalidType(
-                "`for_each` of a link that is `elementwise` must give scalars. "
-                f"Received: {[jnp.shape(kind) for kind in kinds.values()]}."
-            )
-        if len(kinds) > 4:
-            order = {key: i for i, key in enumerate(kinds)}
-            which = self._repeated([order[id(number)] for number in numbers])
-            return jnp.stack(list(kinds.values()))[which]
-        for other in others:
-            here = self._repeated([number is other for number in numbers])
-            result = jnp.where(here, other, result)
-        return result
-
-    def _repeated(self, values: Sequence[int]) -> np.ndarray:
-        """Return each value as often as its member has entries."""
-        return np.repeat(np.array(values), self.sizes)
-
-
-# Outside of a trace as one program for each bucket, and not as one for each member.
-_join = jax.jit(Members._join, static_argnums=0)
-_split = jax.jit(Members._split, static_argnums=0)
-
-
-def _are_ready(leaves: Sequence[Any]) -> bool:
-    """Return whether all leaves are jax's arrays, outside of a trace."""
-    return all(isinstance(x, jax.Array) and not isinstance(x, Tracer) for x in leaves)
-
-
-def _on_all(buffer: Any) -> Any:
-    """Return an array whole on every device if its type says that it is spread."""
-    sharding = getattr(jax.typeof(buffer), "sharding", None)
-    if sharding is None or all(part is None for part in sharding.spec):
-        return buffer
-    return jax.sharding.reshard(buffer, NamedSharding(sharding.mesh, PartitionSpec()))
-
-
-def _cut(buffer: Any, start: int, end: int) -> Any:
-    if isinstance(buffer, jax.Array):
-        return jax.lax.slice_in_dim(buffer, start, end, axis=buffer.ndim - 1)
-    return buffer[..., start:end]
 
 
 @functools.partial(

@@ -1,27 +1,26 @@
 """Links in a row, by name: one optax transformation whose state is a dict."""
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from optimize_loss._checks import InvalidType, TreeMismatch, check_single, nearest
+from optimize_loss._checks import InvalidType, TreeMismatch, check_single
 from optimize_loss.transforms import _numbers
 from optimize_loss.transforms._accumulate import with_losses
-from optimize_loss.transforms._base import Link, Numbers, is_transformation, number_rules
+from optimize_loss.transforms._base import Link, is_transformation
+from optimize_loss.transforms._chain_numbers import ChainNumbers
 from optimize_loss.transforms._for_parameters import ForParameters
-from optimize_loss.transforms._fused import Wanted
 from optimize_loss.transforms._init import init_link
+from optimize_loss.transforms._leaf import Wanted
 from optimize_loss.transforms._params import Params, distinct, is_inexact, placed_like, take_apart
 from optimize_loss.transforms._pass import Call, Place, State
 from optimize_loss.transforms._places import (
     check_last,
     check_order,
-    lender,
     linked,
     structure,
     takes,
@@ -151,13 +150,7 @@ class Chain(optax.GradientTransformationExtraArgs):
 
     def numbers_named(self, name: str, state: State, schedule_step: Any = None) -> State:
         """Return the hyperparameter `name` of every link that has it, at this step, by link."""
-        step = state["step"] if schedule_step is None else schedule_step
-        lowered = self._lowered(state)
-        return {
-            owner: lowered(_numbers.all_at_step(owner, self.link(owner), state[owner], step))[name]
-            for owner, number in self.all_numbers()
-            if number == name and self._is_declared(owner, number)
-        }
+        return self._numbers.named(name, state, _step(state, schedule_step))
 
     def set(self, state: State, **values: Any) -> State:
         """Return the state with other hyperparameters; nothing is traced anew.
@@ -180,25 +173,11 @@ class Chain(optax.GradientTransformationExtraArgs):
           Traceback (most recent call last):
           ValueError: `max_norm` must be above 0. Received: max_norm=-1.
         """
-        state = dict(state)
-        for name, value in values.items():
-            link_name, number = self.find(name)
-            link, mine = self.link(link_name), state[link_name]
-            new = _numbers.replaced(
-                name, value, link.numbers()[number], link.rule(number), mine[number]
-            )
-            state[link_name] = {**mine, number: new}
-        return state
+        return self._numbers.replaced(state, values)
 
     def all_numbers(self) -> Iterator[tuple[str, str]]:
-        """Yield the link and the name of every hyperparameter."""
-        for name, link in self._linked():
-            if isinstance(link, Link):
-                yield from ((name, number) for number in link.numbers())
-
-    def _is_declared(self, owner: str, number: str) -> bool:
-        """Return whether a number is a field of its link, and not named after a parameter."""
-        return number in number_rules(type(self.link(owner)))
+        """Return the link and the name of every hyperparameter."""
+        return self._numbers.all()
 
     def find(self, name: str) -> tuple[str, str]:
         """Return the link and the number that `name`, or `link/number`, stands for.
@@ -206,19 +185,7 @@ class Chain(optax.GradientTransformationExtraArgs):
         Raises:
           ValueError: there is none, or more than one.
         """
-        known = list(self.all_numbers())
-        found = [
-            p for p in known if name == "/".join(p) or (name == p[1] and self._is_declared(*p))
-        ]
-        if len(found) == 1:
-            return found[0]
-        full = ["/".join(pair) for pair in found or known]
-        if found:
-            raise ValueError(f"`{name}` is a number of several links: name one of {full}.")
-        if not known:
-            raise ValueError(f"No link has a number `{name}`: those of optax are fixed when built.")
-        near = nearest(name, [*full, *(number for _, number in known)])
-        raise ValueError(f"No link has a number `{name}`. Nearest: {near}. All: {full}.")
+        return self._numbers.find(name)
 
     def averaged(self, state: State, params: Any) -> Any:
         """Return the parameters to use after training: an average, where a link keeps one.
@@ -252,13 +219,7 @@ class Chain(optax.GradientTransformationExtraArgs):
 
     def loss_scale(self, state: State, schedule_step: Any = None) -> jax.Array | None:
         """Return what the loss must be multiplied by before its gradients come here, or None."""
-        scales = list(self.numbers_named("loss_scale", state, schedule_step).values())
-        scales += [
-            state[name]["loss_scale"]
-            for name, link in self._linked()
-            if isinstance(link, Link) and "loss_scale" in link.memory()
-        ]
-        return functools.reduce(jnp.multiply, scales) if scales else None
+        return self._numbers.loss_scale(state, _step(state, schedule_step))
 
     def with_numbers_of(self, other: "Chain", state: State) -> tuple["Chain", State]:
         """Return the chain and the state that go on from `state` with the numbers of `other`.
@@ -297,6 +258,10 @@ class Chain(optax.GradientTransformationExtraArgs):
                     state[name] = {**state[name], number: changed}
         return (other if retraced else self), state
 
+    @property
+    def _numbers(self) -> ChainNumbers:
+        return ChainNumbers(dict(self.links))
+
     def _linked(self) -> Iterator[tuple[str, Any]]:
         return linked(dict(self.links))
 
@@ -311,66 +276,6 @@ class Chain(optax.GradientTransformationExtraArgs):
             return places
         formats = self.precision.formats(params)
         return [p._replace(codecs=codecs(p.link, p.takes, formats, params)) for p in places]
-
-    def _numbers_at(self, state: State, step: Any) -> dict[str, dict[str, jax.Array]]:
-        """Return for each link of ours its numbers at this step, with those that it borrows."""
-        entries = dict(self.links)
-        lowered = self._lowered(state)
-        own = {
-            name: lowered(_numbers.all_at_step(name, link, state[name], step))
-            for name, link in self._linked()
-            if isinstance(link, Link)
-        }
-        borrowed = {
-            name: {number: own[lender(entries, name, number)][number] for number in link.borrows}
-            for name, link in self._linked()
-            if isinstance(link, Link)
-        }
-        seen = {
-            name: {**self._scale_seen(state, step), **self._schedules_seen(own)}
-            if self.link(name).judges
-            else {}
-            for name in own
-        }
-        return {name: {**own[name], **borrowed[name], **seen[name]} for name in own}
-
-    def _lowered(self, state: State) -> Callable[[Numbers], Numbers]:
-        """Return the function that multiplies the numbers of a link by what lowers them."""
-        scales = [
-            (number, state[name]["scale"])
-            for name, link in self._linked()
-            for number in getattr(link, "lowers", ())
-        ]
-
-        def lowered(numbers: Numbers) -> Numbers:
-            for name, scale in scales:
-                if name in numbers:
-                    numbers = {**numbers, name: numbers[name] * scale.astype(numbers[name].dtype)}
-            return numbers
-
-        return lowered
-
-    def _scale_seen(self, state: State, step: Any) -> dict[str, jax.Array]:
-        """Return the loss scale of all links, and whether it is one that can shrink."""
-        scale = self.loss_scale(state, step)
-        dynamic = [
-            state[name]["loss_scale"] > 1
-            for name, link in self._linked()
-            if isinstance(link, Link) and "loss_scale" in link.memory()
-        ]
-        can_shrink = {"scale_shrinks": functools.reduce(jnp.logical_or, dynamic)} if dynamic else {}
-        return {} if scale is None else {"loss_scale": scale, **can_shrink}
-
-    def _schedules_seen(self, own: State) -> dict[str, jax.Array]:
-        """Return whether every schedule has a value that its number may have."""
-        scheduled = [
-            jnp.all(jnp.isfinite(own[name][number]))
-            for name, link in self._linked()
-            if isinstance(link, Link)
-            for number, value in link.numbers().items()
-            if callable(value)
-        ]
-        return {"schedules_hold": jnp.all(jnp.stack(scheduled))} if scheduled else {}
 
     def _run(
         self,
@@ -393,9 +298,7 @@ class Chain(optax.GradientTransformationExtraArgs):
         call = Call(
             params=taken,
             state=state,
-            numbers=self._numbers_at(
-                state, state["step"] if schedule_step is None else schedule_step
-            ),
+            numbers=self._numbers.at_step(state, _step(state, schedule_step)),
             live=[j for j, p in enumerate(taken.leaves) if flat[j] is not None and is_inexact(p)],
             wanted=wanted,
             extra=extra,
@@ -449,6 +352,11 @@ def chain(*unnamed: Any, **links: Any) -> Chain:
             raise ValueError(f"A link's name has no '/' and is not 'step'. Received: {name!r}.")
     check_order(links)
     return Chain(tuple(with_losses(links).items()))
+
+
+def _step(state: State, schedule_step: Any) -> Any:
+    """Return the step that schedules see."""
+    return state["step"] if schedule_step is None else schedule_step
 
 
 def _unknown(update: Any) -> Any:

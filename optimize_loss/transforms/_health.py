@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optimize_loss._random import name_words
-from optimize_loss.transforms._bucket import Members
+from optimize_loss.transforms._members import Members
 
 NOBODY, THE_LOSS, THE_NORM, A_SCHEDULE = 0, -1, -2, -3  # where no parameter is to blame
 

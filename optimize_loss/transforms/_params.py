@@ -10,7 +10,8 @@ from jax.core import Tracer
 
 from optimize_loss._checks import InvalidType, TreeMismatch
 from optimize_loss._names import leaf_names, leaf_paths, same_leaves
-from optimize_loss.transforms._bucket import Bucket, Members, is_bucket
+from optimize_loss.transforms._bucket import Bucket, is_bucket
+from optimize_loss.transforms._members import Members
 
 PARAMETER = "The parameter"
 

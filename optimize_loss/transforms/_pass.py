@@ -9,9 +9,11 @@ import jax
 from optimize_loss._checks import TreeMismatch
 from optimize_loss._names import same_leaves
 from optimize_loss.transforms._base import Link, Numbers, TreeLink, compute_dtype
-from optimize_loss.transforms._fused import Leaf, Owner, Settings, Squares, Wanted, prepare
+from optimize_loss.transforms._leaf import Leaf, Owner, Wanted
+from optimize_loss.transforms._norms import Settings, Squares
 from optimize_loss.transforms._params import Params
 from optimize_loss.transforms._precision import Codec, Encoded, keys
+from optimize_loss.transforms._prepare import prepare
 
 State = dict[str, Any]
 

@@ -21,7 +21,7 @@ from optimize_loss._names import Pattern, check_pattern, first_matches
 from optimize_loss._random import quick_bits, streams
 from optimize_loss.transforms import _codec
 from optimize_loss.transforms._base import Link, TreeLink
-from optimize_loss.transforms._bucket import Members
+from optimize_loss.transforms._members import Members
 from optimize_loss.transforms._params import Params
 
 FORMATS = ("float32", "bfloat16", "float8")

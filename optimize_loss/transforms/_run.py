@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optimize_loss.transforms._fused import (
+from optimize_loss.transforms._leaf import (
     PASS,
     Behind,
     Leaf,

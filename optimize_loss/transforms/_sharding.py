@@ -16,8 +16,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from optimize_loss._checks import InvalidType, received
 from optimize_loss.transforms._base import Link, TreeLink
-from optimize_loss.transforms._bucket import Static
 from optimize_loss.transforms._chain import Chain
+from optimize_loss.transforms._members import Static
 
 State = dict[str, Any]
 

@@ -10,7 +10,7 @@ import optax
 from optimize_loss._checks import InvalidType, TreeMismatch
 from optimize_loss._names import same_leaves
 from optimize_loss.transforms._base import compute_dtype
-from optimize_loss.transforms._fused import PASS, Leaf, Wanted
+from optimize_loss.transforms._leaf import PASS, Leaf, Wanted
 from optimize_loss.transforms._pass import Call, Flow, Place, State, last, prepared
 
 

@@ -1,0 +1,141 @@
+"""The global norms of updates, with as few passes over them as possible."""
+
+import functools
+from collections.abc import MutableMapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optimize_loss.transforms._base import Link, Numbers, abs_squared, norm, sqrt
+from optimize_loss.transforms._leaf import PASS, Leaf, Links, Owner, for_all, update_behind
+
+# For leaves of these numbers, Σ|u|² of each.
+Squares = MutableMapping[tuple[int, ...], list[jax.Array]]
+
+
+class Settings(NamedTuple):
+    """What is the same for all parameters."""
+
+    numbers: list[dict[str, jax.Array]]  # for each link, what its `scalars` receives
+    memories: list[dict[str, jax.Array]]  # for each link, its memory for the whole tree
+    step: jax.Array  # number of updates made before this one, an int32
+    loss: jax.Array | None
+    weight: jax.Array | None  # that the loss came with
+    dtype: Any  # of numbers that are not one parameter's
+    squares: Squares  # found by passes before, and by this one, of updates as they come to it
+
+
+class Norms:
+    """The global norms at several places in a chain, with as few passes as possible.
+
+    Links that only look, or multiply by a factor, need no pass of their own: the norm after them
+    follows from the norms of the leaves before them.
+    """
+
+    def __init__(
+        self,
+        links: Links,
+        own: Sequence[Links],
+        owners: Sequence[Owner],
+        leaves: Sequence[Leaf],
+        settings: Settings,
+    ) -> None:
+        self.links, self.own, self.owners = links, own, owners
+        self.leaves, self.dtype, self.known = leaves, settings.dtype, settings.squares
+        self.squares: dict[tuple[tuple[int, ...], ...], list[jax.Array]] = {
+            ((), here): parts for here, parts in settings.squares.items()
+        }
+
+    def before(
+        self, place: int, here: Sequence[int], ks: Sequence[tuple[Numbers, ...]]
+    ) -> jax.Array:
+        """Return √Σ|u|² of the updates that reach the link at `place`.
+
+        Where the sum of squares leaves the range of the dtype, as for float32 entries of 1e20 or
+        1e-25, it is taken again of entries scaled by a power of two, and only then.
+
+        Args:
+          place: the number of the link.
+          here: the numbers of the leaves that it is for.
+          ks: for each leaf, what the links before it need.
+        """
+        if not here:
+            return jnp.zeros((), self.dtype)
+        changing = [j for j in range(place) if not self.links[j].observes]
+        factor = jnp.ones((), self.dtype)
+        while changing and self._multiplies(changing[-1], here, ks):
+            factor = factor * self._factor(changing.pop(), here, ks)
+        prefixes = [picked(self.own[i], self.leaves[i], ks[i], changing) for i in here]
+        owners = [self.owners[i] for i in here]
+        key = (tuple(changing), tuple(here))
+        if key not in self.squares:
+            self.squares[key] = for_all(_squares, self.dtype, prefixes, owners)
+            if not changing:
+                self.known[tuple(here)] = self.squares[key]
+        parts = self.squares[key]
+        squares = jnp.concatenate(parts)
+        plain, total = jnp.sum(squares), jnp.sum(squares * (factor * factor))
+
+        def rescaled() -> jax.Array:
+            # A scale of its own for each leaf: XLA on CPU would write a shared one out as an array.
+            arguments = [(*p, part) for p, part in zip(prefixes, parts, strict=True)]
+            scaled = jnp.concatenate(for_all(_scaled_squares, self.dtype, arguments, owners))
+            return norm(sqrt(scaled) / _scale(squares) * factor)
+
+        low, high = jnp.minimum(plain, total), jnp.maximum(plain, total)
+        in_range = (low > 1 / _safe_power(self.dtype)) & (high < jnp.inf)
+        return jax.lax.cond(in_range, lambda: sqrt(total), rescaled)
+
+    def _multiplies(self, j: int, here: Sequence[int], ks: Sequence[tuple[Numbers, ...]]) -> bool:
+        """Return whether the link at `j` multiplies every leaf by one number."""
+        link = self.links[j]
+        if not link.multiplies or type(link).for_each is Link.for_each:
+            return link.multiplies
+        found = [ks[i][j] for i in here if self.owners[i].bucket and self.own[i][j] is not PASS]
+        return all(jax.eval_shape(link.factor, k).shape == () for k in found)
+
+    def _factor(self, j: int, here: Sequence[int], ks: Sequence[tuple[Numbers, ...]]) -> jax.Array:
+        """Return what the link at `j` multiplies by: one number, or one for each leaf."""
+        link, own = self.links[j], [self.own[i][j] for i in here]
+        if type(link).for_each is Link.for_each and PASS not in own:
+            return jnp.abs(link.factor(ks[here[0]][j])).astype(self.dtype)
+        one = jnp.ones((), self.dtype)
+        factors = [
+            one if mine is PASS else jnp.abs(link.factor(ks[i][j])).astype(self.dtype)
+            for i, mine in zip(here, own, strict=True)
+        ]
+        return jnp.stack(factors)
+
+
+def _scale(squares: jax.Array) -> jax.Array:
+    """Return by what to multiply leaves whose sum of squares may have left the dtype's range."""
+    big = _safe_power(squares.dtype)
+    return jnp.where(squares > big, 1 / big, jnp.where(squares < 1 / big, big, 1))
+
+
+def _safe_power(dtype: Any) -> float:
+    """Return a power of two far above 1, by which squares of this dtype can be divided."""
+    return 2.0 ** (jnp.finfo(dtype).maxexp * 5 // 8)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _squares(links: Links, dtype: Any, leaf: Leaf, ks: tuple[Numbers, ...]) -> jax.Array:
+    """Return Σ|u|² of one leaf, of shape (1,)."""
+    return jnp.sum(abs_squared(update_behind(links, leaf, ks))).astype(dtype)[None]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _scaled_squares(
+    links: Links, dtype: Any, leaf: Leaf, ks: tuple[Numbers, ...], squares: jax.Array
+) -> jax.Array:
+    """Return Σ|u|² of one leaf, of shape (1,), once more, of entries times the scale for it."""
+    update = update_behind(links, leaf, ks)
+    scale = _scale(squares)[0].astype(jnp.finfo(update.dtype).dtype).astype(update.dtype)
+    return jnp.sum(abs_squared(update * scale)).astype(dtype)[None]
+
+
+def picked(links: Links, leaf: Leaf, ks: tuple[Numbers, ...], which: Sequence[int]) -> Any:
+    """Return the arguments of `_run` for some of the links."""
+    slots = tuple(leaf.slots[j] for j in which)
+    return tuple(links[j] for j in which), leaf._replace(slots=slots), tuple(ks[j] for j in which)

@@ -29,14 +29,16 @@ STEPS = 20
 RATES = {"Adadelta": 1.0, "Adagrad": 0.1, "Adafactor": 0.1}
 FOR_ALL = {
     "larger-rate": {},
-    "weight-decay": {"weight_decay": 0.1},
     "clip-accumulate-scale": {
         "weight_decay": 0.02,
         "global_clipnorm": 0.05,
         "gradient_accumulation_steps": 2,
         "loss_scale_factor": 8.0,
     },
-    "schedule": {"learning_rate": ("ExponentialDecay", 0.1, 5, 0.5)},
+    "schedule-decay": {
+        "weight_decay": 0.1,
+        "learning_rate": ("ExponentialDecay", 0.1, 5, 0.5),
+    },
 }
 OWN = {
     "SGD-clipnorm": {"clipnorm": 0.02},

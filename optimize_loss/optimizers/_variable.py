@@ -14,10 +14,14 @@ from jax.core import Tracer
 
 from optimize_loss._checks import InvalidType, TreeMismatch, received
 
-try:
-    from jax.extend.core import get_opaque_trace_state
-except ImportError:  # before jax 0.9
-    from jax.core import get_opaque_trace_state
+
+def _trace_state() -> Any:
+    """Return what tells the transformation of JAX that is going on from others."""
+    try:  # here, as it loads Pallas, which imports of ours need not wait for
+        from jax.extend.core import get_opaque_trace_state
+    except ImportError:  # before jax 0.9
+        from jax.core import get_opaque_trace_state
+    return get_opaque_trace_state(convention="nnx")
 
 
 def _forwarded(operation: Callable[..., Any]) -> Callable[..., Any]:
@@ -113,7 +117,7 @@ class Variable:
 
     def _mark(self) -> None:
         """Note where the box was made, and give it a name that no other box ever has."""
-        self._trace = get_opaque_trace_state(convention="nnx")
+        self._trace = _trace_state()
         self._unique_id = f"{self.name}_{next(_SERIAL)}"
         for made in _WITNESSES.get():
             made.append(self)
@@ -171,7 +175,7 @@ class Variable:
 
     def is_elsewhere(self, *values: Any) -> bool:
         """Return whether these values are traced, now, by what the box was not made in."""
-        if self._trace == get_opaque_trace_state(convention="nnx"):
+        if self._trace == _trace_state():
             return False
         # Under jit constants count too: what happens to them happens once, not at every call.
         traced = any(isinstance(x, Tracer) for x in values)

@@ -12,8 +12,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
-from jax.extend.core import Literal as Constant
 
 from optimize_loss._checks import SEED as SEED_RULE
 from optimize_loss._checks import InvalidType, check_choice, check_integer, received
@@ -239,6 +237,8 @@ class BFloat16(Codec):
         Then the stored array is one kernel of XLA, and the parameter another, which reads it. An
         update of the unrounded ones would need the old array in both, and so a copy of it.
         """
+        from jax.extend.core import Literal  # loads Pallas, which imports of ours need not wait for
+
         slots = self.decoded(stored)
         values, structure = jax.tree.flatten(slots)
         program, shapes = jax.make_jaxpr(
@@ -252,7 +252,7 @@ class BFloat16(Codec):
         fixed = {
             places[name]: known[name]
             for name in self.moments
-            if not isinstance(places[name], Constant)
+            if not isinstance(places[name], Literal)
         }
         update, _ = jax.tree.unflatten(outputs, _evaluate(program, values, fixed))
         return update, encoded
@@ -291,6 +291,8 @@ _CODECS = {"bfloat16": BFloat16, "float8": Float8}
 
 def _evaluate(program: Any, values: list[Any], known: Mapping[Any, Any]) -> list[Any]:
     """Return what a traced function returns, some of its variables known instead of computed."""
+    from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+
     jaxpr = program.jaxpr
     alone = {e.outvars[0] for e in jaxpr.eqns if len(e.outvars) == 1}
     known = {variable: x for variable, x in known.items() if variable in alone}

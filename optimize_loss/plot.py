@@ -32,6 +32,10 @@ class _Curve(Protocol):
     def smoothed(self) -> np.ndarray: ...
     @property
     def suggestion(self) -> float | None: ...
+    @property
+    def still_falling(self) -> bool: ...
+    @property
+    def number(self) -> str: ...
 
 
 class _Runs(Protocol):
@@ -342,11 +346,12 @@ def learning_rate(result: _Curve) -> Any:
     axes.plot(result.rates, smoothed, color=COLOURS[0], lw=2.4, label="smoothed loss")
     if result.suggestion is not None:
         label = f"suggestion {result.suggestion:.2g}"
+        label += ", where the loss still falls" if result.still_falling else ""
         axes.axvline(result.suggestion, color=COLOURS[5], ls="--", lw=1.8, label=label)
     axes.set_xscale("log")
     shown = smoothed[np.isfinite(smoothed)]
     low, first = min(shown.min(), losses[np.isfinite(losses)].min()), shown[0]
     room = max(first - low, 1e-3 * abs(first), 1e-12)
     axes.set_ylim(low - 0.15 * room, first + 0.6 * room)  # where it diverges, it leaves the picture
-    finish(axes, "learning rate", "loss", legend=True)
+    finish(axes, result.number.replace("_", " "), "loss", legend=True)
     return figure

@@ -32,6 +32,7 @@ FLOORS = {
     "_ratios": 4,
     "plot": 5,
     "_found": 6,
+    "_ramp": 6,
     "_grid": 5,
     "_skips": 5,
     "_steepest": 5,

@@ -1,5 +1,6 @@
 """Pictures: what their axes say, and that their lines are the data; nothing else is touched."""
 
+import dataclasses
 import pickle
 import subprocess
 import sys
@@ -420,6 +421,9 @@ def test_the_curve_and_the_suggestion():
     assert axes.lines[2].get_xdata()[0] == 0.1
     assert axes.get_ylim()[1] < 50  # where it diverges, it leaves the picture
     assert legend(plot.learning_rate(curve(None)).axes[0]) == ["loss", "smoothed loss"]
+    falling = dataclasses.replace(curve(), still_falling=True)
+    told = legend(plot.learning_rate(falling).axes[0])[2]
+    assert told == "suggestion 0.1, where the loss still falls"
 
 
 def test_the_method_of_a_range_test():

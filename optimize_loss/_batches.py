@@ -177,3 +177,60 @@ def check_sharding(sharding: Any) -> Any:
     if _is_parts(sharding):
         return tuple(sharding)
     return sharding if sharding is None or jax.tree.leaves(sharding) == [sharding] else (sharding,)
+
+
+def check_stacked(batches: tuple[Any, ...]) -> None:
+    """Raise unless `batches` are stacked: arrays with one first axis, of at least 1.
+
+    Raises:
+      ValueError: the arrays differ in the length of their first axis, have none, or no steps.
+    """
+    lengths = {np.shape(x)[:1] for x in jax.tree.leaves(batches)}
+    if len(lengths) != 1 or lengths <= {(), (0,)}:
+        raise ValueError(
+            "`batches` must be arrays with one first axis, of one length: the number of steps, at "
+            f"least 1.{_how_to_stack(batches)} "
+            f"Received: shapes {[np.shape(x) for x in jax.tree.leaves(batches)]}."
+        )
+
+
+def _how_to_stack(batches: tuple[Any, ...]) -> str:
+    """Return what to do with a list of batches, if there may be one among the parts."""
+    if not any(_is_parts(part) for part in batches):
+        return ""
+    return (
+        " A list or tuple is one part, of stacked arrays. Stack one that holds batch after batch: "
+        "`jax.tree.map(lambda *x: np.stack(x), *batches)`."
+    )
+
+
+def refusal(error: TypeError, batch: tuple[Any, ...], stacked: bool) -> InvalidType | None:
+    """Return what to raise for an error of a program that was given this batch; None for itself."""
+    if strange := [x for x in jax.tree.leaves(batch) if _is_strange(x)]:
+        came = getattr(strange[0], "dtype", None)
+        return InvalidType(
+            f"`{'batches' if stacked else 'batch'}` must be arrays and numbers. Received: "
+            + (
+                f"an array of {came}."
+                if came
+                else f"{strange[0]!r} of type {_kind_of(strange[0])}."
+            )
+        )
+    advice = _how_to_stack(batch) if stacked else ""
+    if advice and isinstance(error, InvalidType):
+        error.add_note(advice.strip())
+    elif advice:
+        return InvalidType(
+            f"`batches` must be what the loss takes, stacked.{advice} Received: parts of type "
+            f"{[_kind_of(part) for part in batch]}, with which it fails: {str(error)[:200]}"
+        )
+    return None
+
+
+def _kind_of(value: Any) -> str:
+    return type(value).__name__
+
+
+def _is_strange(leaf: Any) -> bool:
+    is_array = isinstance(leaf, np.ndarray | np.generic)
+    return isinstance(leaf, str | bytes) or (is_array and leaf.dtype.kind in "OSUTMm")

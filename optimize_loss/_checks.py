@@ -92,7 +92,7 @@ SEED = Rule("an integer in [0, 2**32)", lambda x: (x >= 0) & (x < 2**32), kind="
 
 def received(name: str, value: Any) -> str:
     """Return the end of every message: what came."""
-    shown = repr(value)
+    shown = repr(value.item() if isinstance(value, np.generic) else value)
     return f"Received: {name}={shown if len(shown) <= 200 else shown[:197] + '...'}."
 
 

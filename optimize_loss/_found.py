@@ -22,6 +22,9 @@ class LearningRateTest:
       suggestion: the rate at which the smoothed loss falls most steeply over the logarithm of the
         rate, before its minimum; None if it falls nowhere.
       diverged: whether the test ended because the loss rose or was not finite.
+      still_falling: whether the smoothed loss falls most steeply at the highest rate tried. A
+        better rate may then be above: the suggestion is only the best of those tried.
+      number: which number was raised; the rates are its values.
 
     Example:
       >>> import optimize_loss as ol
@@ -36,6 +39,8 @@ class LearningRateTest:
     smoothed: np.ndarray
     suggestion: float | None
     diverged: bool
+    still_falling: bool = False
+    number: str = "learning_rate"
 
     @property
     def minimum(self) -> float:

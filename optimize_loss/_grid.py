@@ -20,6 +20,8 @@ from optimize_loss._checks import (
     received,
 )
 from optimize_loss._state import TrainState
+from optimize_loss.transforms import Link
+from optimize_loss.transforms._params import PARAMETER, copied
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +77,14 @@ def _check_values(name: str, values: Any) -> list[Any]:
         raise InvalidType(
             f"`{name}` must be a list of numbers, one for each run. {received(name, values)}"
         )
-    values = np.asarray(values).tolist() if is_array else list(values)
+    values = np.asarray(values).tolist() if is_array else list(map(_plain, values))
     if not values:
         raise ValueError(f"`{name}` must have a value. {received(name, values)}")
     return values
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _check_seeds(seeds: Any) -> list[int]:
@@ -91,7 +97,13 @@ def _check_seeds(seeds: Any) -> list[int]:
 
 
 def starts(state: TrainState, grid: Grid) -> list[TrainState]:
-    """Return the state in which each run begins."""
+    """Return the state in which each run begins.
+
+    Raises:
+      ValueError: runs begin with other parameters, but the state is one of a run already.
+    """
+    if grid.init is not None:
+        _check_first(state)
     seeds = {point["seed"] for point in grid.points} if grid.seeded else set()
     seeded = {seed: _with_seed(state, seed, grid.init) for seed in seeds}
     starts = []
@@ -99,6 +111,23 @@ def starts(state: TrainState, grid: Grid) -> list[TrainState]:
         numbers = {n: x for n, x in point.items() if not (grid.seeded and n == "seed")}
         starts.append((seeded[point["seed"]] if grid.seeded else state).set(**numbers))
     return starts
+
+
+def _check_first(state: TrainState) -> None:
+    """Raise unless all that the state keeps besides parameters is as before the first update."""
+    changed = ["step"] if np.any(state.packed_optimizer["step"]) else []
+    for name, _ in state.chain.links:
+        link = state.chain.link(name)
+        memory = link.memory() if isinstance(link, Link) else {}
+        now = {key: np.asarray(state.links[name][key]) for key in memory}
+        first = {key: np.asarray(memory[key], x.dtype) for key, x in now.items()}
+        changed += [f"{name}/{key}" for key in memory if np.any(now[key] != first[key])]
+    if changed:
+        raise ValueError(
+            "`state` must be one that has made no step where `init` is given, such as "
+            "`step.init(params)`: runs would begin with the counters, statistics and model state "
+            f"of an old one. Received: one in which these are not as at first: {changed}."
+        )
 
 
 def _with_seed(state: TrainState, seed: int, init: Callable[[Any], Any] | None) -> TrainState:
@@ -116,7 +145,8 @@ def _with_seed(state: TrainState, seed: int, init: Callable[[Any], Any] | None) 
     if state.key is not None:
         state = dataclasses.replace(state, key=_key_like(state.key, seed))
     if init is not None:
-        state = state.with_trees(params=init(jax.random.key(seed))).reset("**")
+        params = copied(PARAMETER, init(jax.random.key(seed)))
+        state = state.with_trees(params=params).reset("**")
     return state.set(**numbers)
 
 

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
+from optimize_loss._batches import check_stacked, refusal
 from optimize_loss._checks import (
     InvalidType,
     TreeMismatch,
@@ -19,7 +20,8 @@ from optimize_loss._grid import check_grid
 from optimize_loss._lint import check_horizon
 from optimize_loss._loop import Run, check_plan
 from optimize_loss._pure_step import PureStep
-from optimize_loss._search import Search, check_ramp
+from optimize_loss._ramp import Ramp
+from optimize_loss._search import Search
 from optimize_loss._skips import check_ready
 from optimize_loss._state import TrainState
 
@@ -72,18 +74,19 @@ class TrainStep(PureStep):
         Args:
           state: as for a single step.
           *batches: as for a single step, with k batches stacked along the first axis of every
-            array.
+            array, k at least 1. A list or tuple is one part, whose arrays are stacked.
 
         Returns:
           The state after k steps, and the metrics of each, stacked along a first axis.
 
         Raises:
           ValueError: the arrays differ in the length of their first axis, or have none.
+          InvalidType: what is given is no array; or the loss fails with a list that is a part.
           NonFiniteError: as for a single step, by what came last before this state. A row of
             batches that `skip` left out, and that ended within a call, is in the metric
             `skipped_in_a_row` only, whose maximum tells.
         """
-        _check_stacked(batches)
+        check_stacked(batches)
         return self._dispatch(True, state, batches)
 
     def run(
@@ -224,17 +227,18 @@ class TrainStep(PureStep):
           smoothing: the weight of what was before in the running mean of the loss, in [0, 1).
           divergence: how many times the least smoothed loss is too much, above 1.
           number: which number of the state is raised, as `state.set` names it; such as
-            "rate/learning_rate" where several links have a rate.
+            "rate/learning_rate" where several links have a rate, or "weight_decay".
 
         Returns:
           A `LearningRateTest`. Its `suggestion` is the rate at which the smoothed loss falls most
           steeply over the logarithm of the rate, before its minimum; its slope is that between
           points about 1 / (1 - smoothing) steps apart. As a mean of what was before, the smoothed
-          loss lags behind by about smoothing / (1 - smoothing) steps.
+          loss lags behind by about smoothing / (1 - smoothing) steps. Where that is at the highest
+          rate, the result is `still_falling`, and there is a warning: a better one may be above.
 
         Raises:
           InvalidType: an argument is of the wrong kind, or `state` is traced.
-          ValueError: an argument is out of range; `batches` is empty, or they differ in shape; the
+          ValueError: an argument is out of range; `batches` is empty, or they are not alike; the
             rate is no number of the state, as that of an optax transformation; or a
             `learning_rate_decay_fn` or `plateau` would change it.
           NonFiniteError: the loss is not finite before the first update.
@@ -256,7 +260,7 @@ class TrainStep(PureStep):
           four times the least as fastai's `Learner.lr_find` has them.
         """
         self._check_state(state)
-        ramp = check_ramp(lowest, highest, steps, smoothing, divergence, number)
+        ramp = Ramp(lowest, highest, steps, smoothing, divergence, number)
         return self._search.find_learning_rate(self._shardings(state), state, batches, ramp)
 
     def sweep(
@@ -276,7 +280,8 @@ class TrainStep(PureStep):
         the runs need memory for as many states.
 
         Args:
-          state: from `init` or from a step; where all runs begin.
+          state: from `init` or from a step; where all runs begin. With `init`, one that has made
+            no step: its model state, counters and statistics are those of all runs.
           *batches: as for `many`, stacked along the first axis; the same for all runs.
           seeds: how many, for 0, 1, …; or a list of integers in [0, 2**32). A run of seed s has
             the random key and the noise that it would have under `optimize_loss(seed=s)`.
@@ -293,7 +298,9 @@ class TrainStep(PureStep):
         Raises:
           InvalidType: a list is none, a value is no number, or `state` is traced.
           ValueError: there is no list, or an empty one; a name or a value is not one that
-            `state.set` takes; seeds would change nothing; or `batches` are not as for `many`.
+            `state.set` takes; seeds would change nothing; `state` has made a step, with `init`; or
+            `batches` are not as for `many`.
+          TreeMismatch: what `init` returns has other leaves, shapes or dtypes than the parameters.
 
         Example:
           Gradient descent from 1 on w · x, with x = 1, for two steps at three rates:
@@ -309,7 +316,7 @@ class TrainStep(PureStep):
           -1.0
         """
         self._check_state(state)
-        _check_stacked(batches)
+        check_stacked(batches)
         points = check_grid(numbers, seeds, init, grid)
         return self._search.sweep(self._shardings(state), state, batches, points)
 
@@ -350,13 +357,9 @@ class TrainStep(PureStep):
         try:
             return self._program(many, not traced)(self._shardings(state), state, batch)
         except TypeError as error:
-            strange = [x for x in jax.tree.leaves(batch) if isinstance(x, str | bytes)]
-            if not strange:
+            if (refused := refusal(error, batch, stacked=many)) is None:
                 raise
-            raise InvalidType(
-                f"`batch` must be arrays and numbers. Received: {strange[0]!r} of type "
-                f"{type(strange[0]).__name__}."
-            ) from error
+            raise refused from error
 
     def _check_state(self, state: Any) -> None:
         """Raise unless `state` is one of this step, or of one with equal options, and alive."""
@@ -396,12 +399,3 @@ class TrainStep(PureStep):
                 "This state was donated: a step gives its memory to the state that it returns. "
                 "Use that one, as in `state, metrics = step(state, batch)`."
             )
-
-
-def _check_stacked(batches: tuple[Any, ...]) -> None:
-    lengths = {np.shape(x)[:1] for x in jax.tree.leaves(batches)}
-    if len(lengths) != 1 or lengths == {()}:
-        raise ValueError(
-            "`batches` must be arrays with one first axis, of one length: the number of steps. "
-            f"Received: shapes {[np.shape(x) for x in jax.tree.leaves(batches)]}."
-        )

@@ -5,7 +5,6 @@ and a notebook shows the figure that a cell ends with. Needs the extra `demo`.
 """
 
 import functools
-import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -14,17 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from optimize_loss._checks import AT_LEAST_1, InvalidType, check_integer, received
-from optimize_loss._names import leaf_names, same_leaves
+from optimize_loss._figure import COLOURS, finish, panels, scale, styled, whole_ticks
+from optimize_loss._ratios import find_ratios
 from optimize_loss.schedules import evaluate
 
 __all__ = ["learning_rate", "metrics", "schedule", "sweep", "update_ratios"]
 
-# colours that the colour-blind can tell apart, of M. Okabe and K. Ito; then with other lines
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
-LINES = ("-", "--", ":", "-.")
-WIDTH = 9.0  # inches; at 100 dpi as wide as a README
 MOST_POINTS = 400  # of a line
-MOST_LINES = 8  # with a label each
 MOST_BARS = 40
 
 
@@ -37,6 +32,10 @@ class _Curve(Protocol):
     def smoothed(self) -> np.ndarray: ...
     @property
     def suggestion(self) -> float | None: ...
+    @property
+    def still_falling(self) -> bool: ...
+    @property
+    def number(self) -> str: ...
 
 
 class _Runs(Protocol):
@@ -69,13 +68,13 @@ def schedule(schedules: Any, steps: int = 1000) -> Any:
     """
     steps = check_integer("steps", steps, AT_LEAST_1)
     at = np.unique(np.linspace(0, steps, min(steps + 1, 1001)).astype(np.int32))
-    figure, [axes] = _panels(1, height=3.6)
+    figure, [axes] = panels(1, height=3.6)
     values = []
-    for style, (label, function) in _styled(_labelled(schedules)):
+    for style, (label, function) in styled(_labelled(schedules).items()):
         rate = functools.partial(evaluate, label, function, dtype=jnp.float32)
         values.append(np.asarray(jax.vmap(rate)(jnp.asarray(at))))
         axes.plot(at, values[-1], label=label, lw=2, **style)
-    _finish(axes, "step", "value of the schedule", legend=True)
+    finish(axes, "step", "value of the schedule", legend=True)
     return figure
 
 
@@ -138,19 +137,21 @@ def metrics(metrics: Mapping[str, Any]) -> Any:
     lines = {}
     for tag, value in metrics.items():
         if isinstance(value, np.ndarray | jax.Array) and np.ndim(value) == 1 and np.size(value):
-            lines[str(tag)] = np.asarray(value, np.float64)
+            lines[str(tag)] = np.asarray(value)
     if not lines:
         raise ValueError(
             "`metrics` must have an array of shape (steps,), as `step.run` and `step.many` return; "
             f"those of a single step have none. Received: {list(metrics)}."
         )
-    panels = _grouped(lines)
-    figure, every = _panels(len(panels), height=3.0)
-    for axes, (label, members) in zip(every, panels.items(), strict=True):
-        for style, (tag, values) in _styled(members):
-            _draw_steps(axes, values, tag, style)
-        _scale("y", axes, list(members.values()))
-        _finish(axes, "step", label, legend=len(members) > 1)
+    grouped = _grouped(lines)
+    figure, every = panels(len(grouped), height=3.0)
+    for axes, (label, members) in zip(every, grouped.items(), strict=True):
+        for style, (tag, values) in styled(members):
+            _draw_steps(axes, values.astype(np.float64), tag, style)
+        scale("y", axes, [values.astype(np.float64) for _, values in members])
+        if all(np.issubdtype(values.dtype, np.integer) for _, values in members):
+            whole_ticks(axes)
+        finish(axes, "step", label, legend=len(members) > 1)
     return figure
 
 
@@ -162,21 +163,25 @@ _GROUPS = {
 }
 
 
-def _grouped(lines: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
-    """Return the lines of each panel, by its label and their own."""
-    prefix = next((t[:-4] for t in lines if t == "loss" or t.endswith("/loss")), "")
-    panels: dict[str, dict[str, np.ndarray]] = {label: {} for label in _GROUPS}
+def _grouped(lines: dict[str, np.ndarray]) -> dict[str, list[tuple[str, np.ndarray]]]:
+    """Return the lines of each panel, by its label: pairs of a label of their own and values."""
+    # The name of a step stands before all its tags, so it is what the shortest `loss` begins with.
+    prefix = min((t[:-4] for t in lines if t == "loss" or t.endswith("/loss")), default="", key=len)
+    panels: dict[str, list[tuple[str, np.ndarray]]] = {label: [] for label in _GROUPS}
     for full, values in lines.items():
         tag = full.removeprefix(prefix)
-        for label, starts in _GROUPS.items():
-            start = next((s for s in starts if tag == s or tag.startswith(s.rstrip("/") + "/")), "")
-            if start:
-                short = tag.removeprefix(start) if start.endswith("/") else tag
-                panels[label][short] = values
-                break
-        else:
-            panels[tag] = {tag: values}
+        label, short = _place(tag) if full.startswith(prefix) else (full, full)
+        panels.setdefault(label, []).append((short, values))
     return {label: members for label, members in panels.items() if members}
+
+
+def _place(tag: str) -> tuple[str, str]:
+    """Return the label of the panel that a metric belongs to, and its own."""
+    for label, starts in _GROUPS.items():
+        for start in starts:
+            if tag == start or tag.startswith(start.rstrip("/") + "/"):
+                return label, tag.removeprefix(start) if start.endswith("/") else tag
+    return tag, tag
 
 
 def _draw_steps(axes: Any, values: np.ndarray, label: str, style: Mapping[str, Any]) -> None:
@@ -198,8 +203,9 @@ def update_ratios(before: Any, after: Any, *, steps: int = 1) -> Any:
         ratio = ‖after - before‖ / (‖before‖ · steps)
 
     Some 0.001 a step is usual, the mark in the picture; far less hardly trains, far more is
-    unstable. A parameter that was zero has no ratio and is named without a bar; of more than 40
-    parameters, those with the largest ratios are shown.
+    unstable. A parameter that was zero has no ratio and is named without a bar, and so is one that
+    is not finite before or after, at the top. Of more than 40 parameters, those that are not
+    finite and those with the largest ratios are shown. Random keys are left out.
 
     Args:
       before: a tree of parameters. A step takes the memory of the state that it is given, so copy
@@ -212,7 +218,10 @@ def update_ratios(before: Any, after: Any, *, steps: int = 1) -> Any:
 
     Raises:
       ImportError: matplotlib is not installed.
-      TreeMismatch: the trees have different leaves.
+      InvalidType: a leaf is no array of numbers.
+      RuntimeError: `before` was given to a step, which took its memory.
+      TreeMismatch: the trees have different leaves, or leaves of different shapes.
+      ValueError: there is no parameter.
 
     Example:
       >>> import optimize_loss as ol
@@ -221,37 +230,22 @@ def update_ratios(before: Any, after: Any, *, steps: int = 1) -> Any:
       [0.25, 0.1]
     """
     steps = check_integer("steps", steps, AT_LEAST_1)
-    later, names = same_leaves("after", after, "before", before), leaf_names(before)
-    pairs = zip(jax.tree.leaves(before), later, strict=True)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = np.array([_norm(_wide(b) - _wide(a)) / _norm(_wide(a)) for a, b in pairs]) / steps
-    ratios[~np.isfinite(ratios)] = np.nan
-    order = np.argsort(-np.nan_to_num(ratios, nan=-1.0), kind="stable")[:MOST_BARS]
-    shown, labels = ratios[order], [names[i] for i in order]
-    figure, [axes] = _panels(1, height=1.2 + 0.26 * len(order))
-    axes.barh(range(len(order)), np.nan_to_num(shown), color=COLOURS[0], height=0.7)
+    found = find_ratios(before, after)
+    shown = np.array([ratio.value for ratio in found[:MOST_BARS]]) / steps
+    figure, [axes] = panels(1, height=1.2 + 0.26 * len(shown))
+    axes.barh(range(len(shown)), shown, color=COLOURS[0], height=0.7)
     axes.axvline(1e-3, color=COLOURS[5], ls="--", lw=1.5, label="0.001")
-    empty = [f"{n} (was 0)" if np.isnan(r) else n for n, r in zip(labels, shown, strict=True)]
-    axes.set_yticks(range(len(order)), empty)
-    axes.set_ylim(len(order) - 0.4, -0.6)
+    axes.set_yticks(range(len(shown)), [ratio.name for ratio in found[:MOST_BARS]])
+    axes.set_ylim(len(shown) - 0.4, -0.6)
     label = "parameter"
     if np.any(shown > 0):
         axes.set_xscale("log")
         low = min(1e-3, float(np.min(shown[shown > 0])))
-        axes.set_xlim(low / 3, max(1e-3, float(np.nanmax(shown))) * 3)
-    if len(order) < len(names):
-        label = f"parameter (the {len(order)} largest of {len(names)})"
-    _finish(axes, "‖change in a step‖ / ‖parameter‖, no unit", label, legend=True)
+        axes.set_xlim(low / 3, max(1e-3, float(np.max(shown))) * 3)
+    if len(shown) < len(found):
+        label = f"parameter (the {len(shown)} largest of {len(found)})"
+    finish(axes, "‖change in a step‖ / ‖parameter‖, no unit", label, legend=True)
     return figure
-
-
-def _wide(leaf: Any) -> np.ndarray:
-    array = np.asarray(leaf)
-    return array if np.iscomplexobj(array) else array.astype(np.float64)
-
-
-def _norm(array: np.ndarray) -> np.ndarray:
-    return np.sqrt(np.sum(np.abs(array) ** 2))
 
 
 def sweep(result: _Runs) -> Any:
@@ -280,10 +274,10 @@ def sweep(result: _Runs) -> Any:
     columns = {name: [point[name] for point in result.points] for name in result.points[0]}
     varied = [name for name, values in columns.items() if len(set(values)) > 1]
     names = [n for n in varied if n != "seed"] or varied or list(columns)
-    figure, every = _panels(len(names), height=3.4)
+    figure, every = panels(len(names), height=3.4)
     for axes, name in zip(every, names, strict=True):
         _draw_number(axes, result, name)
-        _finish(axes, name, "loss, mean of the last steps", legend=True)
+        finish(axes, name, "loss, mean of the last steps", legend=True)
     return figure
 
 
@@ -306,12 +300,12 @@ def _draw_number(axes: Any, result: _Runs, name: str) -> None:
         best = int(np.where(good, losses, np.inf).argmin())
         ring = {"mfc": "none", "mec": COLOURS[5], "mew": 2, "ms": 11}
         axes.plot([x[best]], [losses[best]], "o", label="best of all", **ring)
-        _scale("y", axes, [losses[good]])
+        scale("y", axes, [losses[good]])
     if not np.all(good):
         top = np.full((~good).sum(), 0.97)
         cross = {"color": COLOURS[6], "ms": 7, "label": "not finite"}
         axes.plot(x[~good], top, "x", transform=axes.get_xaxis_transform(), **cross)
-    _scale("x", axes, [x])
+    scale("x", axes, [x])
 
 
 def _through_the_best(points: Sequence[dict[str, Any]], name: str, losses: np.ndarray) -> dict:
@@ -346,79 +340,18 @@ def learning_rate(result: _Curve) -> Any:
       >>> figure.axes[0].get_xlabel(), figure.axes[0].get_xscale()
       ('learning rate', 'log')
     """
-    figure, [axes] = _panels(1, height=3.6)
+    figure, [axes] = panels(1, height=3.6)
     losses, smoothed = np.asarray(result.losses), np.asarray(result.smoothed)
     axes.plot(result.rates, losses, color=COLOURS[4], lw=1.2, label="loss")
     axes.plot(result.rates, smoothed, color=COLOURS[0], lw=2.4, label="smoothed loss")
     if result.suggestion is not None:
         label = f"suggestion {result.suggestion:.2g}"
+        label += ", where the loss still falls" if result.still_falling else ""
         axes.axvline(result.suggestion, color=COLOURS[5], ls="--", lw=1.8, label=label)
     axes.set_xscale("log")
     shown = smoothed[np.isfinite(smoothed)]
     low, first = min(shown.min(), losses[np.isfinite(losses)].min()), shown[0]
     room = max(first - low, 1e-3 * abs(first), 1e-12)
     axes.set_ylim(low - 0.15 * room, first + 0.6 * room)  # where it diverges, it leaves the picture
-    _finish(axes, "learning rate", "loss", legend=True)
+    finish(axes, result.number.replace("_", " "), "loss", legend=True)
     return figure
-
-
-def _panels(count: int, height: float) -> tuple[Any, list[Any]]:
-    """Return a figure with so many axes, at most two in a row; `height` is of a row, in inches."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "`optimize_loss.plot` needs matplotlib. Install it with: "
-            f"pip install 'optimize_loss[demo]'. ({error})"
-        ) from error
-    columns = min(2, count)
-    rows = -(-count // columns)
-    figure: Any = Figure(figsize=(WIDTH, height * rows), dpi=100, layout="constrained")
-    # Notebooks look for this method, as no backend knows of a figure made without pyplot.
-    figure._repr_png_ = functools.partial(_png, figure)
-    every = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
-    for axes in every[count:]:
-        axes.remove()
-    return figure, every[:count]
-
-
-def _png(figure: Any) -> bytes:
-    file = io.BytesIO()
-    figure.savefig(file, format="png")
-    return file.getvalue()
-
-
-def _styled(lines: Mapping[str, Any]) -> list[tuple[dict[str, Any], tuple[str, Any]]]:
-    """Return each item with a colour, or with a colour and a dash where there are many."""
-    return [
-        ({"color": COLOURS[i % 7], "ls": LINES[i // 7 % 4]}, item)
-        for i, item in enumerate(lines.items())
-    ]
-
-
-def _scale(which: str, axes: Any, values: Sequence[np.ndarray]) -> None:
-    """Make an axis logarithmic where that shows more."""
-    every = np.concatenate([v[np.isfinite(v)] for v in values])
-    above = every[every > 0]
-    if not above.size or every.min() < 0 or above.max() <= 10 * above.min():
-        return
-    scale = axes.set_xscale if which == "x" else axes.set_yscale
-    if above.size == every.size:
-        scale("log")
-    elif which == "x":  # a zero among values of several magnitudes
-        scale("symlog", linthresh=above.min(), linscale=0.5)
-
-
-def _finish(axes: Any, x: str, y: str, legend: bool) -> None:
-    axes.set_xlabel(x, fontsize=12)
-    axes.set_ylabel(y, fontsize=12)
-    axes.tick_params(labelsize=11)
-    axes.grid(alpha=0.3)
-    axes.set_axisbelow(True)
-    handles, labels = axes.get_legend_handles_labels()
-    if legend and handles:
-        handles, labels = handles[:MOST_LINES], labels[:MOST_LINES]
-        room = 112 if axes.get_subplotspec().get_gridspec().ncols == 1 else 54  # characters
-        columns = max(1, min(len(labels), room // (11 + max(map(len, labels)))))
-        above = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2}
-        axes.legend(handles, labels, fontsize=10, ncols=columns, frameon=False, **above)

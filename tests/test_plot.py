@@ -1,5 +1,6 @@
 """Pictures: what their axes say, and that their lines are the data; nothing else is touched."""
 
+import dataclasses
 import pickle
 import subprocess
 import sys
@@ -216,6 +217,47 @@ def test_values_that_are_not_finite_leave_gaps():
     assert np.isnan(axes.lines[0].get_ydata()[1])
 
 
+@pytest.mark.parametrize("name", [None, "net"])
+def test_a_metric_of_the_loss_that_ends_in_loss(name):
+    """A program gives tags in their order, so that "aux/loss" comes before "loss"."""
+
+    def loss(params, x):
+        value = (params["w"] - x) ** 2
+        return value, ol.Aux(metrics={"aux/loss": 3 + value, "learning rate": value})
+
+    step = ol.optimize_loss(loss, learning_rate=0.1, name=name)
+    _, seen = step.many(step.init({"w": 0.0}), jnp.ones(5))
+    every = {axes.get_ylabel(): axes for axes in plot.metrics(seen).axes}
+    assert list(every) == ["loss", "learning rate", "L2 norm", "aux/loss"]
+    prefix = f"{name}/" if name else ""
+    for label in ("loss", "aux/loss"):
+        np.testing.assert_allclose(every[label].lines[0].get_ydata(), seen[prefix + label])
+    assert legend(every["learning rate"]) == ["learning rate", "learning_rate"]
+
+
+def test_what_a_caller_has_added_is_drawn_too():
+    seen = {f"net/{tag}": np.ones(3) for tag in ("loss", "learning_rate", "accuracy")}
+    figure = plot.metrics(seen | {"learning_rate": np.zeros(3), "accuracy": np.zeros(3)})
+    drawn = {axes.get_ylabel(): [x.get_ydata()[0] for x in axes.lines] for axes in figure.axes}
+    assert drawn == {
+        "loss": [1],
+        "learning rate": [1],
+        "accuracy": [1, 0],
+        "learning_rate": [0],
+    }
+
+
+def test_counters_have_whole_ticks():
+    counts = {"skipped": np.zeros(9, np.int32), "seen": np.arange(3), "large": 10 ** np.arange(9)}
+    figure = plot.metrics(counts)
+    figure.draw_without_rendering()
+    for axes in figure.axes[:2]:
+        low, high = axes.get_ylim()
+        ticks = [tick for tick in axes.get_yticks() if low <= tick <= high]
+        assert ticks == sorted(set(map(float, axes.lines[0].get_ydata())))
+    assert figure.axes[2].get_yscale() == "log"
+
+
 def test_metrics_that_cannot_be_drawn():
     with pytest.raises(ol.InvalidType, match="`metrics` must map tags"):
         plot.metrics([1.0])
@@ -261,6 +303,51 @@ def test_other_parameters():
         plot.update_ratios({"a": 1.0}, {"b": 1.0})
 
 
+def test_what_is_not_finite_comes_first_and_says_so():
+    before = {"zero": np.zeros(2), "a": np.ones(2), "nan": np.ones(2), "was": np.array([np.inf])}
+    after = {
+        "zero": np.ones(2),
+        "a": np.full(2, 2),
+        "nan": np.array([1, np.nan]),
+        "was": np.ones(1),
+    }
+    [axes] = plot.update_ratios(before, after).axes
+    names = [text.get_text() for text in axes.get_yticklabels()]
+    assert names == ["nan (not finite)", "was (not finite)", "a", "zero (was 0)"]
+    assert [bar.get_width() for bar in axes.patches] == [0.0, 0.0, 1.0, 0.0]
+
+
+def test_large_complex_numbers_and_several_axes():
+    before = {"w": np.full((2, 2, 2), 1e30, np.complex64)}
+    [axes] = plot.update_ratios(before, {"w": 1.5 * before["w"]}).axes
+    np.testing.assert_allclose(axes.patches[0].get_width(), 0.5, 1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1,), (2,), ()])
+def test_other_shapes(shape):
+    with pytest.raises(ol.TreeMismatch, match=r"`after` must have at 'w' the shape .*\(3,\)"):
+        plot.update_ratios({"w": np.ones(3)}, {"w": np.ones(shape)})
+
+
+def test_parameters_that_a_step_has_taken():
+    step = ol.optimize_loss(lambda p, x: (p["w"] - x) ** 2, learning_rate=0.1, bucket=None)
+    state = step.init({"w": 1.0})
+    before = state.params
+    state, _ = step(state, 0.0)
+    with pytest.raises(RuntimeError, match=r"before = jax.device_get\(state.params\)"):
+        plot.update_ratios(before, state.params)
+
+
+def test_leaves_that_have_no_size():
+    params = {"w": jnp.ones(2), "key": jax.random.key(0)}
+    [axes] = plot.update_ratios(params, params).axes
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["w"]
+    with pytest.raises(ValueError, match="`before` must have a parameter"):
+        plot.update_ratios({"key": params["key"]}, {"key": params["key"]})
+    with pytest.raises(ol.InvalidType, match="`after` at 'w' must be an array of numbers"):
+        plot.update_ratios({"w": jnp.ones(2)}, {"w": "text"})
+
+
 # --- sweep ---
 
 
@@ -296,9 +383,18 @@ def test_a_number_as_it_was_built_stands_left():
 
 
 def test_a_zero_among_several_magnitudes():
-    values = (0.0, 1e-3, 1e-1)
-    [axes] = plot.sweep(runs([{"weight_decay": v} for v in values], [1.0, 2.0, 3.0])).axes
+    values = (0.0, 1e-3, 1e-1, 1e3)
+    figure = plot.sweep(runs([{"weight_decay": v} for v in values], [1.0, 2.0, 3.0, 0.5]))
+    [axes] = figure.axes
     assert axes.get_xscale() == "symlog"
+    low = axes.get_xlim()[0]
+    assert -1e-3 < low < 0
+    figure.draw_without_rendering()
+    assert min(tick for tick in axes.get_xticks() if tick >= low) == 0
+    ring = axes.transData.transform([[0.0, 1.0], [1e3, 0.5]])[:, 0]
+    radius = 0.5 * 11 * figure.dpi / 72
+    assert axes.bbox.x0 + radius < ring[0]
+    assert ring[1] < axes.bbox.x1 - radius
 
 
 def test_a_sweep_in_which_all_diverged():
@@ -325,6 +421,9 @@ def test_the_curve_and_the_suggestion():
     assert axes.lines[2].get_xdata()[0] == 0.1
     assert axes.get_ylim()[1] < 50  # where it diverges, it leaves the picture
     assert legend(plot.learning_rate(curve(None)).axes[0]) == ["loss", "smoothed loss"]
+    falling = dataclasses.replace(curve(), still_falling=True)
+    told = legend(plot.learning_rate(falling).axes[0])[2]
+    assert told == "suggestion 0.1, where the loss still falls"
 
 
 def test_the_method_of_a_range_test():

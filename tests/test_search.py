@@ -222,6 +222,44 @@ def test_parameters_of_a_key_begin_with_slots_of_their_own():
     assert_close(both.losses[2:], found.losses[:2])
 
 
+BEGUN = {
+    "moments": {"optimizer": "Adam"},
+    "plateau": {"plateau": T.ReduceOnPlateau()},
+    "spikes": {"skip": T.SkipSpikes()},
+    "gathered": {"accumulate": 7},
+    "no-global-step": {"increment_global_step": False},
+}
+
+
+@pytest.mark.parametrize("name", BEGUN)
+def test_parameters_of_a_key_are_for_states_that_have_made_no_step(name):
+    step = descent(**BEGUN[name])
+    state = step.init({"w": np.float32(0.0)})
+    begun, _ = step.many(step.init({"w": np.float32(0.0)}), np.ones(5, np.float32))
+    with pytest.raises(ValueError, match="`state` must be one that has made no step"):
+        step.sweep(begun, np.ones(2, np.float32), seeds=2, init=first)
+    assert step.sweep(state.set(step=40), np.ones(2, np.float32), seeds=2, init=first).best in (
+        0,
+        1,
+    )
+
+
+def test_a_batch_left_out_counts_as_a_step():
+    step = descent(skip="nonfinite")
+    state, _ = step(step.init({"w": np.float32(0.0)}), np.float32(np.nan))
+    with pytest.raises(ValueError, match=r"not as at first: .*'skip/skipped'"):
+        step.sweep(state, np.ones(2, np.float32), seeds=2, init=first)
+
+
+def test_parameters_of_a_key_are_cast_as_by_init():
+    step, x = descent(), np.ones(3, np.float32)
+    found = step.sweep(
+        step.init({"w": np.float64(0.0)}), x, seeds=2, init=lambda key: {"w": np.float64(0.25)}
+    )
+    _, metrics = step.many(step.init({"w": np.float64(0.25)}), x)
+    assert_close(found.losses[1], metrics["loss"])
+
+
 def test_a_single_point():
     step = descent()
     found = step.sweep(
@@ -321,6 +359,70 @@ def test_batches_of_a_sweep_are_stacked():
         step.sweep(step.init({"w": np.float32(1.0)}), np.float32(1.0), learning_rate=[0.1])
 
 
+@pytest.mark.parametrize("take", ["many", "sweep"])
+def test_a_run_has_a_step(take):
+    step = descent()
+    options = {"learning_rate": [0.1]} if take == "sweep" else {}
+    with pytest.raises(ValueError, match="the number of steps, at least 1"):
+        getattr(step, take)(step.init({"w": np.float32(1.0)}), np.zeros((0,)), **options)
+
+
+LISTS = {
+    "numbers": ([np.zeros(3, np.float32)] * 2, lambda p, x: jnp.mean(p["w"] * x)),
+    "ragged": ([np.zeros(3, np.float32), np.zeros(2, np.float32)], square),
+    "scalars": ([np.float32(1.0), np.float32(2.0)], square),
+    "tuple": ((np.zeros(3, np.float32),) * 2, lambda p, x: jnp.mean(p["w"] * x)),
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+@pytest.mark.parametrize("take", ["many", "sweep"])
+def test_a_list_of_batches_is_to_be_stacked(take, name):
+    batches, loss = LISTS[name]
+    step = descent(loss)
+    options = {"learning_rate": [0.1]} if take == "sweep" else {}
+    with pytest.raises(ValueError, match=r"Stack one that holds .*np.stack\(x\), \*batches"):
+        getattr(step, take)(step.init({"w": np.float32(1.0)}), batches, **options)
+
+
+def test_a_list_that_the_loss_takes_is_a_part():
+    step = descent(lambda p, pair: square(p, pair[0] + pair[1]))
+    state = step.init({"w": np.float32(1.0)})
+    x = np.ones(2, np.float32)
+    for pair in ([x, x], (x, x)):
+        assert step.sweep(state, pair, learning_rate=[1.0]).losses.tolist() == [[0.5, 0.0]]
+
+
+def test_an_error_of_the_loss_stays_what_it_is():
+    step = descent(lambda p, x: p["w"] * None)
+    with pytest.raises(TypeError, match="unsupported operand") as caught:
+        step.sweep(step.init({"w": np.float32(1.0)}), np.zeros(2), learning_rate=[1.0])
+    assert not isinstance(caught.value, ol.InvalidType)
+
+
+def test_text_among_the_batches():
+    step = descent()
+    state = step.init({"w": np.float32(1.0)})
+    text = np.array(["a", "b"])
+    with pytest.raises(ol.InvalidType, match="Received: an array of <U1"):
+        step.sweep(state, text, learning_rate=[0.1])
+    with pytest.raises(ol.InvalidType, match="Received: an array of <U1"):
+        step.many(state, text)
+    with pytest.raises(ol.InvalidType, match="Received: 'a' of type str"):
+        step(state, "a")
+
+
+def test_points_and_messages_have_plain_numbers():
+    step = descent()
+    state = step.init({"w": np.float32(1.0)})
+    found = step.sweep(state, np.zeros(2, np.float32), learning_rate=[*np.geomspace(0.01, 1.0, 2)])
+    assert repr(found.points) == "({'learning_rate': 0.01}, {'learning_rate': 1.0})"
+    with pytest.raises(ValueError, match=r"Received: learning_rate=-0.5\."):
+        step.sweep(state, np.zeros(2, np.float32), learning_rate=[np.float64(-0.5)])
+    with pytest.raises(ValueError, match=r"Received: lowest=-0.5\."):
+        step.find_learning_rate(state, [0.0], lowest=np.float64(-0.5))
+
+
 def sweep_on_a_mesh():
     """Return how far sweeps are from runs, without and with slots that are spread, and the axes."""
     mesh = jax.make_mesh((8,), ("data",))
@@ -370,7 +472,9 @@ def remembered(params, x):
 def test_the_rates_and_the_losses_are_those_of_steps():
     step = descent()
     state = step.init({"w": np.float32(5.0)})
-    found = step.find_learning_rate(state, [0.0], lowest=0.01, highest=1.0, steps=5, smoothing=0.5)
+    options = {"lowest": 0.01, "highest": 1.0, "steps": 5, "smoothing": 0.5}
+    with pytest.warns(UserWarning, match="still falls"):
+        found = step.find_learning_rate(state, [0.0], **options)
     np.testing.assert_allclose(found.rates, [0.01, 10**-1.5, 0.1, 10**-0.5, 1.0], 1e-6)
     w, losses = 5.0, []
     for rate in found.rates:
@@ -495,6 +599,26 @@ def test_noise_of_batches_does_not_decide(seed):
     assert 0.03 < found.suggestion < 0.5
 
 
+def test_a_curve_that_falls_to_the_end_is_marked():
+    step = descent()
+    state = step.init({"w": np.float32(5.0)})
+    with pytest.warns(UserWarning, match=r"highest rate tried, 0.01,.*a greater `highest`"):
+        found = step.find_learning_rate(state, [0.0], highest=0.01)
+    assert found.still_falling
+    assert found.suggestion > 0.005
+    found = step.find_learning_rate(state, [0.0], highest=1000.0)
+    assert found.diverged
+    assert not found.still_falling
+
+
+def test_the_name_of_another_number():
+    step = ol.optimize_loss(square, learning_rate=0.1, optimizer="AdamW")
+    state = step.init({"w": np.float32(5.0)})
+    found = step.find_learning_rate(state, [0.0], number="weight_decay", highest=1e3)
+    assert found.number == "weight_decay"
+    assert found.plot().axes[0].get_xlabel() == "weight decay"
+
+
 def test_there_is_no_suggestion_where_nothing_falls():
     step = descent(lambda p: 1.0 + 0 * p["w"])
     found = step.find_learning_rate(step.init({"w": np.float32(1.0)}), [()])
@@ -559,7 +683,18 @@ def test_a_loss_that_is_not_finite_from_the_start():
 WRONG = {
     "array": ({"batches": np.zeros(3)}, ol.InvalidType, "an iterable of batches"),
     "empty": ({"batches": []}, ValueError, "must hold a batch"),
-    "ragged": ({"batches": [np.zeros(3), np.zeros(2)]}, ValueError, "must have one shape"),
+    "ragged": ({"batches": [np.zeros(3), np.zeros(2)]}, ValueError, "the next is smaller"),
+    "one-batch": ({"batches": (np.zeros((3, 2)), np.zeros(3))}, ValueError, r"as in \[\(x, y\)\]"),
+    "larger": ({"batches": [np.zeros(2), np.zeros(3)]}, ValueError, r"\[2\], then float64\[3\]"),
+    "dtype": ({"batches": [np.zeros(2), np.zeros(2, int)]}, ValueError, "must be alike"),
+    "structure": (
+        {"batches": [{"x": 1.0}, {"x": 1.0}, {"y": 1.0}]},
+        ValueError,
+        r"Received: \{x: float\d*\[\]\}, then \{y: float\[\]\}",
+    ),
+    "no-arrays": ({"batches": [(), ()]}, ValueError, r"write \[\(\)\]"),
+    "underflow": ({"lowest": 1e-60}, ValueError, "`lowest` must be at least 1.2e-38"),
+    "overflow": ({"highest": 1e39}, ValueError, r"`highest` must be at most 3.4e\+38"),
     "lowest": ({"lowest": 0.0}, ValueError, "`lowest` must be above 0"),
     "highest": ({"lowest": 1.0, "highest": 0.1}, ValueError, "`highest` must be above `lowest`"),
     "steps": ({"steps": 2}, ValueError, "`steps` must be an integer of at least 3"),

@@ -83,6 +83,21 @@ def test_imports_point_down(path):
         assert FLOORS[other] < FLOORS[own], f"{own} imports {other}"
 
 
+def lines_of_code(text):
+    """Return how many lines are neither empty nor of a comment or a docstring."""
+    tree = ast.parse(text)
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    nodes = [n for n in ast.walk(tree) if isinstance(n, documented) and ast.get_docstring(n)]
+    docstrings = {i for n in nodes for i in range(n.body[0].lineno, n.body[0].end_lineno + 1)}
+    lines = enumerate(text.splitlines(), 1)
+    return sum(i not in docstrings and line.strip()[:1] not in ("", "#") for i, line in lines)
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=str)
+def test_a_file_is_one_idea(path):
+    assert lines_of_code(path.read_text()) <= 250
+
+
 def test_importing_the_package_imports_no_extra():
     code = f"import optimize_loss, sys; print([m for m in {EXTRAS} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -266,7 +266,7 @@ def labels(params):
     return jax.tree.map(lambda keep: "rest" if keep else "bias", no_biases(params))
 
 
-TWO = {"rest": optax.adam(0.01, eps=1e-30), "bias": optax.sgd(0.1)}
+TWO: Any = {"rest": optax.adam(0.01, eps=1e-30), "bias": optax.sgd(0.1)}
 ADAM, SGD = optim.Adam(0.01, epsilon=1e-30), optim.SGD(0.1)
 # optax given a tree for the parameters, as its documentation has it; ours; optax given a function.
 GROUPS = {

@@ -1,4 +1,7 @@
-"""What comes of the records: JSON for each benchmark, a Markdown table and a chart of all."""
+"""What comes of the records: JSON for each benchmark, a Markdown table of all, a chart of some.
+
+`python -m benchmarks._report` writes tables and charts anew from the records.
+"""
 
 import json
 import math
@@ -9,6 +12,25 @@ from typing import Any
 from benchmarks._compare import UNITS
 
 RESULTS = pathlib.Path(__file__).parent / "results"
+
+# What the chart shows, and of which peers: few enough to be read in a README.
+CHART = {
+    "update, 1e7 parameters, 4 leaves": ("optax", "keras", "flax", "torch-2"),
+    "single steps, 100 small leaves": ("optax", "keras"),
+    "`many`, 100 steps a call, 100 small leaves": ("optax",),
+    "digits, `run` with 100 steps a call": ("optax", "keras", "torch-2"),
+    "transformer": ("optax",),
+    "transformer, compiling": ("optax",),
+}
+# of M. Okabe and K. Ito, for the colour-blind
+COLOURS = {
+    "optax": "#0072B2",
+    "keras": "#E69F00",
+    "flax": "#009E73",
+    "torch": "#CC79A7",
+    "limit": "#56B4E9",
+    "ours": "#D55E00",
+}
 
 
 def tag(device: str) -> str:
@@ -21,11 +43,16 @@ def write(name: str, result: dict[str, Any], folder: pathlib.Path) -> pathlib.Pa
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}-{device}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
+    redraw(device, folder)
+    return path
+
+
+def redraw(device: str, folder: pathlib.Path) -> None:
+    """Write table and chart of all that is recorded of a device."""
     results = [json.loads(p.read_text()) for p in sorted(folder.glob(f"*-{device}.json"))]
     results = [r for r in results if "benchmark" in r]  # one that times nothing has its own table
     (folder / f"table-{device}.md").write_text(page(results))
     chart([row for r in results for row in r["rows"]], folder / f"chart-{device}.png")
-    return path
 
 
 def page(results: list[dict[str, Any]]) -> str:
@@ -72,27 +99,47 @@ def _figure(x: float) -> str:
 
 
 def chart(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
-    """Draw the ratios, on a logarithmic axis, with quartiles and what was wanted."""
+    """Draw the ratios of the rows in `CHART`, or of all where none of these was run."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = [row for row in rows if "ratio" in row][::-1]
+    timed = [row for row in rows if "ratio" in row]
+    rows = [r for what in CHART for r in timed if r["what"] == what and r["peer"] in CHART[what]]
+    rows = rows or timed
     if not rows:
         return
-    figure, axes = pyplot.subplots(figsize=(10, 1 + 0.26 * len(rows)), layout="constrained")
+    height = 1.3 + 0.3 * len(rows)
+    figure, axes = pyplot.subplots(figsize=(8, height), layout="constrained")
     for y, row in enumerate(rows):
-        color = {True: "tab:green", False: "tab:red", None: "tab:gray"}[row["met"]]
-        axes.barh(y, row["ratio"] - 1, left=1, color=color, height=0.7)
-        axes.plot(row["quartiles"], (y, y), color="black", linewidth=1)
-        if row["target"]:
-            axes.plot(row["target"], y, "k|", markersize=11, markeredgewidth=2)
+        peer = row["peer"].partition("-")[0]
+        low, high = sorted((1, row["ratio"]))
+        axes.barh(y, high - low, left=low, color=COLOURS[peer], height=0.75, label=peer)
+        axes.plot(row["quartiles"], (y, y), color="black", linewidth=1.2)
+        end = max(high, row["quartiles"][1]) * 1.08
+        axes.text(end, y, f"{row['ratio']:.2f} {row['peer']}", va="center", fontsize=10)
     axes.set_xscale("log")
+    axes.set_xlim(right=6 * max(row["ratio"] for row in rows))
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(rows)), [f"{r['what']} · {r['peer']}" for r in rows], fontsize=7)
-    axes.set_ylim(-0.6, len(rows) - 0.4)
-    axes.set_xlabel("peer's time over ours (upright mark: wanted; thin line: quartiles)")
-    figure.savefig(path, dpi=110)
+    axes.axvline(1, color="black", linewidth=1)
+    labels = [row["what"].replace("`", "") for row in rows]
+    once = ["" if i and labels[i - 1] == label else label for i, label in enumerate(labels)]
+    axes.set_yticks(range(len(rows)), once, fontsize=10)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.tick_params(axis="x", labelsize=10)
+    axes.set_xlabel("time of the peer over ours (black line: quartiles)", fontsize=10)
+    bars = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
+    figure.legend(bars.values(), bars, loc="outside upper center", ncols=len(bars), fontsize=10)
+    figure.savefig(path, dpi=150)
     pyplot.close(figure)
+
+
+def main() -> None:
+    """Write the tables and the charts anew from what is recorded; nothing is measured."""
+    for path in sorted(RESULTS.glob("step-*.json")):
+        redraw(path.stem.removeprefix("step-"), RESULTS)
+
+
+if __name__ == "__main__":
+    main()

@@ -77,12 +77,15 @@ def loss(params, x, y):
 
 # %%
 step = ol.optimize_loss(
-    loss, 0, 0.01, "Adam",
+    loss,
+    0,
+    0.01,
+    "Adam",
     gradient_noise_scale=1e-3,
     gradient_multipliers={"hidden/bias:0": 2.0},
     clip_gradients=ol.adaptive_clipping_fn(),
     learning_rate_decay_fn=lambda lr, step: ol.schedules.exponential_decay(lr, step, 100, 0.8),
-)  # fmt: skip
+)
 state, metrics = step.run(step.init(init_net()), ((x, y) for _ in range(500)), steps_per_call=50)
 print(sorted(metrics))
 

@@ -94,7 +94,7 @@ random = np.random.default_rng(0)
 gradients = [{"w": jnp.asarray(random.standard_t(2, size=10_000), jnp.float32)} for _ in range(10)]
 params = {"w": jnp.zeros(10_000)}
 chains = {
-    "as they come": None,
+    "as they are": None,
     "ClipByValue(3.0)": t.chain(clip=t.ClipByValue(3.0)),
     "ScaleByAdam()": t.chain(adam=t.ScaleByAdam()),
     "ScaleByLion()": t.chain(lion=t.ScaleByLion()),
@@ -105,8 +105,7 @@ for axes, (name, tx) in zip(panels, chains.items(), strict=True):
     for gradient in gradients if tx else ():
         updates, state = tx.update(gradient, state, params)
     axes.hist(np.clip(updates["w"], -6, 6), bins=np.linspace(-6.1, 6.1, 62), log=True)
-    axes.set(title=name, xlabel="entry, cut at ±6", xlim=(-6.3, 6.3))
-panels[0].set_ylabel("entries")
+    axes.set(title=name, xlabel="entry, cut at ±6", ylabel="entries", xlim=(-6.3, 6.3))
 plt.show()
 
 # %% [markdown]
@@ -147,6 +146,12 @@ bytes_of = {
 }
 print({name: f"{value:.2f} bytes a parameter" for name, value in bytes_of.items()})
 
+figure, axes = plt.subplots(figsize=(6, 1.6), layout="constrained")
+bars = axes.barh(list(bytes_of), list(bytes_of.values()), color=["#0072B2", "#E69F00"])
+axes.bar_label(bars, fmt="{:.2f}", padding=3)
+axes.set(xlabel="temporary memory of an update (bytes a parameter)", ylabel="library", xlim=(0, 5))
+plt.show()
+
 # %% [markdown]
 # ## Small parameters share an array
 #
@@ -159,18 +164,20 @@ step = ol.optimize_loss(
     lambda p: sum(jnp.sum((v["bias"] + v["scale"]) ** 2) for v in p.values()), learning_rate=0.1
 )
 state = step.init(many)
-print(
-    len(jax.tree.leaves(state.params)),
-    "parameters,",
-    len(jax.tree.leaves(state.packed_params)),
-    "array",
-)
-print(
-    len(jax.tree.leaves(state.optimizer)),
-    "leaves shown,",
-    len(jax.tree.leaves(state.packed_optimizer)),
-    "kept",
-)
+shown = [len(jax.tree.leaves(tree)) for tree in (state.params, state.optimizer)]
+kept = [len(jax.tree.leaves(tree)) for tree in state.packed]
+print(f"parameters: {shown[0]} shown, {kept[0]} kept; optimizer: {shown[1]} shown, {kept[1]} kept")
+
+figure, axes = plt.subplots(figsize=(6, 2.2), layout="constrained")
+for offset, (label, counts) in zip(
+    (-0.2, 0.2), {"shown": shown, "kept": kept}.items(), strict=True
+):
+    bars = axes.barh(np.arange(2) + offset, counts, 0.38, label=label)
+    axes.bar_label(bars, padding=3)
+axes.set_yticks([0, 1], ["params", "optimizer"])
+axes.set(xlabel="arrays", ylabel="part of the state", xlim=(0, 1.15 * max(shown)))
+axes.legend()
+plt.show()
 
 # %% [markdown]
 # ## Gates

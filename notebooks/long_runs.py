@@ -146,9 +146,9 @@ step = ol.optimize_loss(loss, **options, accumulate=4, ema=0.98)
 state, metrics = step.run(step.init(init_net()), batches(2), steps=1200, steps_per_call=100)
 x, y = next(batches(99))
 print(f"{len(metrics['loss'])} batches, {state.step} updates")
-print(
-    f"loss of the newest {loss(state.params, x, y):.3f}, of the average {loss(state.eval_params, x, y):.3f}"
-)
+newest, average = loss(state.params, x, y), loss(state.eval_params, x, y)
+print(f"loss of the newest {newest:.3f}, of the average {average:.3f}")
+ol.plot.metrics(metrics)
 
 # %% [markdown]
 # ## Save, stop, go on
@@ -162,9 +162,8 @@ whole, _ = step.run(step.init(init_net()), batches(3), steps=300)
 
 folder = tempfile.mkdtemp()
 checkpoints = ol.Checkpoints(folder, keep=2, every=100)
-step.run(
-    step.init(init_net()), batches(3), steps=230, hooks={1: checkpoints}
-)  # the machine stops at 230
+# the machine stops at 230
+step.run(step.init(init_net()), batches(3), steps=230, hooks={1: checkpoints})
 print("files of the steps", checkpoints.steps)
 
 state, report = checkpoints.newest(like=step.init(init_net()))
@@ -190,8 +189,14 @@ def loss_of_renamed(params, x, y):
     return loss({"embed": params["embed"], "body": params["trunk"], "head": params["head"]}, x, y)
 
 
-edited = ol.optimize_loss(loss_of_renamed, optimizer="AdamW", learning_rate=3e-3, gradient_noise_scale=1e-4,
-                          ema=0.98, rules={"embed/**": dict(freeze=True), "head/*": dict(optimizer="SGD")})  # fmt: skip
+edited = ol.optimize_loss(
+    loss_of_renamed,
+    optimizer="AdamW",
+    learning_rate=3e-3,
+    gradient_noise_scale=1e-4,
+    ema=0.98,
+    rules={"embed/**": dict(freeze=True), "head/*": dict(optimizer="SGD")},
+)
 state, report = ol.restore(path, like=edited.init(renamed(init_net())), rename={"body": "trunk"})
 print(report)
 

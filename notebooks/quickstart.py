@@ -92,17 +92,19 @@ print(step.explain(state.params, steps=1000))
 # at zero. Rules give parameters something of their own, by name:
 
 # %%
+schedule = ol.schedules.CosineDecay(1e-4, decay_steps=900, warmup_target=1e-2, warmup_steps=100)
 step = ol.optimize_loss(
     loss,
-    learning_rate=ol.schedules.CosineDecay(
-        1e-4, decay_steps=900, warmup_target=1e-2, warmup_steps=100
-    ),
+    learning_rate=schedule,
     optimizer="AdamW",
     clip_gradients=1.0,
     rules={"**/bias": dict(weight_decay=0.0)},
 )
 state = step.init(init_net([2, 64, 64, 1], seed=0))
 print(step.explain(state.params, steps=1000))
+
+# %%
+ol.plot.schedule(schedule, steps=1000)
 
 # %% [markdown]
 # ## Training
@@ -123,17 +125,12 @@ right = (np.asarray(logits(state.params, points)) > 0) == (labels > 0.5)
 print(f"step {state.step}, loss {metrics['loss'][-1]:.4f}, {right.mean():.1%} of the points right")
 assert right.mean() > 0.97
 
+# %% [markdown]
+# `ol.plot` draws metrics, schedules, ratios of updates to weights, sweeps and range tests. Each returns a figure, which a
+# notebook shows at the end of a cell.
+
 # %%
-figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
-axes[0].semilogy(metrics["loss"], lw=1)
-axes[0].set(title="loss", xlabel="step", ylabel="cross-entropy (nats)")
-axes[1].semilogy(metrics["global_norm/gradient_norm"], lw=1, label="of the batch")
-axes[1].axhline(1.0, color="black", ls=":", label="clipped to")
-axes[1].set(title="gradient norm", xlabel="step", ylabel="L2 norm")
-axes[1].legend()
-axes[2].plot(metrics["learning_rate"])
-axes[2].set(title="learning rate", xlabel="step", ylabel="rate")
-plt.show()
+ol.plot.metrics(metrics)
 
 # %%
 grid = np.stack(np.meshgrid(np.linspace(-1.2, 1.2, 200), np.linspace(-1.2, 1.2, 200)), axis=-1)
@@ -153,27 +150,37 @@ figure.colorbar(shown, label="probability of spiral 1")
 plt.show()
 
 # %% [markdown]
-# ## Numbers are state
+# ## Which rate?
 #
-# `set` changes a hyperparameter, over a schedule or not, and compiles nothing. So a sweep is a `vmap`: one program for all
-# rates. Here ten rates for 200 steps each.
+# A range test raises the rate a little with each batch, until the loss diverges. It suggests a rate, and leaves the state as
+# it was.
 
 # %%
-rates = jnp.logspace(-4, -0.5, 10)
-step = ol.optimize_loss(loss, learning_rate=1e-3, optimizer="Adam")
+step = ol.optimize_loss(loss, learning_rate=1e-3, optimizer="AdamW", clip_gradients=1.0)
 state = step.init(init_net([2, 64, 64, 1], seed=0))
+found = step.find_learning_rate(state, batches(2), lowest=1e-5, highest=1.0)
+print(f"suggested rate {found.suggestion:.4f}")
+found.plot()
+
+# %% [markdown]
+# Numbers are state: `set` changes a hyperparameter, over a schedule or not, and compiles nothing. So a sweep over numbers is
+# one program. Here six rates and two decays of the weights, side by side, for 200 steps each.
+
+# %%
 source = batches(2)
 stacked = [np.stack(part) for part in zip(*(next(source) for _ in range(200)), strict=True)]
-states = jax.vmap(lambda rate: state.set(learning_rate=rate))(rates)
-states, swept = jax.vmap(lambda one: step.many(one, *stacked))(states)
+rates = found.suggestion * np.array([0.03, 0.1, 0.3, 1.0, 3.0, 10.0])
+sweep = step.sweep(state, *stacked, learning_rate=rates, weight_decay=[0.0, 0.1])
+print("best:", sweep.points[sweep.best])
+sweep.plot()
 
-figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
-axes.semilogx(rates, swept["loss"][:, -20:].mean(1), "o-")
-axes.set(
-    title="after 200 steps", xlabel="learning rate", ylabel="mean of the last 20 losses (nats)"
-)
-axes.grid(alpha=0.3)
-plt.show()
+# %% [markdown]
+# `sweep.state()` is the state of the best run. It trains on, here with a tenth of the rate.
+
+# %%
+state = sweep.state().set(learning_rate=0.1 * sweep.points[sweep.best]["learning_rate"])
+state, metrics = step.run(state, batches(3), steps=300, steps_per_call=50)
+print(f"step {state.step}, loss {metrics['loss'][-50:].mean():.4f}")
 
 # %% [markdown]
 # ## Next

@@ -107,11 +107,10 @@ def bytes_by_device(tree):
 
 
 for name, state in states.items():
-    worst = max(float(jnp.max(jnp.abs(a - b))) for a, b in zip(
-        jax.tree.leaves(jax.device_get(state.params)), jax.tree.leaves(jax.device_get(states["one device"].params)), strict=True))  # fmt: skip
-    print(
-        f"{name:24} loss {histories[name][-1]:.5f}, parameters differ from one device's by at most {worst:.1e}"
-    )
+    pair = jax.device_get((state.params, states["one device"].params))
+    differences = jax.tree.map(lambda a, b: np.max(np.abs(a - b)), *pair)
+    worst = max(jax.tree.leaves(differences))
+    print(f"{name:24} loss {histories[name][-1]:.5f}, parameters differ by at most {worst:.1e}")
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(12, 3.8), layout="constrained")

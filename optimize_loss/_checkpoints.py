@@ -76,7 +76,11 @@ class Checkpoints:
         return tuple(sorted(int(m[1]) for m, x in found if m and x.is_file(follow_symlinks=False)))
 
     def path(self, step: int) -> pathlib.Path:
-        """Return where the file of a step is, or would be."""
+        """Return where the file of a step is, or would be.
+
+        Args:
+          step: the global step.
+        """
         return self.folder / f"step_{step}.safetensors"
 
     def save(self, state: TrainState) -> pathlib.Path:
@@ -84,6 +88,9 @@ class Checkpoints:
 
         The file just written stays. There is a warning if files of later steps do, as `newest`
         would return those.
+
+        Args:
+          state: what to write; its step is in the name of the file.
 
         Returns:
           The path of the file, which is on the disk.

@@ -23,6 +23,16 @@ class Aux(NamedTuple):
       weight: how much there was in the batch over which the loss is a mean, such as its number of
         tokens, at least 0: a scalar, for `Accumulate(reduce="weighted")`. Of devices whose
         gradients are summed in the step it is the mean.
+
+    Example:
+      >>> import optimize_loss as ol
+      >>> def loss(params, x):
+      ...     error = params["w"] - x
+      ...     return error**2, ol.Aux(metrics={"error": error})
+      >>> step = ol.optimize_loss(loss, learning_rate=0.1)
+      >>> state, metrics = step(step.init({"w": 5.0}), 2.0)
+      >>> print(metrics["loss"], metrics["error"])
+      9.0 3.0
     """
 
     metrics: Mapping[str, Any] = {}

@@ -49,6 +49,14 @@ class TrainState:
       increment_step: whether updates advance the global step. Structure, not data.
       layout: how the parameters are packed; None where they are as the user has them.
       placement: where parameters and slots lie after a step; None where XLA may choose.
+
+    Example:
+      >>> import optimize_loss as ol
+      >>> step = ol.optimize_loss(
+      ...     lambda p, x: p["w"] * x, learning_rate=0.5, optimizer="SGD")
+      >>> state, _ = step(step.init({"w": 4.0}), 2.0)
+      >>> print(state.params["w"], state.step, state.optimizer["rate"]["learning_rate"])
+      3.0 1 0.5
     """
 
     packed_params: Any
@@ -87,7 +95,11 @@ class TrainState:
         return self.packed_params, self.packed_optimizer
 
     def with_packed(self, packed: tuple[Any, dict[str, Any]]) -> "TrainState":
-        """Return the state with others of these."""
+        """Return the state with others of these.
+
+        Args:
+          packed: the parameters and the chain's state, as the property `packed` shows them.
+        """
         return dataclasses.replace(self, packed_params=packed[0], packed_optimizer=packed[1])
 
     def placed(self) -> "TrainState":
@@ -95,14 +107,20 @@ class TrainState:
         return dataclasses.replace(self, placement=placement_of(self.packed))
 
     def with_links(self, links: dict[str, Any]) -> "TrainState":
-        """Return the state with another state of the chain, in the form of `links`."""
+        """Return the state with another state of the chain.
+
+        Args:
+          links: in the form of the property of that name.
+        """
         packed = links if self.layout is None else self.layout.join_numbers(links)
         return dataclasses.replace(self, packed_optimizer=packed)
 
     def with_trees(self, params: Any = None, optimizer: Any = None) -> "TrainState":
         """Return the state with other parameters, or another state of the chain, in these trees.
 
-        Both as the properties of these names show them; None for those that stay.
+        Args:
+          params: as the property of that name shows them; None for those that stay.
+          optimizer: the same of the chain's state.
 
         Raises:
           TreeMismatch: a tree has other leaves, or one of another shape or dtype.

@@ -261,6 +261,51 @@ def test_an_optimizer_by_class_in_place_of_optaxs(place, rule):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-6), place(ours()), wanted)
 
 
+def labels(params):
+    """Return for each parameter which of `TWO` it is for, as optax wants to be told."""
+    return jax.tree.map(lambda keep: "rest" if keep else "bias", no_biases(params))
+
+
+TWO: Any = {"rest": optax.adam(0.01, eps=1e-30), "bias": optax.sgd(0.1)}
+ADAM, SGD = optim.Adam(0.01, epsilon=1e-30), optim.SGD(0.1)
+# optax given a tree for the parameters, as its documentation has it; ours; optax given a function.
+GROUPS = {
+    "mask": (
+        lambda params: optax.adamw(0.01, eps=1e-30, weight_decay=0.1, mask=no_biases(params)),
+        adamw_but_for_biases,
+        RULES["adamw"][1],
+    ),
+    "partition": (
+        lambda params: optax.partition(TWO, labels(params)),
+        lambda: optim.MultiOptimizer({"bias": SGD}, ADAM),
+        optax.partition(TWO, labels),
+    ),
+    "multi-transform": (
+        lambda params: optax.multi_transform(TWO, labels(params)),
+        lambda: T.chain(
+            adam=T.ForParameters("kernel", T.ScaleByAdam(epsilon=1e-30)),
+            slow=T.ForParameters("kernel", T.ScaleByLearningRate(0.01)),
+            fast=T.ForParameters("bias", T.ScaleByLearningRate(0.1)),
+        ),
+        optax.multi_transform(TWO, labels),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_groups_inside_of_nnx_optimizer(name):
+    """A second tree does not match that of the gradients there; patterns need none."""
+    with_a_tree, ours, with_a_function = GROUPS[name]
+    params = nnx.state(nnx.Linear(3, 1, rngs=nnx.Rngs(0)), nnx.Param)
+    with jax.numpy_dtype_promotion("standard"):
+        with pytest.raises(ValueError, match=r"structure error|node type mismatch"):
+            in_nnx_optimizer(with_a_tree(params))
+        wanted = in_nnx_optimizer(with_a_function)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-6), in_nnx_optimizer(ours()), wanted
+    )
+
+
 def test_an_optimizer_by_class_among_optaxs():
     """Adam for the kernel, behind a clip; the bias stays as it is."""
     adam: Any = optim.Adam(0.01, epsilon=1e-30)

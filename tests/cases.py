@@ -549,7 +549,7 @@ def on_eight_devices(module: str, function: str, flags: str = QUICKLY_COMPILED) 
         | {
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": "8",
-            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}",
+            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip(),
         },
         capture_output=True,
         text=True,

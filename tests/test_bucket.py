@@ -93,7 +93,9 @@ def norm_ulps(case):
     """
     links = [case.chain.link(name) for name, _ in case.chain.links]
     norms = [getattr(link, "needs", None) in ("global_norm", "health") for link in links]
-    return 4 if any(norms) or any(isinstance(link, T.ScaleByNadam) for link in links) else 1
+    if any(norms) or any(isinstance(link, T.ScaleByNadam) for link in links):
+        return 4
+    return 0 if jax.__version_info__ < (0, 11) else 1
 
 
 BY_THEMSELVES = {
@@ -106,7 +108,7 @@ BY_THEMSELVES = {
 
 @pytest.mark.parametrize("case", rows())
 def test_every_chain_gives_the_same_with_buckets(case):
-    """To the last bit or one beside it, but for what a norm over all gradients enters."""
+    """Bit by bit, but for what a norm over all gradients enters; see `norm_ulps`."""
     plain, packed = steps_of(case.chain)
     batches = [case.random_like(SOME, t) for t in (1, 2, 3)]
     ulps = norm_ulps(case)

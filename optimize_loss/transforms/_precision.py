@@ -101,12 +101,6 @@ class Precision:
         """The formats by pattern."""
         return (("**", self.state),) if isinstance(self.state, str) else self.state
 
-    @property
-    def asks_for_state(self) -> bool:
-        """Whether it asks for moments in fewer bits."""
-        names = [name for _, name in self.by_pattern]
-        return any(name != "float32" for name in [*names, self.rest])
-
     def formats(self, params: Params) -> list[str]:
         """Return the format for each leaf; those in a bucket have one in common.
 

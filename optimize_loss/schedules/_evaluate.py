@@ -109,4 +109,4 @@ Received: None from <function <lambda> at 0x...>.
             f"The schedule of `{name}` must be {rule.words}. Received: {value} from {shown}."
         )
     value = jnp.asarray(value, dtype)
-    return jnp.where(rule.holds(value), value, jnp.nan)
+    return jnp.where(rule.holds(value) & jnp.isfinite(value), value, jnp.nan)

@@ -43,6 +43,6 @@ class ScaleByAdagrad(Link):
         """Add one gradient to the sum."""
         n = slots["sum_of_squares"] + abs_squared(update)
         denominator = n + k["epsilon"]
-        positive = denominator > 0
-        scale = jnp.where(positive, jax.lax.rsqrt(jnp.where(positive, denominator, 1)), 0)
+        is_zero = denominator == 0
+        scale = jnp.where(is_zero, 0, jax.lax.rsqrt(jnp.where(is_zero, 1, denominator)))
         return update * scale, {"sum_of_squares": n}

@@ -232,8 +232,11 @@ class Link:
         """Return for each parameter what is its own in `k`; equal shapes still share a trace."""
         return iter([{}] * len(names))
 
-    def factor(self, k: Numbers) -> jax.Array:
+    def factor(self, k: Numbers) -> jax.Array | tuple[jax.Array, ...]:
         """Return the scalar that multiplies the update, for links that do nothing else.
+
+        Or several, to multiply by one after the other, where their product may be too small for
+        the dtype.
 
         It takes the place of `leaf`, and spares a pass where the norm after the link is needed.
         Of a gate it multiplies what `leaf` returns, and only behind it, where it is open: no copy
@@ -245,8 +248,10 @@ class Link:
         self, update: jax.Array, slots: Slots, param: jax.Array, k: Numbers
     ) -> tuple[jax.Array, Slots]:
         """Return the new update and the new slots of one parameter, in float32 or wider."""
-        multiplies = self.multiplies and not self.gates
-        return (update * self.factor(k) if multiplies else update), slots
+        if self.multiplies and not self.gates:
+            for factor in self.factors(k):
+                update = update * factor
+        return update, slots
 
     def move(self, param: jax.Array, k: Numbers) -> jax.Array:
         """Return what is added to the parameter before the links behind see it."""
@@ -255,6 +260,11 @@ class Link:
     def averaged(self, param: jax.Array, slots: Slots, numbers: Numbers) -> jax.Array:
         """Return the parameter to use after training, where the link keeps a better one."""
         raise NotImplementedError
+
+    def factors(self, k: Numbers) -> tuple[jax.Array, ...]:
+        """Return what `factor` returns, as a tuple."""
+        found = self.factor(k)
+        return found if isinstance(found, tuple) else (found,)
 
     @property
     def by_entry(self) -> bool:
@@ -368,11 +378,47 @@ def sqrt(x: jax.Array) -> jax.Array:
     return jnp.where(x == 0, 0, jnp.sqrt(jnp.where(x == 0, 1, x)))
 
 
+def power_of_two(x: jax.Array, limit: int, exponent: int) -> jax.Array:
+    """Return 2^exponent where x > 2^limit, 2^-exponent where x < 2^-limit, and else 1.
+
+    Products with it are exact. XLA computes a / (b / c) as a c / b, which may overflow: multiply
+    a divisor by the power of the opposite sign.
+    """
+    return jnp.where(x > 2.0**limit, 2.0**exponent, jnp.where(x < 2.0**-limit, 2.0**-exponent, 1))
+
+
+def unit_of(x: jax.Array) -> jax.Array:
+    """Return a power of two by which to divide x, so that its squares stay in range."""
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), initial=0))
+    most = jnp.finfo(largest.dtype).maxexp
+    return power_of_two(largest, most * 5 // 16, most * 5 // 8)
+
+
 def norm(x: jax.Array) -> jax.Array:
     """Return the L2 norm of `x`, a scalar that neither overflows nor underflows on the way."""
-    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), initial=0))
-    scale = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
-    return scale * sqrt(jnp.sum(abs_squared(x / scale)))
+    unit = unit_of(x)
+    return unit * sqrt(sum_of_squares(x / unit))
+
+
+def sum_of_squares(x: jax.Array) -> jax.Array:
+    """Return Σ|x|² of what was multiplied or divided by a power of two.
+
+    XLA computes (u c)² as u² c² where it knows c, and c² may overflow; not where a maximum comes
+    between.
+    """
+    return jnp.sum(abs_squared(x if jnp.iscomplexobj(x) else jnp.maximum(x, -x)))
+
+
+def resized(x: jax.Array, norm: jax.Array, length: jax.Array) -> jax.Array:
+    """Return x · length / norm, whatever the size of the quotient.
+
+    XLA on CPU takes a quotient for 0 that is too small to be a normal number, and divides by way
+    of the reciprocal.
+    """
+    half = jnp.finfo(norm.dtype).maxexp // 2
+    first, last = power_of_two(norm, half, -half), power_of_two(length, half, half)
+    quotient = length * power_of_two(length, half, -half) / (norm * first)
+    return x * first * quotient * last
 
 
 def count(step: jax.Array, like: jax.Array) -> jax.Array:

@@ -19,10 +19,23 @@ from optimize_loss.transforms._base import (
 from optimize_loss.transforms._params import take_apart
 
 
-def shrink(norm: jax.Array, max_norm: jax.Array) -> jax.Array:
-    """Return min(1, max_norm / norm); NaN where the norm is not finite, as nothing is right."""
-    scale = jnp.where(norm > max_norm, max_norm / jnp.where(norm > max_norm, norm, 1), 1)
-    return jnp.where(jnp.isfinite(norm), scale, jnp.nan)
+def shrink(norm: jax.Array, max_norm: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return two factors of min(1, max_norm / norm), which may itself be too small for the dtype.
+
+    NaN where the norm is not finite or the bound is NaN, as nothing is right then.
+    """
+    clips = ~(norm <= max_norm)
+    size = jnp.where(clips, norm, 1)
+    half = jnp.finfo(norm.dtype).maxexp // 2
+    first = jnp.where(size > 2.0**half, 2.0**-half, 1)
+    scale = jnp.where(clips, max_norm / (size * first), 1)
+    return first, jnp.where(jnp.isfinite(norm), scale, jnp.nan)
+
+
+def shrunk(update: jax.Array, norm: jax.Array, max_norm: jax.Array) -> jax.Array:
+    """Return the update times min(1, max_norm / norm)."""
+    first, second = shrink(norm, max_norm)
+    return update * first * second
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +67,7 @@ class ClipByValue(Link):
         """Limit every entry."""
         top = k["max_value"]
         if jnp.iscomplexobj(update):
-            return update * shrink(jnp.abs(update), top), slots
+            return shrunk(update, jnp.abs(update), top), slots
         return jnp.clip(update, -top, top), slots
 
 
@@ -86,7 +99,7 @@ class ClipByNorm(Link):
 
     def leaf(self, update, slots, param, k):
         """Shrink one gradient."""
-        return update * shrink(norm(update), k["max_norm"]), slots
+        return shrunk(update, norm(update), k["max_norm"]), slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +135,7 @@ class ClipByGlobalNorm(Link):
     elementwise = True
 
     def scalars(self, numbers, memory, total, step):
-        """Return the common scale."""
+        """Return the common scale, as two factors."""
         return {"scale": shrink(total, numbers["max_norm"])}, memory
 
     def factor(self, k):
@@ -185,12 +198,12 @@ class ClipByAdaptiveNorm(Link):
         root = sqrt(sq_mean)
         std = jnp.sqrt(jnp.maximum(numbers["epsilon"], (root - mean) * (root + mean)))
         max_norm = jnp.exp(mean + numbers["std_factor"] * std)
-        positive = jnp.where(total > 0, total, 1)
-        scale = jnp.where(total < max_norm, 1, jnp.exp(mean) / positive)
+        usual = jnp.where(jnp.isnan(max_norm), max_norm, jnp.exp(mean))
+        length = jnp.where(total < max_norm, total, usual)
         if "static_max_norm" in numbers:
-            scale = jnp.minimum(scale, numbers["static_max_norm"] / positive)
-        scale = jnp.where(jnp.isfinite(total), scale, jnp.nan)
-        return {"scale": scale}, {"mean": mean, "sq_mean": sq_mean, "max_norm": max_norm}
+            length = jnp.minimum(length, numbers["static_max_norm"])
+        new = {"mean": mean, "sq_mean": sq_mean, "max_norm": max_norm}
+        return {"scale": shrink(total, length)}, new
 
     def factor(self, k):
         """Return the common scale."""

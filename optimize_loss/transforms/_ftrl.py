@@ -76,5 +76,7 @@ class StepByFtrl(Link):
         shrinkage = 2 * k["l2_shrinkage_regularization_strength"]
         z = slots["z"] + update + (shrinkage - (root - old_root) / rate) * param
         curvature = (root + k["beta"]) / rate + 2 * k["l2_regularization_strength"]
-        new = jnp.where(jnp.abs(z) > l1, (l1 * jnp.sign(z) - z) / curvature, 0)
+        # Zero times the curvature, and NaN where |z| ≤ l1 does not hold: what is NaN stays NaN.
+        zero, elsewhere = 0 * curvature, (l1 * jnp.sign(z) - z) / curvature
+        new = jnp.where(jnp.abs(z) <= l1, zero, elsewhere)
         return new - param, {"z": z, "n": n}

@@ -161,7 +161,8 @@ class SkipSpikes(Guard):
         root = sqrt(sq_mean)
         variance = jnp.maximum((root - mean) * (root + mean), numbers["min_sigma"] ** 2)
         bound = mean + numbers["k_sigma"] * sqrt(variance)
-        is_spike = (seen >= numbers["warmup_steps"]) & jnp.isfinite(norm) & (log_norm > bound)
+        # Not above the bound, so that a bound that is NaN lets nothing through.
+        is_spike = (seen >= numbers["warmup_steps"]) & jnp.isfinite(norm) & ~(log_norm <= bound)
         is_open = self.is_sound(numbers, total) & ~is_spike
         weight = jnp.maximum(numbers["decay"][1], 1 / (seen.astype(mean.dtype) + 1))
         counts = is_open & jnp.isfinite(norm)  # else it is the loss scale's

@@ -12,6 +12,7 @@ from optimize_loss.transforms._base import (
     count,
     full,
     norm,
+    resized,
     sqrt,
     zeros,
 )
@@ -75,5 +76,5 @@ class ScaleByLamb(Link):
         u = k["of_m"] * m / (sqrt(k["of_v"] * v) + k["epsilon"])
         p_norm, u_norm = norm(param), norm(u)
         both = (p_norm > 0) & (u_norm > 0)
-        ratio = jnp.where(both, p_norm / jnp.where(both, u_norm, 1), 1)
-        return ratio * u, {"m": m, "v": v}
+        length, size = jnp.where(both, p_norm, 1), jnp.where(both, u_norm, 1)
+        return resized(u, size, length), {"m": m, "v": v}

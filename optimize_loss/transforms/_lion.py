@@ -15,8 +15,8 @@ class ScaleByLion(Link):
 
     The newest gradient counts more in u than in what is kept of it, where β₁ < β₂. As all entries
     have size 1, rates are 3 to 10 times smaller than Adam's. Where the mean is 0, so is the
-    update. NaN stays NaN. Complex entries keep their phase, z / |z|, and so move by the same
-    amount too.
+    update. NaN and infinity give NaN. Complex entries keep their phase, z / |z|, and so move by the
+    same amount too.
 
     Args:
       beta_1: β₁, in [0, 1); 0 takes the sign of the gradient alone.
@@ -52,4 +52,6 @@ class ScaleByLion(Link):
         """Update the momentum of one parameter."""
         (b1, c1), (b2, c2) = k["beta_1"], k["beta_2"]
         m = slots["m"]
-        return jnp.sign(b1 * m + c1 * update), {"m": b2 * m + c2 * update}
+        mean = b1 * m + c1 * update
+        # Of infinity it is NaN, since the momentum would stay infinite for ever.
+        return jnp.sign(mean) + 0 * mean, {"m": b2 * m + c2 * update}

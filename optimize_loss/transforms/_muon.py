@@ -15,7 +15,9 @@ from optimize_loss.transforms._base import (
     Fraction,
     Link,
     NotNegative,
-    norm,
+    sqrt,
+    sum_of_squares,
+    unit_of,
     zeros,
 )
 
@@ -109,7 +111,9 @@ def orthogonal(steps: int, u: jax.Array, coefficients: Sequence[jax.Array]) -> j
     linear, cubic, quintic = coefficients
     is_tall = u.shape[0] > u.shape[1]
     x = u.mT if is_tall else u
-    x = x / (norm(x) + 1e-7)
+    scale = 1 / unit_of(x)  # the norm itself may be too large for the dtype
+    x = x * scale
+    x = x / (sqrt(sum_of_squares(x)) + 1e-7 * scale)
     for _ in range(steps):
         a = x @ x.mT.conj()
         x = linear * x + (cubic * a + quintic * (a @ a)) @ x

@@ -1,13 +1,22 @@
 """The global norms of updates, with as few passes over them as possible."""
 
 import functools
+import itertools
 from collections.abc import MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from optimize_loss.transforms._base import Link, Numbers, abs_squared, norm, sqrt
+from optimize_loss.transforms._base import (
+    Link,
+    Numbers,
+    abs_squared,
+    norm,
+    power_of_two,
+    sqrt,
+    sum_of_squares,
+)
 from optimize_loss.transforms._leaf import PASS, Leaf, Links, Owner, for_all, update_behind
 
 # For leaves of these numbers, Σ|u|² of each.
@@ -53,7 +62,7 @@ class Norms:
         """Return √Σ|u|² of the updates that reach the link at `place`.
 
         Where the sum of squares leaves the range of the dtype, as for float32 entries of 1e20 or
-        1e-25, it is taken again of entries scaled by a power of two, and only then.
+        1e-25, it is taken again of entries divided by a power of two, and only then.
 
         Args:
           place: the number of the link.
@@ -63,9 +72,9 @@ class Norms:
         if not here:
             return jnp.zeros((), self.dtype)
         changing = [j for j in range(place) if not self.links[j].observes]
-        factor = jnp.ones((), self.dtype)
+        factors: list[jax.Array] = []
         while changing and self._multiplies(changing[-1], here, ks):
-            factor = factor * self._factor(changing.pop(), here, ks)
+            factors = self._factors(changing.pop(), here, ks) + factors
         prefixes = [picked(self.own[i], self.leaves[i], ks[i], changing) for i in here]
         owners = [self.owners[i] for i in here]
         key = (tuple(changing), tuple(here))
@@ -75,16 +84,17 @@ class Norms:
                 self.known[tuple(here)] = self.squares[key]
         parts = self.squares[key]
         squares = jnp.concatenate(parts)
+        factor = functools.reduce(jnp.multiply, factors, jnp.ones((), self.dtype))
         plain, total = jnp.sum(squares), jnp.sum(squares * (factor * factor))
 
         def rescaled() -> jax.Array:
             # A scale of its own for each leaf: XLA on CPU would write a shared one out as an array.
             arguments = [(*p, part) for p, part in zip(prefixes, parts, strict=True)]
             scaled = jnp.concatenate(for_all(_scaled_squares, self.dtype, arguments, owners))
-            return norm(sqrt(scaled) / _scale(squares) * factor)
+            return norm(functools.reduce(jnp.multiply, factors, sqrt(scaled) * _unit(squares)))
 
         low, high = jnp.minimum(plain, total), jnp.maximum(plain, total)
-        in_range = (low > 1 / _safe_power(self.dtype)) & (high < jnp.inf)
+        in_range = (low > 2.0 ** -_limit(self.dtype)) & (high < jnp.inf)
         return jax.lax.cond(in_range, lambda: sqrt(total), rescaled)
 
     def _multiplies(self, j: int, here: Sequence[int], ks: Sequence[tuple[Numbers, ...]]) -> bool:
@@ -93,30 +103,35 @@ class Norms:
         if not link.multiplies or type(link).for_each is Link.for_each:
             return link.multiplies
         found = [ks[i][j] for i in here if self.owners[i].bucket and self.own[i][j] is not PASS]
-        return all(jax.eval_shape(link.factor, k).shape == () for k in found)
+        return all(factor.shape == () for k in found for factor in jax.eval_shape(link.factors, k))
 
-    def _factor(self, j: int, here: Sequence[int], ks: Sequence[tuple[Numbers, ...]]) -> jax.Array:
-        """Return what the link at `j` multiplies by: one number, or one for each leaf."""
+    def _factors(
+        self, j: int, here: Sequence[int], ks: Sequence[tuple[Numbers, ...]]
+    ) -> list[jax.Array]:
+        """Return what the link at `j` multiplies by: numbers, or arrays of one for each leaf."""
         link, own = self.links[j], [self.own[i][j] for i in here]
         if type(link).for_each is Link.for_each and PASS not in own:
-            return jnp.abs(link.factor(ks[here[0]][j])).astype(self.dtype)
-        one = jnp.ones((), self.dtype)
-        factors = [
-            one if mine is PASS else jnp.abs(link.factor(ks[i][j])).astype(self.dtype)
+            return self._sizes(link.factors(ks[here[0]][j]))
+        each = [
+            [] if mine is PASS else self._sizes(link.factors(ks[i][j]))
             for i, mine in zip(here, own, strict=True)
         ]
-        return jnp.stack(factors)
+        one = jnp.ones((), self.dtype)
+        return [jnp.stack(sizes) for sizes in itertools.zip_longest(*each, fillvalue=one)]
+
+    def _sizes(self, factors: Sequence[jax.Array]) -> list[jax.Array]:
+        return [jnp.abs(factor).astype(self.dtype) for factor in factors]
 
 
-def _scale(squares: jax.Array) -> jax.Array:
-    """Return by what to multiply leaves whose sum of squares may have left the dtype's range."""
-    big = _safe_power(squares.dtype)
-    return jnp.where(squares > big, 1 / big, jnp.where(squares < 1 / big, big, 1))
+def _unit(squares: jax.Array) -> jax.Array:
+    """Return by what to divide leaves whose sum of squares may have left the dtype's range."""
+    limit = _limit(squares.dtype)
+    return power_of_two(squares, limit, limit)
 
 
-def _safe_power(dtype: Any) -> float:
-    """Return a power of two far above 1, by which squares of this dtype can be divided."""
-    return 2.0 ** (jnp.finfo(dtype).maxexp * 5 // 8)
+def _limit(dtype: Any) -> int:
+    """Return the exponent of a power of two far above 1, by which squares can be divided."""
+    return jnp.finfo(dtype).maxexp * 5 // 8
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -129,10 +144,10 @@ def _squares(links: Links, dtype: Any, leaf: Leaf, ks: tuple[Numbers, ...]) -> j
 def _scaled_squares(
     links: Links, dtype: Any, leaf: Leaf, ks: tuple[Numbers, ...], squares: jax.Array
 ) -> jax.Array:
-    """Return Σ|u|² of one leaf, of shape (1,), once more, of entries times the scale for it."""
+    """Return Σ|u|² of one leaf, of shape (1,), once more, of entries divided by its unit."""
     update = update_behind(links, leaf, ks)
-    scale = _scale(squares)[0].astype(jnp.finfo(update.dtype).dtype).astype(update.dtype)
-    return jnp.sum(abs_squared(update * scale)).astype(dtype)[None]
+    unit = _unit(squares)[0].astype(jnp.finfo(update.dtype).dtype).astype(update.dtype)
+    return sum_of_squares(update / unit).astype(dtype)[None]
 
 
 def picked(links: Links, leaf: Leaf, ks: tuple[Numbers, ...], which: Sequence[int]) -> Any:

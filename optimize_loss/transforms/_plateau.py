@@ -87,9 +87,10 @@ class ReduceOnPlateau(Link):
         reduces = without > numbers["patience"]
         lowered = jnp.maximum(memory["scale"] * numbers["multiplier"], numbers["min_scale"])
         seen = improved | ~is_first
+        # A `min_scale` above the scale does not lift it.
+        scale = jnp.where(reduces, jnp.minimum(lowered, memory["scale"]), memory["scale"])
         return {
-            # A `min_scale` above the scale does not lift it.
-            "scale": jnp.where(reduces, jnp.minimum(lowered, memory["scale"]), memory["scale"]),
+            "scale": scale + 0 * threshold,  # NaN if that is, which compares to nothing
             "best": jnp.where(improved, loss, best),
             "means": jnp.where(seen, optax.safe_increment(memory["means"]), memory["means"]),
             "without": jnp.where(reduces, 0, without),

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optimize_loss.transforms._base import Link, NotNegative, compute_dtype, norm
+from optimize_loss.transforms._base import Link, NotNegative, compute_dtype, norm, resized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +39,11 @@ def climbed(params: Sequence[Any], grads: Sequence[Any], rho: jax.Array) -> list
     """
     norms = [norm(_wide(g)).astype(rho.dtype) for g in grads if g is not None]
     total = norm(jnp.stack(norms))
-    scale = jnp.where(total == 0, 0, rho / jnp.where(total == 0, 1, total))
+    size = jnp.where(total == 0, 1, total)
     return [
-        p if g is None else (_wide(p) + _like(scale, p) * _wide(g)).astype(p.dtype)
+        p
+        if g is None
+        else (_wide(p) + resized(_wide(g), _like(size, p), _like(rho, p))).astype(p.dtype)
         for p, g in zip(params, grads, strict=True)
     ]
 

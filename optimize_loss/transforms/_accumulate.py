@@ -6,11 +6,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optimize_loss._checks import InvalidType, check_choice, received
 from optimize_loss.transforms._base import Count, Link, TreeLink, zeros
 from optimize_loss.transforms._for_parameters import ForParameters
+
+# Stands in the state where a call came without a loss. It is finite, so that tools which look for
+# NaN and infinities stay quiet where no link needs one.
+NO_LOSS = float(np.finfo(np.float32).max)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +110,9 @@ class Accumulate(Link):
 
     def _loss(self, loss, old, is_first, share):
         """Return the loss of the update so far, of which the newest one has a share."""
-        if loss is None:  # so that no mean leaves it out in silence
-            return jnp.full_like(old, jnp.nan)
+        if loss is None:
+            return jnp.full_like(old, NO_LOSS)
+        old = jnp.where(old == NO_LOSS, jnp.nan, old)  # no mean leaves one out in silence
         loss, share = jnp.asarray(loss, old.dtype), share.astype(old.dtype)
         if self.reduce == "sum":
             return jnp.where(is_first, loss, old + loss)

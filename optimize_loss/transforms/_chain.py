@@ -361,8 +361,10 @@ def _step(state: State, schedule_step: Any) -> Any:
 
 def _unknown(update: Any) -> Any:
     """Return what stands for the value of a parameter that was not given: NaN where it can."""
-    inexact = jnp.issubdtype(jnp.result_type(update), jnp.inexact)
-    return jnp.full_like(update, jnp.nan) if inexact else update
+    if not jnp.issubdtype(jnp.result_type(update), jnp.inexact):
+        return update
+    with jax.debug_nans(False):
+        return jnp.full_like(update, jnp.nan)
 
 
 def _check_state(links: Chain, state: Any) -> None:

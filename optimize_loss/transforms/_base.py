@@ -19,7 +19,7 @@ functions of all its links in one pass over the parameters.
 import dataclasses
 import functools
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import jax
@@ -249,8 +249,7 @@ class Link:
     ) -> tuple[jax.Array, Slots]:
         """Return the new update and the new slots of one parameter, in float32 or wider."""
         if self.multiplies and not self.gates:
-            for factor in self.factors(k):
-                update = update * factor
+            update = multiplied(update, self.factors(k))
         return update, slots
 
     def move(self, param: jax.Array, k: Numbers) -> jax.Array:
@@ -384,7 +383,8 @@ def power_of_two(x: jax.Array, limit: int, exponent: int) -> jax.Array:
     Products with it are exact. XLA computes a / (b / c) as a c / b, which may overflow: multiply
     a divisor by the power of the opposite sign.
     """
-    return jnp.where(x > 2.0**limit, 2.0**exponent, jnp.where(x < 2.0**-limit, 2.0**-exponent, 1))
+    large, small, one = (jnp.asarray(2.0**e, x.dtype) for e in (exponent, -exponent, 0))
+    return jnp.where(x > 2.0**limit, large, jnp.where(x < 2.0**-limit, small, one))
 
 
 def unit_of(x: jax.Array) -> jax.Array:
@@ -409,16 +409,20 @@ def sum_of_squares(x: jax.Array) -> jax.Array:
     return jnp.sum(abs_squared(x if jnp.iscomplexobj(x) else jnp.maximum(x, -x)))
 
 
-def resized(x: jax.Array, norm: jax.Array, length: jax.Array) -> jax.Array:
-    """Return x · length / norm, whatever the size of the quotient.
+def ratio(length: jax.Array, norm: jax.Array) -> tuple[jax.Array, ...]:
+    """Return factors of length / norm, to multiply by one after the other, whatever its size.
 
     XLA on CPU takes a quotient for 0 that is too small to be a normal number, and divides by way
     of the reciprocal.
     """
     half = jnp.finfo(norm.dtype).maxexp // 2
     first, last = power_of_two(norm, half, -half), power_of_two(length, half, half)
-    quotient = length * power_of_two(length, half, -half) / (norm * first)
-    return x * first * quotient * last
+    return first, length * power_of_two(length, half, -half) / (norm * first), last
+
+
+def multiplied(x: jax.Array, factors: Iterable[jax.Array]) -> jax.Array:
+    """Return x times one factor after the other."""
+    return functools.reduce(jnp.multiply, factors, x)
 
 
 def count(step: jax.Array, like: jax.Array) -> jax.Array:

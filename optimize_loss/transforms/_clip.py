@@ -13,7 +13,9 @@ from optimize_loss.transforms._base import (
     Link,
     NotNegative,
     Positive,
+    multiplied,
     norm,
+    power_of_two,
     sqrt,
 )
 from optimize_loss.transforms._params import take_apart
@@ -27,15 +29,14 @@ def shrink(norm: jax.Array, max_norm: jax.Array) -> tuple[jax.Array, jax.Array]:
     clips = ~(norm <= max_norm)
     size = jnp.where(clips, norm, 1)
     half = jnp.finfo(norm.dtype).maxexp // 2
-    first = jnp.where(size > 2.0**half, 2.0**-half, 1)
+    first = power_of_two(size, half, -half)
     scale = jnp.where(clips, max_norm / (size * first), 1)
     return first, jnp.where(jnp.isfinite(norm), scale, jnp.nan)
 
 
 def shrunk(update: jax.Array, norm: jax.Array, max_norm: jax.Array) -> jax.Array:
     """Return the update times min(1, max_norm / norm)."""
-    first, second = shrink(norm, max_norm)
-    return update * first * second
+    return multiplied(update, shrink(norm, max_norm))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,8 +11,9 @@ from optimize_loss.transforms._base import (
     abs_squared,
     count,
     full,
+    multiplied,
     norm,
-    resized,
+    ratio,
     sqrt,
     zeros,
 )
@@ -77,4 +78,4 @@ class ScaleByLamb(Link):
         p_norm, u_norm = norm(param), norm(u)
         both = (p_norm > 0) & (u_norm > 0)
         length, size = jnp.where(both, p_norm, 1), jnp.where(both, u_norm, 1)
-        return resized(u, size, length), {"m": m, "v": v}
+        return multiplied(u, ratio(length, size)), {"m": m, "v": v}

@@ -12,6 +12,7 @@ from optimize_loss.transforms._base import (
     Link,
     Numbers,
     abs_squared,
+    multiplied,
     norm,
     power_of_two,
     sqrt,
@@ -84,14 +85,14 @@ class Norms:
                 self.known[tuple(here)] = self.squares[key]
         parts = self.squares[key]
         squares = jnp.concatenate(parts)
-        factor = functools.reduce(jnp.multiply, factors, jnp.ones((), self.dtype))
+        factor = multiplied(jnp.ones((), self.dtype), factors)
         plain, total = jnp.sum(squares), jnp.sum(squares * (factor * factor))
 
         def rescaled() -> jax.Array:
             # A scale of its own for each leaf: XLA on CPU would write a shared one out as an array.
             arguments = [(*p, part) for p, part in zip(prefixes, parts, strict=True)]
             scaled = jnp.concatenate(for_all(_scaled_squares, self.dtype, arguments, owners))
-            return norm(functools.reduce(jnp.multiply, factors, sqrt(scaled) * _unit(squares)))
+            return norm(multiplied(sqrt(scaled) * _unit(squares), factors))
 
         low, high = jnp.minimum(plain, total), jnp.maximum(plain, total)
         in_range = (low > 2.0 ** -_limit(self.dtype)) & (high < jnp.inf)

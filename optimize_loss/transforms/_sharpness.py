@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optimize_loss.transforms._base import Link, NotNegative, compute_dtype, norm, resized
+from optimize_loss.transforms._base import Link, NotNegative, compute_dtype, multiplied, norm, ratio
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +39,13 @@ def climbed(params: Sequence[Any], grads: Sequence[Any], rho: jax.Array) -> list
     """
     norms = [norm(_wide(g)).astype(rho.dtype) for g in grads if g is not None]
     total = norm(jnp.stack(norms))
-    size = jnp.where(total == 0, 1, total)
+    factors = ratio(rho, jnp.where(total == 0, 1, total))
+
+    def step(p: Any, g: jax.Array) -> jax.Array:
+        return multiplied(_wide(g), [_like(factor, p) for factor in factors])
+
     return [
-        p
-        if g is None
-        else (_wide(p) + resized(_wide(g), _like(size, p), _like(rho, p))).astype(p.dtype)
+        p if g is None else (_wide(p) + step(p, g)).astype(p.dtype)
         for p, g in zip(params, grads, strict=True)
     ]
 

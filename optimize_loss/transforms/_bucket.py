@@ -109,7 +109,7 @@ class Layout(Static):
         )
         for key, members in self.numbers:
             pairs = (name.split("/", 1) for name in members.names)
-            joined[key] = members.join([state[link][number] for link, number in pairs])
+            joined[key] = members.join_on_device([state[link][number] for link, number in pairs])
         return joined
 
     def split_numbers(self, joined: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,7 +117,7 @@ class Layout(Static):
         arrays = dict(self.numbers)
         state = _map_links(dict, {name: x for name, x in joined.items() if name not in arrays})
         for key, members in self.numbers:
-            for name, x in zip(members.names, members.split(joined[key]), strict=True):
+            for name, x in zip(members.names, members.split_on_device(joined[key]), strict=True):
                 link, number = name.split("/", 1)
                 state[link][number] = x
         return state

@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from optimize_loss._checks import InvalidType
+from optimize_loss.transforms._arrays import can_be_fetched, fetched, has_values, places_of, sent
 
 
 class Static:
@@ -54,10 +54,22 @@ class Members(Static):
         return [math.prod(shape) for shape in self.shapes]
 
     def join(self, parts: Sequence[Any]) -> Any:
-        """Return one array of all parts, along the last axis; of nothing, nothing."""
+        """Return one array of all parts, along the last axis; of nothing, nothing.
+
+        Parts with values are joined on the host: a program of as many operands takes long to
+        compile.
+        """
         if all(part is None for part in parts):
             return None
-        if not _are_ready(parts):
+        if not all(map(has_values, parts)):
+            return self._join(parts)
+        if not all(map(can_be_fetched, parts)) or len(places := places_of(parts)) > 1:
+            return self.join_on_device(parts)
+        return sent([self._join(fetched(parts))], *places)[0]
+
+    def join_on_device(self, parts: Sequence[Any]) -> Any:
+        """Return what `join` does, without waiting for the values of the parts."""
+        if not all(map(has_values, parts)):
             return self._join(parts)
         with jax.ensure_compile_time_eval():  # in a trace of the caller's, too
             return _join(self, parts)
@@ -67,19 +79,27 @@ class Members(Static):
             part.reshape(*part.shape[: part.ndim - len(shape)], size)
             for part, shape, size in zip(parts, self.shapes, self.sizes, strict=True)
         ]
-        return jnp.concatenate(rows, axis=-1)
+        on_host = all(isinstance(row, np.ndarray) for row in rows)
+        return (np if on_host else jnp).concatenate(rows, axis=-1)
 
     def split(self, buffer: Any) -> list[Any]:
         """Return the parts of an array; what is no array, such as a sharding, is that of each.
 
-        Axes before the last one stay: a state under `vmap` has them.
+        Axes before the last one stay: a state under `vmap` has them. An array with values is split
+        on the host: a program of as many results takes long to compile.
         """
+        if not can_be_fetched(buffer):
+            return self.split_on_device(buffer)
+        return sent(self._split(fetched([buffer])[0].copy()), *places_of([buffer]))
+
+    def split_on_device(self, buffer: Any) -> list[Any]:
+        """Return what `split` does, without waiting for the values of the array."""
         if not hasattr(buffer, "shape"):
             return [buffer] * len(self.names)
         if isinstance(buffer, jax.ShapeDtypeStruct):
             first, dtype = buffer.shape[:-1], buffer.dtype
             return [jax.ShapeDtypeStruct(first + shape, dtype) for shape in self.shapes]
-        if not _are_ready([buffer]):
+        if not has_values(buffer):
             return self._split(buffer)
         with jax.ensure_compile_time_eval():
             return _split(self, buffer)
@@ -123,11 +143,6 @@ class Members(Static):
 _join = jax.jit(Members._join, static_argnums=0)
 
 _split = jax.jit(Members._split, static_argnums=0)
-
-
-def _are_ready(leaves: Sequence[Any]) -> bool:
-    """Return whether all leaves are jax's arrays, outside of a trace."""
-    return all(isinstance(x, jax.Array) and not isinstance(x, Tracer) for x in leaves)
 
 
 def _on_all(buffer: Any) -> Any:

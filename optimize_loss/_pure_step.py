@@ -25,6 +25,7 @@ from optimize_loss.transforms import (
     Accumulate,
     Chain,
 )
+from optimize_loss.transforms._arrays import copy, from_host
 from optimize_loss.transforms._bucket import Layout, find_layout, unpacked
 from optimize_loss.transforms._guard import kept, was_open
 from optimize_loss.transforms._params import PARAMETER, copied, distinct, placed_like
@@ -92,7 +93,7 @@ class PureStep:
             packed_optimizer=optimizer,
             model_state=copied("`model_state` at", self._check_model_state(model_state)),
             key=self._check_key(key),
-            first_step=jnp.asarray(self.first_step, jnp.int32),
+            first_step=from_host(self.first_step, jnp.int32),
             chain=self.chain,
             increment_step=self.increment_step,
             layout=layout,
@@ -146,7 +147,7 @@ class PureStep:
             raise InvalidType(
                 f"`key` must be one random key. Received: shape {key.shape}, dtype {key.dtype}."
             )
-        return jnp.copy(key)
+        return copy(key)
 
     def _shardings(self, state: TrainState) -> tuple[Any, ...] | None:
         if not self.colocate_gradients:

@@ -11,6 +11,11 @@ from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 
+# In entries. Up to here constants come from the host; larger ones are made on the device by a
+# program for each shape.
+_SMALL = 1 << 16
+
+
 def has_values(x: Any) -> TypeGuard[jax.Array]:
     """Return whether `x` is jax's array, outside of a trace."""
     return isinstance(x, jax.Array) and not isinstance(x, Tracer)
@@ -21,6 +26,23 @@ def copy(x: jax.Array) -> jax.Array:
     if has_values(x) and x.is_fully_addressable:
         return jax.device_put(x, may_alias=False)
     return jnp.copy(x)
+
+
+def from_host(x: Any, dtype: Any) -> jax.Array:
+    """Return a copy of a number or an array of numpy, strongly typed.
+
+    Where a mesh is set, it goes there, as all new arrays do.
+    """
+    array = np.array(x, dtype=dtype)
+    return jax.device_put(array) if jax.sharding.get_abstract_mesh().empty else jnp.asarray(array)
+
+
+def filled(like: Any, value: float, dtype: Any) -> jax.Array:
+    """Return an array that has one value everywhere, with the shape and the place of another."""
+    if not has_values(like) or like.size > _SMALL or not like.is_fully_addressable:
+        return jnp.full_like(like, value, dtype=dtype)
+    there = like.sharding if like.committed else None
+    return jax.device_put(np.full(like.shape, value, dtype), there)
 
 
 def can_be_fetched(x: Any) -> bool:

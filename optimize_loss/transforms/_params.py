@@ -10,6 +10,7 @@ from jax.core import Tracer
 
 from optimize_loss._checks import InvalidType, TreeMismatch
 from optimize_loss._names import leaf_names, leaf_paths, same_leaves
+from optimize_loss.transforms._arrays import copy, from_host, has_values
 from optimize_loss.transforms._bucket import Bucket, is_bucket
 from optimize_loss.transforms._members import Members
 
@@ -101,7 +102,7 @@ def as_array(what: str, name: str, leaf: Any) -> Any:
     if hasattr(leaf, "shape") and hasattr(leaf, "dtype") and _holds_numbers(leaf.dtype):
         return leaf
     if isinstance(leaf, bool | int | float | complex):
-        return jnp.asarray(leaf, jnp.result_type(leaf))
+        return from_host(leaf, jnp.result_type(leaf))
     advice = ""
     if what == PARAMETER:
         advice = (
@@ -137,9 +138,16 @@ def copied(what: str, tree: Any) -> Any:
 
 
 def _copy(leaf: Any) -> jax.Array:
-    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
-        return jnp.copy(leaf)
-    return jnp.array(leaf, dtype=jnp.result_type(leaf), copy=True)
+    dtype = leaf.dtype if _is_extended(leaf) else jnp.result_type(leaf)
+    if has_values(leaf) and leaf.dtype == dtype and not leaf.weak_type:
+        return copy(leaf)
+    if isinstance(leaf, jax.Array):
+        return jnp.array(leaf, dtype=dtype, copy=True)
+    return from_host(leaf, dtype)
+
+
+def _is_extended(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
 
 
 def distinct(tree: Any) -> Any:
@@ -148,7 +156,7 @@ def distinct(tree: Any) -> Any:
 
     def own(leaf: Any) -> Any:
         if isinstance(leaf, jax.Array) and id(leaf) in seen:
-            leaf = jnp.copy(leaf)
+            leaf = copy(leaf)
         seen.add(id(leaf))
         return leaf
 

@@ -174,7 +174,7 @@ def _placed(array: Any, like: jax.Array) -> jax.Array:
         whole = np.asarray(array)
         return jax.make_array_from_callback(like.shape, like.sharding, lambda i: whole[i])
     place = like.sharding if like.committed else None
-    new = jax.device_put(array, place)
+    new = jax.device_put(copy(array) if isinstance(array, jax.Array) else array, place)
     if new.dtype != like.dtype:
         raise CheckpointMismatch(
             f"`like` must be of this mode of JAX: {like.dtype} becomes {new.dtype} in it. Restore "

@@ -28,7 +28,7 @@ from optimize_loss.transforms import (
 from optimize_loss.transforms._arrays import copy, from_host
 from optimize_loss.transforms._bucket import Layout, find_layout, unpacked
 from optimize_loss.transforms._guard import kept, was_open
-from optimize_loss.transforms._params import PARAMETER, copied, distinct, placed_like
+from optimize_loss.transforms._params import PARAMETER, copied, distinct, owned, placed_like
 from optimize_loss.transforms._sharding import check_on_mesh, devices_along, init_spread
 
 logger = logging.getLogger("optimize_loss")
@@ -80,7 +80,9 @@ class PureStep:
             packed = params if layout is None else layout.pack(params)
             inner = trained if layout is None else layout.only_trained(packed)
             axis = self.shard_state
-            optimizer = init_spread(self.chain, inner, axis) if axis else self.chain.init(inner)
+            optimizer = owned(
+                init_spread(self.chain, inner, axis) if axis else self.chain.init(inner)
+            )
             if layout is not None:
                 layout = layout.with_numbers(optimizer)
                 optimizer = layout.join_numbers(optimizer)
@@ -203,7 +205,7 @@ class PureStep:
         if layout is None or not layout.trains(trainable.names):
             tree = trainable.tree
             trained, optimizer = apply(tree(grads), state.optimizer, tree(trainable.leaves))
-            return state.with_trees(trainable.replace(jax.tree.leaves(trained)), optimizer)
+            return state.repacked(trainable.replace(jax.tree.leaves(trained)), optimizer)
         by_name = dict(zip(trainable.names, grads, strict=True))
         parted = layout.parted(by_name)
         if parted == layout:

@@ -21,7 +21,7 @@ from optimize_loss.transforms import Chain
 from optimize_loss.transforms._bucket import Layout
 from optimize_loss.transforms._guard import guard_of
 from optimize_loss.transforms._health import blamed
-from optimize_loss.transforms._params import as_array, distinct, placed_like
+from optimize_loss.transforms._params import as_array, copied_like, distinct, placed_like
 from optimize_loss.transforms._reset import reset
 from optimize_loss.transforms._sharding import Placement, placement_of
 from optimize_loss.transforms._views import averaged_params
@@ -118,6 +118,8 @@ class TrainState:
     def with_trees(self, params: Any = None, optimizer: Any = None) -> "TrainState":
         """Return the state with other parameters, or another state of the chain, in these trees.
 
+        Their arrays are copied, as a step takes the memory of the state that it is given.
+
         Args:
           params: as the property of that name shows them; None for those that stay.
           optimizer: the same of the chain's state.
@@ -125,12 +127,20 @@ class TrainState:
         Raises:
           TreeMismatch: a tree has other leaves, or one of another shape or dtype.
         """
-        new = {}
         if params is not None:
             _check_alike("params", params, self.params)
-            new["packed_params"] = self.layout.pack(params) if self.layout else params
+            params = copied_like("`params` at", params, self.params)
         if optimizer is not None:
             _check_alike("optimizer", optimizer, self.optimizer)
+            optimizer = copied_like("`optimizer` at", optimizer, self.optimizer)
+        return self.repacked(params, optimizer)
+
+    def repacked(self, params: Any = None, optimizer: Any = None) -> "TrainState":
+        """Return what `with_trees` does, with these arrays themselves, unchecked."""
+        new = {}
+        if params is not None:
+            new["packed_params"] = self.layout.pack(params) if self.layout else params
+        if optimizer is not None:
             new["packed_optimizer"] = (
                 self.layout.pack_state(optimizer) if self.layout else optimizer
             )
@@ -282,7 +292,8 @@ class TrainState:
                 "`reset` must name a parameter that has slots. "
                 f"Received: {sorted(meant)[:5]}, while these have some: {sorted(have)[:5]}."
             )
-        return distinct(self.with_trees(optimizer=optimizer))
+        _check_alike("optimizer", optimizer, self.optimizer)
+        return distinct(self.repacked(optimizer=optimizer))
 
 
 def _check_alike(what: str, new: Any, old: Any) -> None:

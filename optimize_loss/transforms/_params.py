@@ -150,6 +150,28 @@ def _is_extended(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
 
 
+def owned(tree: Any) -> Any:
+    """Return a tree with copies of all arrays: some may be kept by whoever made the tree.
+
+    They are made one after the other, and each may free its original.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    del tree
+    for i, leaf in enumerate(leaves):
+        leaves[i] = copy(leaf) if isinstance(leaf, jax.Array) else leaf
+    return treedef.unflatten(leaves)
+
+
+def copied_like(what: str, tree: Any, old: Any) -> Any:
+    """Return what `copied` does of a tree like another one, committed to devices where that is."""
+
+    def put(new: jax.Array, there: Any) -> jax.Array:
+        is_free = not isinstance(new, Tracer) and not new.committed
+        return jax.device_put(new, there.sharding) if is_free and _is_committed(there) else new
+
+    return jax.tree.map(put, copied(what, tree), old)
+
+
 def distinct(tree: Any) -> Any:
     """Return a tree in which no array comes twice: the memory of each will be given away."""
     seen: set[int] = set()

@@ -18,6 +18,7 @@ from optimize_loss._names import (
     same_leaves,
 )
 from optimize_loss.transforms import Chain
+from optimize_loss.transforms._arrays import has_values
 from optimize_loss.transforms._bucket import Layout
 from optimize_loss.transforms._guard import guard_of
 from optimize_loss.transforms._health import blamed
@@ -155,8 +156,8 @@ class TrainState:
         """The global step, an int32: what schedules see."""
         if not self.increment_step:
             return self.first_step
-        most = jnp.iinfo(jnp.int32).max - jnp.maximum(self.first_step, 0)
-        return self.first_step + jnp.minimum(self.packed_optimizer["step"], most)
+        counts = self.first_step, self.packed_optimizer["step"]
+        return (_sum_on_device if all(map(has_values, counts)) else _sum)(*counts)
 
     @property
     def eval_params(self) -> Any:
@@ -294,6 +295,15 @@ class TrainState:
             )
         _check_alike("optimizer", optimizer, self.optimizer)
         return distinct(self.repacked(optimizer=optimizer))
+
+
+def _sum(first: jax.Array, made: jax.Array) -> jax.Array:
+    """Return the sum of two counts of steps, at most the largest integer."""
+    most = jnp.iinfo(jnp.int32).max - jnp.maximum(first, 0)
+    return first + jnp.minimum(made, most)
+
+
+_sum_on_device = jax.jit(_sum)
 
 
 def _check_alike(what: str, new: Any, old: Any) -> None:

@@ -22,7 +22,13 @@ from optimize_loss.transforms._arrays import has_values
 from optimize_loss.transforms._bucket import Layout
 from optimize_loss.transforms._guard import guard_of
 from optimize_loss.transforms._health import blamed
-from optimize_loss.transforms._params import as_array, copied_like, distinct, placed_like
+from optimize_loss.transforms._params import (
+    as_array,
+    copied_like,
+    distinct,
+    placed_like,
+    spread_like,
+)
 from optimize_loss.transforms._reset import reset
 from optimize_loss.transforms._sharding import Placement, placement_of
 from optimize_loss.transforms._views import averaged_params
@@ -134,7 +140,11 @@ class TrainState:
         if optimizer is not None:
             _check_alike("optimizer", optimizer, self.optimizer)
             optimizer = copied_like("`optimizer` at", optimizer, self.optimizer)
-        return self.repacked(params, optimizer)
+        return self._in_place(self.repacked(params, optimizer))
+
+    def _in_place(self, new: "TrainState") -> "TrainState":
+        """Return another state of this structure with its arrays spread as they are here."""
+        return new.with_packed(jax.tree.map(spread_like, new.packed, self.packed))
 
     def repacked(self, params: Any = None, optimizer: Any = None) -> "TrainState":
         """Return what `with_trees` does, with these arrays themselves, unchecked."""
@@ -294,7 +304,7 @@ class TrainState:
                 f"Received: {sorted(meant)[:5]}, while these have some: {sorted(have)[:5]}."
             )
         _check_alike("optimizer", optimizer, self.optimizer)
-        return distinct(self.repacked(optimizer=optimizer))
+        return distinct(self._in_place(self.repacked(optimizer=optimizer)))
 
 
 def _sum(first: jax.Array, made: jax.Array) -> jax.Array:

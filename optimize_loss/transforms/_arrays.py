@@ -1,6 +1,7 @@
 """Arrays with values: copies of them, and the way to the host and back, without a compilation."""
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, TypeGuard
 
@@ -22,8 +23,11 @@ def has_values(x: Any) -> TypeGuard[jax.Array]:
 
 
 def copy(x: jax.Array) -> jax.Array:
-    """Return an array of the same values in memory of its own, where the other one is."""
-    if has_values(x) and x.is_fully_addressable:
+    """Return an array of the same values in memory of its own, where the other one is.
+
+    Its sharding is written as those of results are: others would compile a step again.
+    """
+    if has_values(x) and x.is_fully_addressable and x.sharding == whole(x.sharding, x.ndim):
         return jax.device_put(x, may_alias=False)
     return jnp.copy(x)
 
@@ -52,7 +56,6 @@ def can_be_fetched(x: Any) -> bool:
         and not jnp.issubdtype(x.dtype, jax.dtypes.extended)
         and jax.dtypes.canonicalize_dtype(x.dtype) == x.dtype
         and isinstance(x.sharding, NamedSharding | SingleDeviceSharding)
-        and x.is_fully_replicated
     )
 
 
@@ -62,14 +65,20 @@ def fetched(arrays: Sequence[jax.Array]) -> list[np.ndarray]:
     These are views of other handles of the memory, since a step cannot take the memory of an array
     that numpy has looked at.
     """
-    handles = [x.addressable_data(0) for x in arrays]
+    handles = [_one_handle(x) for x in arrays]
     for handle in handles:
         handle.copy_to_host_async()
     return [np.asarray(handle) for handle in handles]
 
 
+def _one_handle(x: jax.Array) -> jax.Array:
+    if not x.is_fully_addressable and not x.is_fully_replicated:
+        x = jax.device_put(x, whole(x.sharding, x.ndim))
+    return x.addressable_data(0) if x.is_fully_replicated else x
+
+
 def places_of(arrays: Sequence[jax.Array]) -> list[Any]:
-    """Return the places, for `sent`, to which arrays are committed that are on all devices."""
+    """Return to which devices arrays are committed, on all of which `sent` would put them."""
     found = {}
     for x in arrays:
         if x.committed:
@@ -79,25 +88,50 @@ def places_of(arrays: Sequence[jax.Array]) -> list[Any]:
     return [*found.values()]
 
 
-def sent(arrays: Sequence[np.ndarray], there: Any = None) -> list[jax.Array]:
+def sent(arrays: Sequence[np.ndarray], places: Sequence[Any]) -> list[jax.Array]:
     """Return arrays of numpy, which nobody else can write to, as jax's.
 
-    They are on all devices of a place, or committed to none. On a processor they may share their
-    memory with numpy's; that a step takes it is then without effect on numpy's.
+    On a processor they may share their memory with numpy's; that a step takes it is then without
+    effect on numpy's.
+
+    Args:
+      arrays: the arrays.
+      places: for each where it is to be; None for one that is committed to no device.
     """
     with jax.ensure_compile_time_eval():  # in a trace of the caller's, too
-        places: Any = there
-        if isinstance(there, NamedSharding):
-            places = [_whole(there, x.ndim) for x in arrays]
-            if not there.is_fully_addressable:
-                pairs = zip(arrays, places, strict=True)
-                return [jax.make_array_from_callback(x.shape, p, x.__getitem__) for x, p in pairs]
-        return jax.device_put([*arrays], places)
+        if all(there is None or there.is_fully_addressable for there in places):
+            return jax.device_put([*arrays], [*places])
+        pairs = zip(arrays, places, strict=True)
+        return [jax.make_array_from_callback(x.shape, p, x.__getitem__) for x, p in pairs]
 
 
-@functools.cache
-def _whole(there: NamedSharding, axes: int) -> NamedSharding:
-    """Return the place of an array of so many axes, whole on all devices, as results have it."""
-    explicit = all(kind == AxisType.Explicit for kind in there.mesh.axis_types)
-    spec = PartitionSpec(*[None] * axes) if explicit else PartitionSpec()
+@functools.lru_cache(maxsize=1024)
+def whole(there: Any, axes: int) -> Any:
+    """Return the place of an array of so many axes that has all of it on each of the devices."""
+    if not isinstance(there, NamedSharding):
+        return there
+    spec = PartitionSpec(*[None] * axes) if _is_explicit(there) else PartitionSpec()
     return NamedSharding(there.mesh, spec, memory_kind=there.memory_kind)
+
+
+@functools.lru_cache(maxsize=1024)
+def of_part(there: Any, first: tuple[int, ...], shape: tuple[int, ...]) -> Any:
+    """Return where XLA puts a part of an array, cut out of its last axis.
+
+    Args:
+      there: where the array is.
+      first: the lengths of its axes but for the last one.
+      shape: of the part, without these axes.
+    """
+    if there is None or there.is_fully_replicated or _is_explicit(there):
+        return whole(there, len(first) + len(shape))
+    *before, last = *there.spec, *[None] * (len(first) + 1 - len(there.spec))
+    along = next((i for i, size in enumerate(shape) if size > 1), None)
+    axes = () if last is None else last if isinstance(last, tuple) else (last,)
+    if axes and along is not None and not shape[along] % math.prod(map(there.mesh.shape.get, axes)):
+        before += [*[None] * along, last]
+    return NamedSharding(there.mesh, PartitionSpec(*before), memory_kind=there.memory_kind)
+
+
+def _is_explicit(there: NamedSharding) -> bool:
+    return all(kind == AxisType.Explicit for kind in there.mesh.axis_types)

@@ -13,7 +13,15 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from optimize_loss._checks import InvalidType
-from optimize_loss.transforms._arrays import can_be_fetched, fetched, has_values, places_of, sent
+from optimize_loss.transforms._arrays import (
+    can_be_fetched,
+    fetched,
+    has_values,
+    of_part,
+    places_of,
+    sent,
+    whole,
+)
 
 
 class Static:
@@ -65,7 +73,8 @@ class Members(Static):
             return self._join(parts)
         if not all(map(can_be_fetched, parts)) or len(places := places_of(parts)) > 1:
             return self.join_on_device(parts)
-        return sent([self._join(fetched(parts))], *places)[0]
+        joined = self._join(fetched(parts))
+        return sent([joined], [whole(there, joined.ndim) for there in places or [None]])[0]
 
     def join_on_device(self, parts: Sequence[Any]) -> Any:
         """Return what `join` does, without waiting for the values of the parts."""
@@ -90,7 +99,9 @@ class Members(Static):
         """
         if not can_be_fetched(buffer):
             return self.split_on_device(buffer)
-        return sent(self._split(fetched([buffer])[0].copy()), *places_of([buffer]))
+        there = buffer.sharding if buffer.committed else None
+        places = [of_part(there, buffer.shape[:-1], shape) for shape in self.shapes]
+        return sent(self._split(fetched([buffer])[0].copy()), places)
 
     def split_on_device(self, buffer: Any) -> list[Any]:
         """Return what `split` does, without waiting for the values of the array."""

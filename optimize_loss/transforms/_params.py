@@ -172,6 +172,14 @@ def copied_like(what: str, tree: Any, old: Any) -> Any:
     return jax.tree.map(put, copied(what, tree), old)
 
 
+def spread_like(new: Any, old: Any) -> Any:
+    """Return an array spread as another one is, if they are on the same devices."""
+    if not _is_committed(old) or isinstance(new, Tracer) or new.sharding == old.sharding:
+        return new
+    same = new.sharding.device_set == old.sharding.device_set
+    return jax.device_put(new, old.sharding) if same else new
+
+
 def distinct(tree: Any) -> Any:
     """Return a tree in which no array comes twice: the memory of each will be given away."""
     seen: set[int] = set()

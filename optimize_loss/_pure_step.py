@@ -154,7 +154,7 @@ class PureStep:
     def _shardings(self, state: TrainState) -> tuple[Any, ...] | None:
         if not self.colocate_gradients:
             return None
-        trained = self._trainable(state.params).leaves
+        trained = self._trainable(state.outline).leaves
         return tuple(getattr(leaf, "sharding", None) for leaf in trained)
 
     def _advance(

@@ -81,6 +81,14 @@ class TrainState:
         """The user's tree of parameters."""
         return self.packed_params if self.layout is None else self.layout.unpack(self.packed_params)
 
+    @property
+    def outline(self) -> Any:
+        """The tree of parameters as shapes, dtypes and places: the device is not waited for."""
+        if not all(map(has_values, jax.tree.leaves(self.packed_params))):
+            return self.params
+        shapes = jax.tree.map(_outlined, self.packed_params)
+        return shapes if self.layout is None else self.layout.unpack(shapes)
+
     @functools.cached_property
     def optimizer(self) -> dict[str, Any]:
         """The chain's state, a dict by link; `optimizer["step"]` counts the updates.
@@ -224,7 +232,7 @@ class TrainState:
                 "it is text: of several, `jax.tree.map(lambda x: x[0], states).offender`. "
                 f"Received: {code}."
             )
-        return blamed(int(code), leaf_names(self.params))
+        return blamed(int(code), leaf_names(self.outline))
 
     def set(self, *, step: Any = None, **values: Any) -> "TrainState":
         """Return the state with another step or other hyperparameters; nothing is traced anew.
@@ -294,7 +302,7 @@ class TrainState:
         """
         if not patterns:
             raise InvalidType("`patterns` must be given: `reset('**')` is for all parameters.")
-        names = leaf_names(self.params)
+        names = leaf_names(self.outline)
         marks = any_matches("reset", check_patterns("reset", patterns), names)
         meant = {name for name, mark in zip(names, marks, strict=True) if mark}
         optimizer, have = reset(self.chain, self.optimizer, self.params, meant)
@@ -305,6 +313,10 @@ class TrainState:
             )
         _check_alike("optimizer", optimizer, self.optimizer)
         return distinct(self._in_place(self.repacked(optimizer=optimizer)))
+
+
+def _outlined(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
 
 def _sum(first: jax.Array, made: jax.Array) -> jax.Array:

@@ -1,14 +1,19 @@
 """The first state and the first look at it: few compilations, and nobody else's arrays."""
 
 import dataclasses
+import itertools
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import optimize_loss as ol
+from optimize_loss.transforms._bucket import Bucket
+from tests.cases import on_eight_devices
 
 T = ol.transforms
 BUCKETS = pytest.mark.parametrize("bucket", [None, 4])
@@ -110,7 +115,7 @@ def test_arrays_that_an_optimizer_was_given_stay(name, bucket, tmp_path):
     again, _ = ol.restore(tmp_path / "a.safetensors", step.init(params()))
     step(again)
     step(step.init(params()).reset("**"))
-    assert not KEY.is_deleted() and not any(x.is_deleted() for x in _KEPT.values())
+    assert not any(x.is_deleted() for x in (KEY, *_KEPT.values()))
 
 
 def swapped(state):
@@ -172,3 +177,57 @@ def test_what_is_shown_is_committed_where_the_state_is(bucket):
         for shown in (state.params, state.optimizer):
             for leaf in jax.tree.leaves(shown):
                 assert leaf.committed == tree["a"].committed
+
+
+@BUCKETS
+def test_a_step_that_colocates_gradients_does_not_wait_for_the_one_before(bucket, monkeypatch):
+    step = ol.optimize_loss(
+        squares, learning_rate=0.1, colocate_gradients_with_ops=True, bucket=bucket
+    )
+    state = step.init(params())
+    monkeypatch.setattr("optimize_loss.transforms._members.fetched", None)
+    state, _ = step(*step(state)[:1])
+    assert state.outline["large"].sharding == state.packed_params["large"].sharding
+
+
+def on_a_mesh():
+    """Whether states change place, and how many programs steps with them are."""
+    shapes = [(2, 8), (16,), (4, 4), (8,), (3, 8), (1, 16), (3,), (50, 100)]
+    found = []
+    for kind, axis in itertools.product((AxisType.Auto, AxisType.Explicit), ("d", None)):
+        mesh = jax.make_mesh((8,), ("d",), axis_types=(kind,))
+        tree = {f"p{i}": np.full(s, i, np.float32) for i, s in enumerate(shapes)}
+        tree = jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+        step = ol.optimize_loss(squares, learning_rate=0.1, shard_state=axis)
+        state, _ = step(step.init(tree))
+        before = _shardings(state)
+        for change in (
+            lambda s: s.with_trees(s.params, s.optimizer),
+            lambda s: s.with_trees(*jax.tree.map(np.asarray, (s.params, s.optimizer))),
+            lambda s: s.reset("**"),
+        ):
+            changed = change(state)
+            found.append(_shardings(changed) == before)
+            state, _ = step(changed)
+        split = [x.split_on_device(b) for b, x in _buckets(state.packed_params)]
+        shown = [[state.params[n] for n in x.names] for _, x in _buckets(state.packed_params)]
+        found.append(_shardings(split) == _shardings(shown))
+        slots = state.packed_optimizer["adam"]["m"], state.optimizer["adam"]["m"]
+        split = [x.split_on_device(b) for b, x in _buckets(slots[0])]
+        shown = [[slots[1][n] for n in x.names] for _, x in _buckets(slots[0])]
+        found.append(_shardings(split) == _shardings(shown))
+        found.append(step._programs[False, True]._cache_size() == 1)
+    return json.dumps(found)
+
+
+def _buckets(packed):
+    return [(x.buffer, x.members) for x in packed.values() if isinstance(x, Bucket)]
+
+
+def _shardings(tree):
+    return [(x.sharding, x.committed) for x in jax.tree.leaves(tree)]
+
+
+def test_a_state_on_many_devices_stays_where_it_is():
+    """And parts of its arrays are shown where a program that cuts them out would put them."""
+    assert on_eight_devices("test_first_state", "on_a_mesh") == [True] * 24

@@ -11,7 +11,6 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-
 # In entries. Up to here constants come from the host; larger ones are made on the device by a
 # program for each shape.
 _SMALL = 1 << 16
@@ -123,7 +122,7 @@ def of_part(there: Any, first: tuple[int, ...], shape: tuple[int, ...]) -> Any:
       first: the lengths of its axes but for the last one.
       shape: of the part, without these axes.
     """
-    if there is None or there.is_fully_replicated or _is_explicit(there):
+    if not isinstance(there, NamedSharding) or there.is_fully_replicated or _is_explicit(there):
         return whole(there, len(first) + len(shape))
     *before, last = *there.spec, *[None] * (len(first) + 1 - len(there.spec))
     along = next((i for i, size in enumerate(shape) if size > 1), None)

@@ -109,7 +109,9 @@ class Members(Static):
             return [buffer] * len(self.names)
         if isinstance(buffer, jax.ShapeDtypeStruct):
             first, dtype = buffer.shape[:-1], buffer.dtype
-            return [jax.ShapeDtypeStruct(first + shape, dtype) for shape in self.shapes]
+            places = [of_part(buffer.sharding, first, shape) for shape in self.shapes]
+            pairs = zip(self.shapes, places, strict=True)
+            return [jax.ShapeDtypeStruct(first + s, dtype, sharding=place) for s, place in pairs]
         if not has_values(buffer):
             return self._split(buffer)
         with jax.ensure_compile_time_eval():

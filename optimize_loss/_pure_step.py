@@ -25,10 +25,17 @@ from optimize_loss.transforms import (
     Accumulate,
     Chain,
 )
-from optimize_loss.transforms._arrays import copy, from_host
+from optimize_loss.transforms._arrays import copy, from_host, is_elsewhere
 from optimize_loss.transforms._bucket import Layout, find_layout, unpacked
 from optimize_loss.transforms._guard import kept, was_open
-from optimize_loss.transforms._params import PARAMETER, copied, distinct, owned, placed_like
+from optimize_loss.transforms._params import (
+    PARAMETER,
+    check_on_device,
+    copied,
+    distinct,
+    owned,
+    placed_like,
+)
 from optimize_loss.transforms._sharding import check_on_mesh, devices_along, init_spread
 
 logger = logging.getLogger("optimize_loss")
@@ -64,8 +71,9 @@ class PureStep:
 
         Raises:
           InvalidType: a leaf of `params` is no array and no number.
-          ValueError: a pattern matches no parameter; there is nothing to train; or `model_state`
-            or `key` is missing or given in vain.
+          ValueError: a pattern matches no parameter; there is nothing to train; a parameter to
+            train is in the memory of the host; or `model_state` or `key` is missing or given in
+            vain.
         """
         if isinstance(params, TrainState):
             raise InvalidType("`params` must be a tree of arrays. Received: a TrainState.")
@@ -73,6 +81,7 @@ class PureStep:
         self.rules.check(params)
         trainable = self._trainable(params)
         trained = trainable.tree(trainable.leaves)
+        check_on_device(trainable.names, trainable.leaves)
         if self.shard_state:
             check_on_mesh(self.shard_state, trainable.names, trainable.leaves)
         try:
@@ -171,6 +180,7 @@ class PureStep:
                 if isinstance(link, Accumulate):  # calls between two updates
                     key = jax.random.fold_in(key, state.links[name]["gathered"])
         trainable = self._trainable(state.params)
+        _check_on_device([*trainable.leaves, *jax.tree.leaves(state.packed_optimizer)])
         loss, aux, grads = flat_gradients(
             lambda params: self.loss(params, batch, model_state, key),
             trainable,
@@ -227,3 +237,13 @@ class PureStep:
         if state.placement is not None:
             state = state.with_packed(state.placement.constrain(state.packed))
         return state, metrics
+
+
+def _check_on_device(leaves: list[Any]) -> None:
+    """Raise a `ValueError` if a part of a state that a step changes is in the host's memory."""
+    if any(map(is_elsewhere, leaves)):
+        raise ValueError(
+            "`state` must be in the memory of its device to be stepped. Received: one of which a "
+            "part is in the memory of the host. Move it, as in "
+            "`jax.device_put(state, jax.devices()[0])`."
+        )

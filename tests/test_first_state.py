@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 import optimize_loss as ol
 from optimize_loss.transforms._bucket import Bucket
@@ -231,3 +231,38 @@ def _shardings(tree):
 def test_a_state_on_many_devices_stays_where_it_is():
     """And parts of its arrays are shown where a program that cuts them out would put them."""
     assert on_eight_devices("test_first_state", "on_a_mesh") == [True] * 24
+
+
+HOST = SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+
+
+def test_parameters_to_train_must_be_on_the_device():
+    step = ol.optimize_loss(squares, learning_rate=0.1)
+    with pytest.raises(ValueError, match=r"'large' must be in the memory of its device") as caught:
+        step.init({**params(), "large": jax.device_put(jnp.ones((3, 3)), HOST)})
+    assert "float32<host>[3,3]" in str(caught.value)
+    with pytest.raises(ValueError, match="`state` must be in the memory of its device"):
+        step(jax.device_put(step.init(params()), HOST))
+
+
+def test_a_parameter_that_is_not_trained_can_be_on_the_host():
+    step = ol.optimize_loss(lambda p: jnp.sum(p["w"]), learning_rate=0.1, variables="w")
+    state = step.init({"w": jnp.ones(2), "table": jax.device_put(jnp.ones(3), HOST)})
+    state, _ = step(step(state)[0])
+    kinds = {name: x.sharding.memory_kind for name, x in state.params.items()}
+    assert kinds == {"w": "device", "table": "pinned_host"}
+
+
+@BUCKETS
+def test_a_state_on_the_host_can_be_looked_at_and_changed(bucket, tmp_path):
+    step = ol.optimize_loss(squares, learning_rate=0.1, ema=0.9, bucket=bucket)
+    start, _ = step(step.init(params()))
+    want = jax.tree.map(np.asarray, start.set(learning_rate=0.2).reset("a"))
+    state = jax.device_put(start, HOST)
+    ol.save(tmp_path / "a.safetensors", state)
+    state, _ = ol.restore(tmp_path / "a.safetensors", state)
+    state = state.with_trees(state.params, state.optimizer).set(learning_rate=0.2).reset("a")
+    shown = jax.tree.leaves((state.params, state.optimizer, state.eval_params))
+    assert {x.sharding.memory_kind for x in (*shown, *jax.tree.leaves(state))} == {"pinned_host"}
+    jax.tree.map(np.testing.assert_array_equal, state, want)
+    assert int(step(jax.device_put(state, jax.devices()[0]))[0].step) == 2

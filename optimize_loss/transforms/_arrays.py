@@ -31,6 +31,26 @@ def copy(x: jax.Array) -> jax.Array:
     return jnp.copy(x)
 
 
+def is_elsewhere(x: Any) -> bool:
+    """Return whether an array is not in the usual memory of its devices."""
+    if isinstance(x, Tracer):
+        return jax.typeof(x).memory_space == jax.memory.Space.Host
+    if not has_values(x) or x.sharding.memory_kind is None:
+        return False
+    return x.sharding.memory_kind != _usual_memory(x)
+
+
+def on_device(x: Any) -> Any:
+    """Return an array in the usual memory of its devices."""
+    if not is_elsewhere(x):
+        return x
+    return jax.device_put(x, x.sharding.with_memory_kind(_usual_memory(x)))
+
+
+def _usual_memory(x: jax.Array) -> str:
+    return next(iter(x.sharding.device_set)).default_memory().kind
+
+
 def from_host(x: Any, dtype: Any) -> jax.Array:
     """Return a copy of a number or an array of numpy, strongly typed.
 

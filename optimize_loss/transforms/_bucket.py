@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from optimize_loss._names import leaf_names
+from optimize_loss.transforms._arrays import is_elsewhere
 from optimize_loss.transforms._base import compute_dtype
 from optimize_loss.transforms._members import Members, Static
 
@@ -254,7 +255,6 @@ def _place(leaf: Any) -> Any:
     if isinstance(leaf, Tracer):
         spec = getattr(getattr(jax.typeof(leaf), "sharding", None), "spec", ())
         return None if any(axis is not None for axis in spec) else "traced"
-    sharding = leaf.sharding
-    device = next(iter(sharding.device_set))
-    usual = sharding.memory_kind in (None, device.default_memory().kind)
-    return sharding if sharding.is_fully_replicated and usual else None
+    if is_elsewhere(leaf) or not leaf.sharding.is_fully_replicated:
+        return None
+    return leaf.sharding

@@ -17,6 +17,7 @@ from optimize_loss.transforms._arrays import (
     can_be_fetched,
     fetched,
     has_values,
+    is_elsewhere,
     of_part,
     places_of,
     sent,
@@ -77,7 +78,9 @@ class Members(Static):
         return sent([joined], [whole(there, joined.ndim) for there in places or [None]])[0]
 
     def join_on_device(self, parts: Sequence[Any]) -> Any:
-        """Return what `join` does, without waiting for the values of the parts."""
+        """Return what `join` does, without waiting for values that a device computes."""
+        if all(is_elsewhere(part) and can_be_fetched(part) for part in parts):
+            return self.join(parts)
         if not all(map(has_values, parts)):
             return self._join(parts)
         with jax.ensure_compile_time_eval():  # in a trace of the caller's, too
@@ -104,7 +107,9 @@ class Members(Static):
         return sent(self._split(fetched([buffer])[0].copy()), places)
 
     def split_on_device(self, buffer: Any) -> list[Any]:
-        """Return what `split` does, without waiting for the values of the array."""
+        """Return what `split` does, without waiting for values that a device computes."""
+        if is_elsewhere(buffer) and can_be_fetched(buffer):
+            return self.split(buffer)
         if not hasattr(buffer, "shape"):
             return [buffer] * len(self.names)
         if isinstance(buffer, jax.ShapeDtypeStruct):

@@ -10,7 +10,7 @@ from jax.core import Tracer
 
 from optimize_loss._checks import InvalidType, TreeMismatch
 from optimize_loss._names import leaf_names, leaf_paths, same_leaves
-from optimize_loss.transforms._arrays import copy, from_host, has_values
+from optimize_loss.transforms._arrays import copy, from_host, has_values, is_elsewhere, on_device
 from optimize_loss.transforms._bucket import Bucket, is_bucket
 from optimize_loss.transforms._members import Members
 
@@ -120,6 +120,17 @@ def _holds_numbers(dtype: Any) -> bool:
     return any(jnp.issubdtype(dtype, kind) for kind in kinds)
 
 
+def check_on_device(names: Sequence[str], leaves: Sequence[Any]) -> None:
+    """Raise a `ValueError` if a parameter that is to be trained is in the memory of the host."""
+    for name, leaf in zip(names, leaves, strict=True):
+        if is_elsewhere(leaf):
+            raise ValueError(
+                f"{PARAMETER} {name!r} must be in the memory of its device to be trained. "
+                f"Received: {jax.typeof(leaf)} in the memory of the host. Move it, as in "
+                "`jax.device_put(params, jax.devices()[0])`; between steps, a state can be there."
+            )
+
+
 def copied(what: str, tree: Any) -> Any:
     """Return a copy of a tree of arrays and numbers, strongly typed, so that there is one trace.
 
@@ -200,7 +211,7 @@ def placed_like(params: Any, tree: Any) -> Any:
     the first step is the same program as the second.
     """
     arrays = (p for p in jax.tree.leaves(params) if _is_committed(p))
-    sharding = getattr(next(arrays, None), "sharding", None)
+    sharding = getattr(on_device(next(arrays, None)), "sharding", None)
     if isinstance(sharding, jax.sharding.NamedSharding):
         sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
     elif not isinstance(sharding, jax.sharding.SingleDeviceSharding):

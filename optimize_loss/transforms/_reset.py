@@ -10,7 +10,7 @@ from jax.core import Tracer
 
 from optimize_loss._checks import TreeMismatch
 from optimize_loss._names import leaf_names, leaf_paths
-from optimize_loss.transforms._arrays import copy
+from optimize_loss.transforms._arrays import copy, on_device
 from optimize_loss.transforms._base import Link, TreeLink
 from optimize_loss.transforms._chain import Chain
 from optimize_loss.transforms._params import take_apart
@@ -39,6 +39,7 @@ def reset(
     Raises:
       TreeMismatch: what a link that sees the whole tree makes anew has another structure.
     """
+    params = jax.tree.map(on_device, params)
     new, have = dict(state), set()
     for name, _ in chain.links:
         link = chain.link(name)

@@ -245,5 +245,5 @@ def _check_on_device(leaves: list[Any]) -> None:
         raise ValueError(
             "`state` must be in the memory of its device to be stepped. Received: one of which a "
             "part is in the memory of the host. Move it, as in "
-            "`jax.device_put(state, jax.devices()[0])`."
+            "`jax.device_put(state, jax.memory.Space.Device)`."
         )

@@ -127,7 +127,8 @@ def check_on_device(names: Sequence[str], leaves: Sequence[Any]) -> None:
             raise ValueError(
                 f"{PARAMETER} {name!r} must be in the memory of its device to be trained. "
                 f"Received: {jax.typeof(leaf)} in the memory of the host. Move it, as in "
-                "`jax.device_put(params, jax.memory.Space.Device)`; between steps, a state can be there."
+                "`jax.device_put(params, jax.memory.Space.Device)`; a state can be there between "
+                "steps."
             )
 
 

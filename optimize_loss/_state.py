@@ -31,6 +31,13 @@ from optimize_loss.transforms._params import (
 )
 from optimize_loss.transforms._reset import reset
 from optimize_loss.transforms._sharding import Placement, placement_of
+from optimize_loss.transforms._shown import (
+    arrays_text,
+    as_shape,
+    links_text,
+    parameters_text,
+    shown,
+)
 from optimize_loss.transforms._views import averaged_params
 
 
@@ -164,6 +171,30 @@ class TrainState:
                 self.layout.pack_state(optimizer) if self.layout else optimizer
             )
         return dataclasses.replace(self, **new)
+
+    def __repr__(self) -> str:
+        leaves = jax.tree.leaves((self.packed, self.first_step))
+        is_gone = any(x.is_deleted() for x in leaves if has_values(x))
+        has_all = all(map(has_values, [self.first_step, *leaves])) and not is_gone
+        now = f"at step {shown(self.step)}" if has_all else "without values"
+        params = jax.tree.map(as_shape, self.packed_params)
+        params = params if self.layout is None else self.layout.unpack(params)
+        others = {"model_state": self.model_state, "key": self.key}
+        return "\n".join(
+            [
+                f"TrainState {'of which a step has taken the memory' if is_gone else now}:",
+                *parameters_text(leaf_names(params), jax.tree.leaves(params)),
+                *(arrays_text(n, jax.tree.leaves(x)) for n, x in others.items() if x is not None),
+                "links, in order:",
+                *links_text(dict(self.chain.links), self.links if has_all else None),
+            ]
+        )
+
+    def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
+        """Return what treescope, which shows this in notebooks, asks for."""
+        from treescope import rendering_parts
+
+        return rendering_parts.text(repr(self))
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the fields, for pickle: the trees that the properties keep follow from them."""

@@ -66,6 +66,14 @@ class Chain(optax.GradientTransformationExtraArgs):
     def __getnewargs__(self) -> tuple[Any, ...]:
         return self.links, self.precision
 
+    def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
+        """Return what treescope, which shows this in notebooks, asks for."""
+        from treescope import repr_lib
+
+        precision = {} if self.precision is None else {"precision": self.precision}
+        attributes = {**dict(self.links), **precision}
+        return repr_lib.render_object_constructor(Chain, attributes, path, subtree_renderer)
+
     def link(self, name: str) -> Any:
         """Return the link of this name; of one for some parameters, the link itself."""
         return dict(self._linked())[name]

@@ -12,6 +12,7 @@ from jax.experimental import multihost_utils
 from optimize_loss._checks import CheckpointMismatch, InvalidType
 from optimize_loss._names import leaf_names
 from optimize_loss._state import TrainState
+from optimize_loss.transforms._arrays import copy
 
 _FIELDS = ("model_state", "key", "first_step")  # beside `params` and `optimizer`
 
@@ -160,7 +161,7 @@ class Frame:
             if i in self._buffers:
                 new[i] = _placed(self._buffers[i], leaf)
             elif i not in self._replaced:
-                new[i] = jnp.copy(leaf)
+                new[i] = copy(leaf)
         return self._structure.unflatten(jax.block_until_ready(new))
 
 
@@ -173,7 +174,7 @@ def _placed(array: Any, like: jax.Array) -> jax.Array:
         whole = np.asarray(array)
         return jax.make_array_from_callback(like.shape, like.sharding, lambda i: whole[i])
     place = like.sharding if like.committed else None
-    new = jax.device_put(array, place)
+    new = jax.device_put(copy(array) if isinstance(array, jax.Array) else array, place)
     if new.dtype != like.dtype:
         raise CheckpointMismatch(
             f"`like` must be of this mode of JAX: {like.dtype} becomes {new.dtype} in it. Restore "

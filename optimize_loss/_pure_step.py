@@ -25,9 +25,17 @@ from optimize_loss.transforms import (
     Accumulate,
     Chain,
 )
+from optimize_loss.transforms._arrays import copy, from_host, is_elsewhere
 from optimize_loss.transforms._bucket import Layout, find_layout, unpacked
 from optimize_loss.transforms._guard import kept, was_open
-from optimize_loss.transforms._params import PARAMETER, copied, distinct, placed_like
+from optimize_loss.transforms._params import (
+    PARAMETER,
+    check_on_device,
+    copied,
+    distinct,
+    owned,
+    placed_like,
+)
 from optimize_loss.transforms._sharding import check_on_mesh, devices_along, init_spread
 
 logger = logging.getLogger("optimize_loss")
@@ -63,8 +71,9 @@ class PureStep:
 
         Raises:
           InvalidType: a leaf of `params` is no array and no number.
-          ValueError: a pattern matches no parameter; there is nothing to train; or `model_state`
-            or `key` is missing or given in vain.
+          ValueError: a pattern matches no parameter; there is nothing to train; a parameter to
+            train is in the memory of the host; or `model_state` or `key` is missing or given in
+            vain.
         """
         if isinstance(params, TrainState):
             raise InvalidType("`params` must be a tree of arrays. Received: a TrainState.")
@@ -72,6 +81,7 @@ class PureStep:
         self.rules.check(params)
         trainable = self._trainable(params)
         trained = trainable.tree(trainable.leaves)
+        check_on_device(trainable.names, trainable.leaves)
         if self.shard_state:
             check_on_mesh(self.shard_state, trainable.names, trainable.leaves)
         try:
@@ -79,7 +89,9 @@ class PureStep:
             packed = params if layout is None else layout.pack(params)
             inner = trained if layout is None else layout.only_trained(packed)
             axis = self.shard_state
-            optimizer = init_spread(self.chain, inner, axis) if axis else self.chain.init(inner)
+            optimizer = owned(
+                init_spread(self.chain, inner, axis) if axis else self.chain.init(inner)
+            )
             if layout is not None:
                 layout = layout.with_numbers(optimizer)
                 optimizer = layout.join_numbers(optimizer)
@@ -92,7 +104,7 @@ class PureStep:
             packed_optimizer=optimizer,
             model_state=copied("`model_state` at", self._check_model_state(model_state)),
             key=self._check_key(key),
-            first_step=jnp.asarray(self.first_step, jnp.int32),
+            first_step=from_host(self.first_step, jnp.int32),
             chain=self.chain,
             increment_step=self.increment_step,
             layout=layout,
@@ -146,12 +158,12 @@ class PureStep:
             raise InvalidType(
                 f"`key` must be one random key. Received: shape {key.shape}, dtype {key.dtype}."
             )
-        return jnp.copy(key)
+        return copy(key)
 
     def _shardings(self, state: TrainState) -> tuple[Any, ...] | None:
         if not self.colocate_gradients:
             return None
-        trained = self._trainable(state.params).leaves
+        trained = self._trainable(state.outline).leaves
         return tuple(getattr(leaf, "sharding", None) for leaf in trained)
 
     def _advance(
@@ -168,6 +180,7 @@ class PureStep:
                 if isinstance(link, Accumulate):  # calls between two updates
                     key = jax.random.fold_in(key, state.links[name]["gathered"])
         trainable = self._trainable(state.params)
+        _check_on_device([*trainable.leaves, *jax.tree.leaves(state.packed_optimizer)])
         loss, aux, grads = flat_gradients(
             lambda params: self.loss(params, batch, model_state, key),
             trainable,
@@ -202,7 +215,7 @@ class PureStep:
         if layout is None or not layout.trains(trainable.names):
             tree = trainable.tree
             trained, optimizer = apply(tree(grads), state.optimizer, tree(trainable.leaves))
-            return state.with_trees(trainable.replace(jax.tree.leaves(trained)), optimizer)
+            return state.repacked(trainable.replace(jax.tree.leaves(trained)), optimizer)
         by_name = dict(zip(trainable.names, grads, strict=True))
         parted = layout.parted(by_name)
         if parted == layout:
@@ -224,3 +237,13 @@ class PureStep:
         if state.placement is not None:
             state = state.with_packed(state.placement.constrain(state.packed))
         return state, metrics
+
+
+def _check_on_device(leaves: list[Any]) -> None:
+    """Raise a `ValueError` if a part of a state that a step changes is in the host's memory."""
+    if any(map(is_elsewhere, leaves)):
+        raise ValueError(
+            "`state` must be in the memory of its device to be stepped. Received: one of which a "
+            "part is in the memory of the host. Move it, as in "
+            "`jax.device_put(state, jax.memory.Space.Device)`."
+        )

@@ -18,12 +18,26 @@ from optimize_loss._names import (
     same_leaves,
 )
 from optimize_loss.transforms import Chain
+from optimize_loss.transforms._arrays import has_values
 from optimize_loss.transforms._bucket import Layout
 from optimize_loss.transforms._guard import guard_of
 from optimize_loss.transforms._health import blamed
-from optimize_loss.transforms._params import as_array, distinct, placed_like
+from optimize_loss.transforms._params import (
+    as_array,
+    copied_like,
+    distinct,
+    placed_like,
+    spread_like,
+)
 from optimize_loss.transforms._reset import reset
 from optimize_loss.transforms._sharding import Placement, placement_of
+from optimize_loss.transforms._shown import (
+    arrays_text,
+    as_shape,
+    links_text,
+    parameters_text,
+    shown,
+)
 from optimize_loss.transforms._views import averaged_params
 
 
@@ -74,6 +88,14 @@ class TrainState:
         """The user's tree of parameters."""
         return self.packed_params if self.layout is None else self.layout.unpack(self.packed_params)
 
+    @property
+    def outline(self) -> Any:
+        """The tree of parameters as shapes, dtypes and places: the device is not waited for."""
+        if not all(map(has_values, jax.tree.leaves(self.packed_params))):
+            return self.params
+        shapes = jax.tree.map(_outlined, self.packed_params)
+        return shapes if self.layout is None else self.layout.unpack(shapes)
+
     @functools.cached_property
     def optimizer(self) -> dict[str, Any]:
         """The chain's state, a dict by link; `optimizer["step"]` counts the updates.
@@ -118,6 +140,8 @@ class TrainState:
     def with_trees(self, params: Any = None, optimizer: Any = None) -> "TrainState":
         """Return the state with other parameters, or another state of the chain, in these trees.
 
+        Their arrays are copied, as a step takes the memory of the state that it is given.
+
         Args:
           params: as the property of that name shows them; None for those that stay.
           optimizer: the same of the chain's state.
@@ -125,16 +149,52 @@ class TrainState:
         Raises:
           TreeMismatch: a tree has other leaves, or one of another shape or dtype.
         """
-        new = {}
         if params is not None:
             _check_alike("params", params, self.params)
-            new["packed_params"] = self.layout.pack(params) if self.layout else params
+            params = copied_like("`params` at", params, self.params)
         if optimizer is not None:
             _check_alike("optimizer", optimizer, self.optimizer)
+            optimizer = copied_like("`optimizer` at", optimizer, self.optimizer)
+        return self._in_place(self.repacked(params, optimizer))
+
+    def _in_place(self, new: "TrainState") -> "TrainState":
+        """Return another state of this structure with its arrays spread as they are here."""
+        return new.with_packed(jax.tree.map(spread_like, new.packed, self.packed))
+
+    def repacked(self, params: Any = None, optimizer: Any = None) -> "TrainState":
+        """Return what `with_trees` does, with these arrays themselves, unchecked."""
+        new = {}
+        if params is not None:
+            new["packed_params"] = self.layout.pack(params) if self.layout else params
+        if optimizer is not None:
             new["packed_optimizer"] = (
                 self.layout.pack_state(optimizer) if self.layout else optimizer
             )
         return dataclasses.replace(self, **new)
+
+    def __repr__(self) -> str:
+        leaves = jax.tree.leaves((self.packed, self.first_step))
+        is_gone = any(x.is_deleted() for x in leaves if has_values(x))
+        has_all = all(map(has_values, [self.first_step, *leaves])) and not is_gone
+        now = f"at step {shown(self.step)}" if has_all else "without values"
+        params = jax.tree.map(as_shape, self.packed_params)
+        params = params if self.layout is None else self.layout.unpack(params)
+        others = {"model_state": self.model_state, "key": self.key}
+        return "\n".join(
+            [
+                f"TrainState {'of which a step has taken the memory' if is_gone else now}:",
+                *parameters_text(leaf_names(params), jax.tree.leaves(params)),
+                *(arrays_text(n, jax.tree.leaves(x)) for n, x in others.items() if x is not None),
+                "links, in order:",
+                *links_text(dict(self.chain.links), self.links if has_all else None),
+            ]
+        )
+
+    def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
+        """Return what treescope, which shows this in notebooks, asks for."""
+        from treescope import rendering_parts
+
+        return rendering_parts.text(repr(self))
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the fields, for pickle: the trees that the properties keep follow from them."""
@@ -145,8 +205,8 @@ class TrainState:
         """The global step, an int32: what schedules see."""
         if not self.increment_step:
             return self.first_step
-        most = jnp.iinfo(jnp.int32).max - jnp.maximum(self.first_step, 0)
-        return self.first_step + jnp.minimum(self.packed_optimizer["step"], most)
+        counts = self.first_step, self.packed_optimizer["step"]
+        return (_sum_on_device if all(map(has_values, counts)) else _sum)(*counts)
 
     @property
     def eval_params(self) -> Any:
@@ -203,7 +263,7 @@ class TrainState:
                 "it is text: of several, `jax.tree.map(lambda x: x[0], states).offender`. "
                 f"Received: {code}."
             )
-        return blamed(int(code), leaf_names(self.params))
+        return blamed(int(code), leaf_names(self.outline))
 
     def set(self, *, step: Any = None, **values: Any) -> "TrainState":
         """Return the state with another step or other hyperparameters; nothing is traced anew.
@@ -273,7 +333,7 @@ class TrainState:
         """
         if not patterns:
             raise InvalidType("`patterns` must be given: `reset('**')` is for all parameters.")
-        names = leaf_names(self.params)
+        names = leaf_names(self.outline)
         marks = any_matches("reset", check_patterns("reset", patterns), names)
         meant = {name for name, mark in zip(names, marks, strict=True) if mark}
         optimizer, have = reset(self.chain, self.optimizer, self.params, meant)
@@ -282,7 +342,21 @@ class TrainState:
                 "`reset` must name a parameter that has slots. "
                 f"Received: {sorted(meant)[:5]}, while these have some: {sorted(have)[:5]}."
             )
-        return distinct(self.with_trees(optimizer=optimizer))
+        _check_alike("optimizer", optimizer, self.optimizer)
+        return distinct(self._in_place(self.repacked(optimizer=optimizer)))
+
+
+def _outlined(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
+
+def _sum(first: jax.Array, made: jax.Array) -> jax.Array:
+    """Return the sum of two counts of steps, at most the largest integer."""
+    most = jnp.iinfo(jnp.int32).max - jnp.maximum(first, 0)
+    return first + jnp.minimum(made, most)
+
+
+_sum_on_device = jax.jit(_sum)
 
 
 def _check_alike(what: str, new: Any, old: Any) -> None:

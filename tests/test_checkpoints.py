@@ -373,6 +373,12 @@ def in_two_processes(folder, shard_state):
     placed = again.placement == state.placement and all(a.sharding == b.sharding for a, b in pairs)
     (bucket,) = (x for x in again.packed_optimizer["adam"]["m"].values() if isinstance(x, Bucket))
     parted = not bucket.buffer.is_fully_replicated
+    back = state.with_trees(state.params, state.optimizer).reset("w")
+    pairs = zip(*(jax.tree.leaves(x.packed) for x in (back, state)), strict=True)
+    placed = placed and all(a.sharding == b.sharding for a, b in pairs)
+    got = on_host(back)
+    kept = [name for name in wanted if not name.endswith(("/m/w", "/v/w"))]
+    equal = equal and all(got[name].tobytes() == wanted[name].tobytes() for name in kept)
     averaged, _ = checkpoints.newest(like=init(np.zeros(4, np.float32), ema=0.9))
     averages = {n: x for n, x in on_host(averaged).items() if "/average/" in n}
     begun = len(averages) == 3 and all(

@@ -28,6 +28,7 @@ import numpy as np
 
 from optimize_loss import _checks
 from optimize_loss._checks import Rule, check_flags
+from optimize_loss.transforms._arrays import filled
 
 Schedule = Callable[[Any], Any]
 Number = float | Schedule
@@ -359,12 +360,12 @@ def real_dtype(dtype: Any) -> np.dtype:
 
 def zeros(param: jax.Array) -> jax.Array:
     """Return zeros like `param`, float32 or wider, sharded as it is: memory for a mean."""
-    return jnp.zeros_like(param, dtype=compute_dtype(param.dtype))
+    return filled(param, 0, compute_dtype(param.dtype))
 
 
 def full(param: jax.Array, value: float = 0.0) -> jax.Array:
     """Return real numbers like `param`, float32 or wider: memory for a mean of squares."""
-    return jnp.full_like(param, value, dtype=real_dtype(compute_dtype(param.dtype)))
+    return filled(param, value, real_dtype(compute_dtype(param.dtype)))
 
 
 def abs_squared(x: jax.Array) -> jax.Array:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from optimize_loss._names import leaf_names
+from optimize_loss.transforms._arrays import is_elsewhere
 from optimize_loss.transforms._base import compute_dtype
 from optimize_loss.transforms._members import Members, Static
 
@@ -109,7 +110,7 @@ class Layout(Static):
         )
         for key, members in self.numbers:
             pairs = (name.split("/", 1) for name in members.names)
-            joined[key] = members.join([state[link][number] for link, number in pairs])
+            joined[key] = members.join_on_device([state[link][number] for link, number in pairs])
         return joined
 
     def split_numbers(self, joined: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,7 +118,7 @@ class Layout(Static):
         arrays = dict(self.numbers)
         state = _map_links(dict, {name: x for name, x in joined.items() if name not in arrays})
         for key, members in self.numbers:
-            for name, x in zip(members.names, members.split(joined[key]), strict=True):
+            for name, x in zip(members.names, members.split_on_device(joined[key]), strict=True):
                 link, number = name.split("/", 1)
                 state[link][number] = x
         return state
@@ -254,7 +255,6 @@ def _place(leaf: Any) -> Any:
     if isinstance(leaf, Tracer):
         spec = getattr(getattr(jax.typeof(leaf), "sharding", None), "spec", ())
         return None if any(axis is not None for axis in spec) else "traced"
-    sharding = leaf.sharding
-    device = next(iter(sharding.device_set))
-    usual = sharding.memory_kind in (None, device.default_memory().kind)
-    return sharding if sharding.is_fully_replicated and usual else None
+    if is_elsewhere(leaf) or not leaf.sharding.is_fully_replicated:
+        return None
+    return leaf.sharding

@@ -11,6 +11,7 @@ import optax
 from optimize_loss._checks import InvalidType, TreeMismatch, check_single
 from optimize_loss.transforms import _numbers
 from optimize_loss.transforms._accumulate import with_losses
+from optimize_loss.transforms._arrays import from_host
 from optimize_loss.transforms._base import Link, is_transformation
 from optimize_loss.transforms._chain_numbers import ChainNumbers
 from optimize_loss.transforms._for_parameters import ForParameters
@@ -65,6 +66,14 @@ class Chain(optax.GradientTransformationExtraArgs):
     def __getnewargs__(self) -> tuple[Any, ...]:
         return self.links, self.precision
 
+    def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
+        """Return what treescope, which shows this in notebooks, asks for."""
+        from treescope import repr_lib
+
+        precision = {} if self.precision is None else {"precision": self.precision}
+        attributes = {**dict(self.links), **precision}
+        return repr_lib.render_object_constructor(Chain, attributes, path, subtree_renderer)
+
     def link(self, name: str) -> Any:
         """Return the link of this name; of one for some parameters, the link itself."""
         return dict(self._linked())[name]
@@ -77,7 +86,7 @@ class Chain(optax.GradientTransformationExtraArgs):
           ValueError: a pattern of a link matches no parameter.
         """
         taken = take_apart(params)
-        state: State = {"step": jnp.zeros((), jnp.int32)}
+        state: State = {"step": from_host(0, jnp.int32)}
         places = self._places(taken)
         check_last(places)
         check_used(self.precision, places)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from optimize_loss.transforms import _numbers
+from optimize_loss.transforms._arrays import from_host
 from optimize_loss.transforms._base import TreeLink
 from optimize_loss.transforms._params import Params
 from optimize_loss.transforms._pass import Place, State
@@ -44,4 +45,4 @@ def init_link(place: Place, params: Params) -> State:
 
 
 def _memory(value: float, dtype: Any) -> jax.Array:
-    return jnp.asarray(value, jnp.int32 if isinstance(value, int) else dtype)
+    return from_host(value, jnp.int32 if isinstance(value, int) else dtype)

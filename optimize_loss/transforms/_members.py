@@ -10,10 +10,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from optimize_loss._checks import InvalidType
+from optimize_loss.transforms._arrays import (
+    can_be_fetched,
+    fetched,
+    has_values,
+    is_elsewhere,
+    of_part,
+    places_of,
+    sent,
+    whole,
+)
 
 
 class Static:
@@ -54,10 +63,25 @@ class Members(Static):
         return [math.prod(shape) for shape in self.shapes]
 
     def join(self, parts: Sequence[Any]) -> Any:
-        """Return one array of all parts, along the last axis; of nothing, nothing."""
+        """Return one array of all parts, along the last axis; of nothing, nothing.
+
+        Parts with values are joined on the host: a program of as many operands takes long to
+        compile.
+        """
         if all(part is None for part in parts):
             return None
-        if not _are_ready(parts):
+        if not all(map(has_values, parts)):
+            return self._join(parts)
+        if not all(map(can_be_fetched, parts)) or len(places := places_of(parts)) > 1:
+            return self.join_on_device(parts)
+        joined = self._join(fetched(parts))
+        return sent([joined], [whole(there, joined.ndim) for there in places or [None]])[0]
+
+    def join_on_device(self, parts: Sequence[Any]) -> Any:
+        """Return what `join` does, without waiting for values that a device computes."""
+        if all(is_elsewhere(part) and can_be_fetched(part) for part in parts):
+            return self.join(parts)
+        if not all(map(has_values, parts)):
             return self._join(parts)
         with jax.ensure_compile_time_eval():  # in a trace of the caller's, too
             return _join(self, parts)
@@ -67,19 +91,33 @@ class Members(Static):
             part.reshape(*part.shape[: part.ndim - len(shape)], size)
             for part, shape, size in zip(parts, self.shapes, self.sizes, strict=True)
         ]
-        return jnp.concatenate(rows, axis=-1)
+        on_host = all(isinstance(row, np.ndarray) for row in rows)
+        return (np if on_host else jnp).concatenate(rows, axis=-1)
 
     def split(self, buffer: Any) -> list[Any]:
         """Return the parts of an array; what is no array, such as a sharding, is that of each.
 
-        Axes before the last one stay: a state under `vmap` has them.
+        Axes before the last one stay: a state under `vmap` has them. An array with values is split
+        on the host: a program of as many results takes long to compile.
         """
+        if not can_be_fetched(buffer):
+            return self.split_on_device(buffer)
+        there = buffer.sharding if buffer.committed else None
+        places = [of_part(there, buffer.shape[:-1], shape) for shape in self.shapes]
+        return sent(self._split(fetched([buffer])[0].copy()), places)
+
+    def split_on_device(self, buffer: Any) -> list[Any]:
+        """Return what `split` does, without waiting for values that a device computes."""
+        if is_elsewhere(buffer) and can_be_fetched(buffer):
+            return self.split(buffer)
         if not hasattr(buffer, "shape"):
             return [buffer] * len(self.names)
         if isinstance(buffer, jax.ShapeDtypeStruct):
             first, dtype = buffer.shape[:-1], buffer.dtype
-            return [jax.ShapeDtypeStruct(first + shape, dtype) for shape in self.shapes]
-        if not _are_ready([buffer]):
+            places = [of_part(buffer.sharding, first, shape) for shape in self.shapes]
+            pairs = zip(self.shapes, places, strict=True)
+            return [jax.ShapeDtypeStruct(first + s, dtype, sharding=place) for s, place in pairs]
+        if not has_values(buffer):
             return self._split(buffer)
         with jax.ensure_compile_time_eval():
             return _split(self, buffer)
@@ -123,11 +161,6 @@ class Members(Static):
 _join = jax.jit(Members._join, static_argnums=0)
 
 _split = jax.jit(Members._split, static_argnums=0)
-
-
-def _are_ready(leaves: Sequence[Any]) -> bool:
-    """Return whether all leaves are jax's arrays, outside of a trace."""
-    return all(isinstance(x, jax.Array) and not isinstance(x, Tracer) for x in leaves)
 
 
 def _on_all(buffer: Any) -> Any:

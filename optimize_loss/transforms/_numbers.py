@@ -11,6 +11,7 @@ from jax.core import Tracer
 from optimize_loss import _checks
 from optimize_loss._checks import Rule, received
 from optimize_loss.schedules import Decayed, evaluate
+from optimize_loss.transforms._arrays import from_host
 from optimize_loss.transforms._base import Link
 
 # Stands in the state where a schedule drives the number. It is finite, so that tools which look
@@ -29,7 +30,7 @@ def to_array(name: str, value: Any, rule: Rule, dtype: Any) -> jax.Array:
     if isinstance(value, Decayed):
         value = value.learning_rate
     elif callable(value):
-        return jnp.full(2 if rule.kind == "decay" else (), FOLLOW_SCHEDULE, dtype)
+        return from_host([FOLLOW_SCHEDULE] * 2 if rule.kind == "decay" else FOLLOW_SCHEDULE, dtype)
     if isinstance(value, Tracer):
         # A copy, since the next step takes the memory of the state, not of the caller's array.
         value = jnp.copy(value).astype(dtype)
@@ -43,7 +44,7 @@ def to_array(name: str, value: Any, rule: Rule, dtype: Any) -> jax.Array:
             f"`{name}` must be {rule.words} as {np.dtype(dtype).name}, which makes it {stored}. "
             f"{received(name, value)}"
         )
-    return jnp.asarray(pair)
+    return from_host(pair, dtype)
 
 
 def at_step(name: str, value: Any, rule: Rule, number: jax.Array, step: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ from jax.core import Tracer
 
 from optimize_loss._checks import InvalidType, TreeMismatch
 from optimize_loss._names import leaf_names, leaf_paths, same_leaves
+from optimize_loss.transforms._arrays import copy, from_host, has_values, is_elsewhere, on_device
 from optimize_loss.transforms._bucket import Bucket, is_bucket
 from optimize_loss.transforms._members import Members
 
@@ -101,7 +102,7 @@ def as_array(what: str, name: str, leaf: Any) -> Any:
     if hasattr(leaf, "shape") and hasattr(leaf, "dtype") and _holds_numbers(leaf.dtype):
         return leaf
     if isinstance(leaf, bool | int | float | complex):
-        return jnp.asarray(leaf, jnp.result_type(leaf))
+        return from_host(leaf, jnp.result_type(leaf))
     advice = ""
     if what == PARAMETER:
         advice = (
@@ -117,6 +118,18 @@ def as_array(what: str, name: str, leaf: Any) -> Any:
 def _holds_numbers(dtype: Any) -> bool:
     kinds = (jnp.number, jnp.bool_, jax.dtypes.extended)
     return any(jnp.issubdtype(dtype, kind) for kind in kinds)
+
+
+def check_on_device(names: Sequence[str], leaves: Sequence[Any]) -> None:
+    """Raise a `ValueError` if a parameter that is to be trained is in the memory of the host."""
+    for name, leaf in zip(names, leaves, strict=True):
+        if is_elsewhere(leaf):
+            raise ValueError(
+                f"{PARAMETER} {name!r} must be in the memory of its device to be trained. "
+                f"Received: {jax.typeof(leaf)} in the memory of the host. Move it, as in "
+                "`jax.device_put(params, jax.memory.Space.Device)`; a state can be there between "
+                "steps."
+            )
 
 
 def copied(what: str, tree: Any) -> Any:
@@ -137,9 +150,46 @@ def copied(what: str, tree: Any) -> Any:
 
 
 def _copy(leaf: Any) -> jax.Array:
-    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
-        return jnp.copy(leaf)
-    return jnp.array(leaf, dtype=jnp.result_type(leaf), copy=True)
+    dtype = leaf.dtype if _is_extended(leaf) else jnp.result_type(leaf)
+    if has_values(leaf) and leaf.dtype == dtype and not leaf.weak_type:
+        return copy(leaf)
+    if isinstance(leaf, jax.Array):
+        return jnp.array(leaf, dtype=dtype, copy=True)
+    return from_host(leaf, dtype)
+
+
+def _is_extended(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
+
+
+def owned(tree: Any) -> Any:
+    """Return a tree with copies of all arrays: some may be kept by whoever made the tree.
+
+    They are made one after the other, and each may free its original.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    del tree
+    for i, leaf in enumerate(leaves):
+        leaves[i] = copy(leaf) if isinstance(leaf, jax.Array) else leaf
+    return treedef.unflatten(leaves)
+
+
+def copied_like(what: str, tree: Any, old: Any) -> Any:
+    """Return what `copied` does of a tree like another one, committed to devices where that is."""
+
+    def put(new: jax.Array, there: Any) -> jax.Array:
+        is_free = not isinstance(new, Tracer) and not new.committed
+        return jax.device_put(new, there.sharding) if is_free and _is_committed(there) else new
+
+    return jax.tree.map(put, copied(what, tree), old)
+
+
+def spread_like(new: Any, old: Any) -> Any:
+    """Return an array spread as another one is, if they are on the same devices."""
+    if not _is_committed(old) or isinstance(new, Tracer) or new.sharding == old.sharding:
+        return new
+    same = new.sharding.device_set == old.sharding.device_set
+    return jax.device_put(new, old.sharding) if same else new
 
 
 def distinct(tree: Any) -> Any:
@@ -148,7 +198,7 @@ def distinct(tree: Any) -> Any:
 
     def own(leaf: Any) -> Any:
         if isinstance(leaf, jax.Array) and id(leaf) in seen:
-            leaf = jnp.copy(leaf)
+            leaf = copy(leaf)
         seen.add(id(leaf))
         return leaf
 
@@ -162,7 +212,7 @@ def placed_like(params: Any, tree: Any) -> Any:
     the first step is the same program as the second.
     """
     arrays = (p for p in jax.tree.leaves(params) if _is_committed(p))
-    sharding = getattr(next(arrays, None), "sharding", None)
+    sharding = getattr(on_device(next(arrays, None)), "sharding", None)
     if isinstance(sharding, jax.sharding.NamedSharding):
         sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
     elif not isinstance(sharding, jax.sharding.SingleDeviceSharding):

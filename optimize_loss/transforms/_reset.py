@@ -10,6 +10,7 @@ from jax.core import Tracer
 
 from optimize_loss._checks import TreeMismatch
 from optimize_loss._names import leaf_names, leaf_paths
+from optimize_loss.transforms._arrays import copy, on_device
 from optimize_loss.transforms._base import Link, TreeLink
 from optimize_loss.transforms._chain import Chain
 from optimize_loss.transforms._params import take_apart
@@ -38,6 +39,7 @@ def reset(
     Raises:
       TreeMismatch: what a link that sees the whole tree makes anew has another structure.
     """
+    params = jax.tree.map(on_device, params)
     new, have = dict(state), set()
     for name, _ in chain.links:
         link = chain.link(name)
@@ -170,8 +172,11 @@ def _ends(parts: list[str], known: set[str]) -> Iterator[tuple[str, str]]:
 
 
 def _placed(new: jax.Array, old: jax.Array) -> jax.Array:
-    """Return a fresh slot of the dtype and where the old one is, so that nothing is traced anew."""
-    new = new.astype(old.dtype)
+    """Return a fresh slot of the dtype and where the old one is, so that nothing is traced anew.
+
+    It is a copy: whoever made it may keep it.
+    """
+    new = copy(new.astype(old.dtype))
     if isinstance(new, Tracer) or isinstance(old, Tracer) or not old.committed:
         return new
     return jax.device_put(new, old.sharding)

@@ -141,8 +141,7 @@ class PureStep:
             raise ValueError("`key` must not be given: the loss does not take one.")
         if not isinstance(key, jax.Array):
             raise InvalidType(f"`key` must be a random key. {received('key', key)}")
-        typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-        if key.shape if typed else (key.shape, key.dtype) != ((2,), jnp.uint32):
+        if not _is_one_key(key):
             raise InvalidType(
                 f"`key` must be one random key. Received: shape {key.shape}, dtype {key.dtype}."
             )
@@ -224,3 +223,13 @@ class PureStep:
         if state.placement is not None:
             state = state.with_packed(state.placement.constrain(state.packed))
         return state, metrics
+
+
+def _is_one_key(array: jax.Array) -> bool:
+    """Return whether an array is a random key, typed or of the raw kind that JAX is set to."""
+    if not jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        try:
+            array = jax.random.wrap_key_data(array)
+        except TypeError:
+            return False
+    return not array.shape

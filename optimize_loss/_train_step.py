@@ -19,6 +19,7 @@ from optimize_loss._found import LearningRateTest, Sweep
 from optimize_loss._grid import check_grid
 from optimize_loss._lint import check_horizon
 from optimize_loss._loop import Run, check_plan
+from optimize_loss._names import check_keys
 from optimize_loss._pure_step import PureStep
 from optimize_loss._ramp import Ramp
 from optimize_loss._search import Search
@@ -370,6 +371,9 @@ class TrainStep(PureStep):
             if (refused := refusal(error, batch, stacked=many)) is None:
                 raise
             raise refused from error
+        except ValueError:
+            check_keys(batch)
+            raise
 
     def _check_state(self, state: Any) -> None:
         """Raise unless `state` is one of this step, or of one with equal options, and alive."""

@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from optimize_loss._checks import InvalidType, received
 from optimize_loss._names import flatten
+from optimize_loss._transfers import asked_for
 
 
 class Batch(NamedTuple):
@@ -59,7 +60,8 @@ class Source:
             batches.append(batch)
             self._pulled = None
         try:
-            return Call(len(batches), self._send(batches)) if batches else None
+            with asked_for():
+                return Call(len(batches), self._send(batches)) if batches else None
         except Exception as error:
             self._end = error
             return None

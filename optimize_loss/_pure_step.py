@@ -21,6 +21,7 @@ from optimize_loss._rules import NO_RULES, Rules
 from optimize_loss._state import TrainState
 from optimize_loss._steepest import flat_gradients, told
 from optimize_loss._trainable import Trainable, colocated, find_trainable
+from optimize_loss._transfers import asked_for
 from optimize_loss.transforms import (
     Accumulate,
     Chain,
@@ -52,6 +53,7 @@ class PureStep:
     shard_state: str | None = None
     rules: Rules = NO_RULES
 
+    @asked_for()
     def init(self, params: Any, *, model_state: Any = None, key: Any = None) -> TrainState:
         """Return the state before the first step.
 

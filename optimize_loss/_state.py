@@ -17,6 +17,7 @@ from optimize_loss._names import (
     leaf_paths,
     same_leaves,
 )
+from optimize_loss._transfers import asked_for
 from optimize_loss.transforms import Chain
 from optimize_loss.transforms._bucket import Layout
 from optimize_loss.transforms._guard import guard_of
@@ -145,8 +146,7 @@ class TrainState:
         """The global step, an int32: what schedules see."""
         if not self.increment_step:
             return self.first_step
-        most = jnp.iinfo(jnp.int32).max - jnp.maximum(self.first_step, 0)
-        return self.first_step + jnp.minimum(self.packed_optimizer["step"], most)
+        return _sum(self.first_step, self.packed_optimizer["step"])
 
     @property
     def eval_params(self) -> Any:
@@ -203,8 +203,9 @@ class TrainState:
                 "it is text: of several, `jax.tree.map(lambda x: x[0], states).offender`. "
                 f"Received: {code}."
             )
-        return blamed(int(code), leaf_names(self.params))
+        return blamed(int(jax.device_get(code)), leaf_names(self.params))
 
+    @asked_for()
     def set(self, *, step: Any = None, **values: Any) -> "TrainState":
         """Return the state with another step or other hyperparameters; nothing is traced anew.
 
@@ -245,6 +246,7 @@ class TrainState:
         new = self.with_links(self.chain.set(self.links, **values))
         return dataclasses.replace(new, first_step=first_step)
 
+    @asked_for()
     def reset(self, *patterns: Pattern) -> "TrainState":
         """Return the state in which some parameters have slots as before the first update.
 
@@ -283,6 +285,13 @@ class TrainState:
                 f"Received: {sorted(meant)[:5]}, while these have some: {sorted(have)[:5]}."
             )
         return distinct(self.with_trees(optimizer=optimizer))
+
+
+@functools.partial(jax.jit, inline=True)
+def _sum(first_step: jax.Array, updates: jax.Array) -> jax.Array:
+    """Return first_step + updates, at most the largest int32."""
+    most = jnp.iinfo(jnp.int32).max - jnp.maximum(first_step, 0)
+    return first_step + jnp.minimum(updates, most)
 
 
 def _check_alike(what: str, new: Any, old: Any) -> None:

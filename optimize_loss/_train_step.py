@@ -25,6 +25,7 @@ from optimize_loss._ramp import Ramp
 from optimize_loss._search import Search
 from optimize_loss._skips import check_ready
 from optimize_loss._state import TrainState
+from optimize_loss._transfers import asked_for
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -163,6 +164,7 @@ class TrainStep(PureStep):
         plan = check_plan(steps, steps_per_call, hooks, prefetch, sharding, progress)
         return Run(self, self.many, f"{self.name}loss", plan, state).over(batches)
 
+    @asked_for()
     def explain(
         self, params: Any, *, steps: int | None = None, model_state: Any = None
     ) -> Explanation:

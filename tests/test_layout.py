@@ -14,6 +14,7 @@ PACKAGE = pathlib.Path(ol.__file__).parent
 FLOORS = {
     "_checks": 1,
     "_random": 1,
+    "_transfers": 1,
     "_figure": 1,
     "_names": 2,
     "schedules": 2,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from optimize_loss._checks import InvalidType, TreeMismatch, check_single
+from optimize_loss._transfers import asked_for
 from optimize_loss.transforms import _numbers
 from optimize_loss.transforms._accumulate import with_losses
 from optimize_loss.transforms._base import Link, is_transformation
@@ -69,6 +70,7 @@ class Chain(optax.GradientTransformationExtraArgs):
         """Return the link of this name; of one for some parameters, the link itself."""
         return dict(self._linked())[name]
 
+    @asked_for()
     def init(self, params: Any) -> State:
         """Return the state before the first update.
 
@@ -152,6 +154,7 @@ class Chain(optax.GradientTransformationExtraArgs):
         """Return the hyperparameter `name` of every link that has it, at this step, by link."""
         return self._numbers.named(name, state, _step(state, schedule_step))
 
+    @asked_for()
     def set(self, state: State, **values: Any) -> State:
         """Return the state with other hyperparameters; nothing is traced anew.
 
@@ -187,6 +190,7 @@ class Chain(optax.GradientTransformationExtraArgs):
         """
         return self._numbers.find(name)
 
+    @asked_for()
     def averaged(self, state: State, params: Any) -> Any:
         """Return the parameters to use after training: an average, where a link keeps one.
 
@@ -207,6 +211,7 @@ class Chain(optax.GradientTransformationExtraArgs):
         taken = take_apart(params)
         return taken.unflatten(averaged(self._places(taken), state, taken))
 
+    @asked_for()
     def decoded(self, state: State, params: Any) -> State:
         """Return the state with all moments in float32, by slot, as without a precision.
 

@@ -38,12 +38,27 @@ def leaf_names(tree: Any) -> list[str]:
 
 def leaf_paths(tree: Any) -> list[str]:
     """Return what `leaf_names` does, also where two are the same."""
+    return [_name(path) for path in _paths(tree)]
+
+
+def leaf_parts(tree: Any) -> list[tuple[str, ...]]:
+    """Return the parts of the name of every leaf of a tree.
+
+    Example:
+      >>> leaf_parts({"a/b": [1.0, 2.0]})
+      [('a/b', '0'), ('a/b', '1')]
+    """
+    return [tuple(_name((key,)) for key in path) for path in _paths(tree)]
+
+
+def _paths(tree: Any) -> list[tuple[Any, ...]]:
+    """Return the path of every leaf, up to the variable of flax nnx that it may be in."""
     try:
         pairs = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_nnx_variable)
     except (ValueError, TypeError):
         check_keys(tree)
         raise
-    return [_name(path) for path, leaf in pairs for _ in jax.tree.leaves(leaf)]
+    return [path for path, leaf in pairs for _ in jax.tree.leaves(leaf)]
 
 
 def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[list[Any], Any]:

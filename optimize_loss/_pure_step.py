@@ -19,6 +19,7 @@ from optimize_loss._model_state import run_update_ops
 from optimize_loss._names import Pattern
 from optimize_loss._rules import NO_RULES, Rules
 from optimize_loss._state import TrainState
+from optimize_loss._state_dict import register_with_flax
 from optimize_loss._steepest import flat_gradients, told
 from optimize_loss._trainable import Trainable, colocated, find_trainable
 from optimize_loss._transfers import asked_for
@@ -70,6 +71,7 @@ class PureStep:
         """
         if isinstance(params, TrainState):
             raise InvalidType("`params` must be a tree of arrays. Received: a TrainState.")
+        register_with_flax()
         params = copied(PARAMETER, params)
         self.rules.check(params)
         trainable = self._trainable(params)

@@ -40,6 +40,7 @@ FLOORS = {
     "_skips": 5,
     "_steepest": 5,
     "_named_state": 5,
+    "_state_dict": 6,
     "_batches": 5,
     "_rules": 5,
     "_history": 5,

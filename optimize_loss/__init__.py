@@ -21,6 +21,8 @@ from optimize_loss._loss import Aux as Aux
 from optimize_loss._metrics import OPTIMIZER_SUMMARIES as OPTIMIZER_SUMMARIES
 from optimize_loss._options import adaptive_clipping_fn as adaptive_clipping_fn
 from optimize_loss._state import TrainState as TrainState
+from optimize_loss._state_dict import from_state_dict as from_state_dict
+from optimize_loss._state_dict import to_state_dict as to_state_dict
 from optimize_loss._train_step import TrainStep as TrainStep
 from optimize_loss.optimizers._tf1 import OPTIMIZER_CLS_NAMES as OPTIMIZER_CLS_NAMES
 from optimize_loss.optimizers._variable import Variable as Variable
@@ -47,12 +49,14 @@ __all__ = [
     "TreeMismatch",
     "Variable",
     "adaptive_clipping_fn",
+    "from_state_dict",
     "optimize_loss",
     "optimizers",
     "plot",
     "restore",
     "save",
     "schedules",
+    "to_state_dict",
     "transforms",
 ]
 

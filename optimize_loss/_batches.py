@@ -9,6 +9,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from optimize_loss._checks import InvalidType, received
+from optimize_loss._names import flatten
+from optimize_loss._transfers import asked_for
 
 
 class Batch(NamedTuple):
@@ -58,7 +60,8 @@ class Source:
             batches.append(batch)
             self._pulled = None
         try:
-            return Call(len(batches), self._send(batches)) if batches else None
+            with asked_for():
+                return Call(len(batches), self._send(batches)) if batches else None
         except Exception as error:
             self._end = error
             return None
@@ -93,7 +96,7 @@ class Source:
 
 
 def _read(item: Any) -> Batch:
-    leaves, structure = jax.tree.flatten(tuple(item) if _is_parts(item) else (item,))
+    leaves, structure = flatten(tuple(item) if _is_parts(item) else (item,))
     leaves = [_array(leaf) for leaf in leaves]
     return Batch(leaves, [_kind(leaf) for leaf in leaves], structure)
 
@@ -185,7 +188,7 @@ def check_stacked(batches: tuple[Any, ...]) -> None:
     Raises:
       ValueError: the arrays differ in the length of their first axis, have none, or no steps.
     """
-    lengths = {np.shape(x)[:1] for x in jax.tree.leaves(batches)}
+    lengths = {np.shape(x)[:1] for x in flatten(batches)[0]}
     if len(lengths) != 1 or lengths <= {(), (0,)}:
         raise ValueError(
             "`batches` must be arrays with one first axis, of one length: the number of steps, at "
@@ -206,7 +209,7 @@ def _how_to_stack(batches: tuple[Any, ...]) -> str:
 
 def refusal(error: TypeError, batch: tuple[Any, ...], stacked: bool) -> InvalidType | None:
     """Return what to raise for an error of a program that was given this batch; None for itself."""
-    if strange := [x for x in jax.tree.leaves(batch) if _is_strange(x)]:
+    if strange := [x for x in flatten(batch)[0] if _is_strange(x)]:
         came = getattr(strange[0], "dtype", None)
         return InvalidType(
             f"`{'batches' if stacked else 'batch'}` must be arrays and numbers. Received: "

@@ -171,7 +171,7 @@ def _scalar(name: str, value: Any) -> Any:
                 f"`{name}` must be a scalar; for many at once, use jax.vmap over states. "
                 f"Received: {name} of shape {value.shape}."
             )
-        return value.item()
+        return jax.device_get(value).item()
     return value
 
 

@@ -18,7 +18,7 @@ from optimize_loss._trainable import Trainable
 from optimize_loss.schedules import evaluate
 from optimize_loss.transforms import Accumulate, AddWeightDecay, Chain, Link, ShrinkParams
 from optimize_loss.transforms._base import TreeLink, number_rules
-from optimize_loss.transforms._bucket import Layout
+from optimize_loss.transforms._bucket import Layout, shown_name
 from optimize_loss.transforms._by_rule import (
     AddDecayByRule,
     MultiplyLayers,
@@ -211,7 +211,7 @@ def _rows(setup: Setup, made: _Made) -> Iterator[Row]:
     leaves, names = jax.tree.leaves(trainable.params), leaf_names(trainable.params)
     buckets = made.layout.buckets if made.layout else ()
     numbers = _numbers(setup, trainable)
-    in_bucket = {name: bucket for bucket, members in buckets for name in members.names}
+    in_bucket = {name: shown_name(key) for key, members in buckets for name in members.names}
     sizes = _slot_bytes(setup.chain, trainable, made.state)
     texts = [*rules.texts, None]
     for name, leaf, trained, i in zip(

@@ -77,7 +77,7 @@ def _check_values(name: str, values: Any) -> list[Any]:
         raise InvalidType(
             f"`{name}` must be a list of numbers, one for each run. {received(name, values)}"
         )
-    values = np.asarray(values).tolist() if is_array else list(map(_plain, values))
+    values = jax.device_get(values).tolist() if is_array else list(map(_plain, values))
     if not values:
         raise ValueError(f"`{name}` must have a value. {received(name, values)}")
     return values

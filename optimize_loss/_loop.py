@@ -22,6 +22,7 @@ from optimize_loss._checks import (
 from optimize_loss._history import History
 from optimize_loss._skips import check_metric
 from optimize_loss._state import TrainState
+from optimize_loss._transfers import asked_for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +120,8 @@ class Run:
         while call is not None:
             history.wait(self.plan.prefetch - 1)
             advance = self.single if call.steps == 1 else self.many
-            self.state, metrics = advance(self.state, *call.parts)
+            with asked_for():
+                self.state, metrics = advance(self.state, *call.parts)
             self.taken += call.steps
             history.add(call.steps, metrics)
             self._call_hooks(history)

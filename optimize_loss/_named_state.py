@@ -62,9 +62,14 @@ def named(state: TrainState) -> dict[str, Any]:
     Raises:
       ValueError: two leaves have one name.
     """
-    tree = {"params": state.params, "optimizer": state.optimizer}
-    tree |= {name: getattr(state, name) for name in _FIELDS}
+    tree = trees(state)
     return dict(zip(leaf_names(tree), jax.tree.leaves(tree), strict=True))
+
+
+def trees(state: TrainState) -> dict[str, Any]:
+    """Return what a state holds by name, in the user's trees."""
+    tree = {"params": state.params, "optimizer": state.optimizer}
+    return tree | {name: getattr(state, name) for name in _FIELDS}
 
 
 def outline(state: TrainState) -> dict[str, Any]:
@@ -170,6 +175,8 @@ def _placed(array: Any, like: jax.Array) -> jax.Array:
     if is_key(like):
         keys = jax.random.wrap_key_data(jnp.array(array), impl=key_kind(like))
         return jax.device_put(keys, like.sharding) if like.committed else keys
+    if isinstance(array, jax.Array) and array.sharding == like.sharding:
+        return jnp.copy(array)  # a step takes the memory of the state, and not of the caller
     if not like.is_fully_addressable:
         whole = np.asarray(array)
         return jax.make_array_from_callback(like.shape, like.sharding, lambda i: whole[i])

@@ -5,7 +5,7 @@ A parameter's name is its path in the tree joined by `/`: `encoder/layer_0/kerne
 
 import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ def leaf_names(tree: Any) -> list[str]:
     in which flax nnx keeps a variable's array does not show. A tree that is one array is `params`.
 
     Raises:
+      InvalidType: the keys of a dict cannot be sorted, such as 1 and "a".
       ValueError: two leaves have one name, as in `{"a/b": x, "a": {"b": y}}`.
 
     Example:
@@ -37,8 +38,64 @@ def leaf_names(tree: Any) -> list[str]:
 
 def leaf_paths(tree: Any) -> list[str]:
     """Return what `leaf_names` does, also where two are the same."""
-    pairs = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_nnx_variable)
-    return [_name(path) for path, leaf in pairs for _ in jax.tree.leaves(leaf)]
+    return [_name(path) for path in _paths(tree)]
+
+
+def leaf_parts(tree: Any) -> list[tuple[str, ...]]:
+    """Return the parts of the name of every leaf of a tree.
+
+    Example:
+      >>> leaf_parts({"a/b": [1.0, 2.0]})
+      [('a/b', '0'), ('a/b', '1')]
+    """
+    return [tuple(_name((key,)) for key in path) for path in _paths(tree)]
+
+
+def _paths(tree: Any) -> list[tuple[Any, ...]]:
+    """Return the path of every leaf, up to the variable of flax nnx that it may be in."""
+    try:
+        pairs = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_nnx_variable)
+    except (ValueError, TypeError):
+        check_keys(tree)
+        raise
+    return [path for path, leaf in pairs for _ in jax.tree.leaves(leaf)]
+
+
+def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[list[Any], Any]:
+    """Return what `jax.tree.flatten` does, with an error that names the path.
+
+    Raises:
+      InvalidType: the keys of a dict cannot be sorted, such as 1 and "a".
+    """
+    try:
+        return jax.tree.flatten(tree, is_leaf)
+    except (ValueError, TypeError):
+        check_keys(tree)
+        raise
+
+
+def check_keys(tree: Any, path: str = "") -> None:
+    """Raise if a dict in a tree has keys that cannot be sorted, so that it is no pytree.
+
+    Args:
+      tree: any tree.
+      path: where the tree is in a larger one, for the message.
+
+    Raises:
+      InvalidType: there is such a dict; the message names its path.
+    """
+    if isinstance(tree, dict):
+        try:
+            sorted(tree)
+        except TypeError as error:
+            raise InvalidType(
+                "A dict in a tree must have keys that can be sorted, such as texts alone. "
+                f"Received: the keys {list(tree)[:5]} at {path or 'the top of the tree'}."
+            ) from error
+    children = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: node is not tree)
+    for key, child in children:
+        if child is not tree:
+            check_keys(child, path + jax.tree_util.keystr(key))
 
 
 def _is_nnx_variable(node: Any) -> bool:
@@ -79,7 +136,8 @@ def compile_pattern(pattern: Pattern) -> re.Pattern[str]:
     """Return the regular expression for a pattern.
 
     `*` stands for anything within one part of a name, `**` for any number of parts, `|` for
-    either side. The whole name must match. A trailing `:0`, as TensorFlow writes it, is ignored.
+    either side. The whole name must match. A trailing `:0`, as TensorFlow writes it, need not be in
+    the name.
     A compiled regular expression is taken as it is, and may match anywhere in the name.
 
     Example:
@@ -93,9 +151,11 @@ def compile_pattern(pattern: Pattern) -> re.Pattern[str]:
 
 
 def _glob(text: str) -> str:
-    expression = re.escape(text.removesuffix(":0"))
+    stem = text.removesuffix(":0")
+    expression = re.escape(stem)
     expression = expression.replace(r"\*\*/", "(?:.*/)?").replace(r"/\*\*", "(?:/.*)?")
-    return expression.replace(r"\*\*", ".*").replace(r"\*", "[^/]*")
+    expression = expression.replace(r"\*\*", ".*").replace(r"\*", "[^/]*")
+    return expression if stem == text else f"{expression}(?::0)?"
 
 
 def matching(pattern: Pattern, names: Sequence[str]) -> list[bool]:

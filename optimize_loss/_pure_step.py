@@ -19,8 +19,10 @@ from optimize_loss._model_state import run_update_ops
 from optimize_loss._names import Pattern
 from optimize_loss._rules import NO_RULES, Rules
 from optimize_loss._state import TrainState
+from optimize_loss._state_dict import register_with_flax
 from optimize_loss._steepest import flat_gradients, told
 from optimize_loss._trainable import Trainable, colocated, find_trainable
+from optimize_loss._transfers import asked_for
 from optimize_loss.transforms import (
     Accumulate,
     Chain,
@@ -60,6 +62,7 @@ class PureStep:
     shard_state: str | None = None
     rules: Rules = NO_RULES
 
+    @asked_for()
     def init(self, params: Any, *, model_state: Any = None, key: Any = None) -> TrainState:
         """Return the state before the first step.
 
@@ -77,6 +80,7 @@ class PureStep:
         """
         if isinstance(params, TrainState):
             raise InvalidType("`params` must be a tree of arrays. Received: a TrainState.")
+        register_with_flax()
         params = copied(PARAMETER, params)
         self.rules.check(params)
         trainable = self._trainable(params)
@@ -153,8 +157,7 @@ class PureStep:
             raise ValueError("`key` must not be given: the loss does not take one.")
         if not isinstance(key, jax.Array):
             raise InvalidType(f"`key` must be a random key. {received('key', key)}")
-        typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-        if key.shape if typed else (key.shape, key.dtype) != ((2,), jnp.uint32):
+        if not _is_one_key(key):
             raise InvalidType(
                 f"`key` must be one random key. Received: shape {key.shape}, dtype {key.dtype}."
             )
@@ -247,3 +250,13 @@ def _check_on_device(leaves: list[Any]) -> None:
             "part is in the memory of the host. Move it, as in "
             "`jax.device_put(state, jax.memory.Space.Device)`."
         )
+
+
+def _is_one_key(array: jax.Array) -> bool:
+    """Return whether an array is a random key, typed or of the raw kind that JAX is set to."""
+    if not jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        try:
+            array = jax.random.wrap_key_data(array)
+        except TypeError:
+            return False
+    return not array.shape

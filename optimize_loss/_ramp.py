@@ -18,6 +18,7 @@ from optimize_loss._checks import (
     received,
 )
 from optimize_loss._state import TrainState
+from optimize_loss._transfers import asked_for
 from optimize_loss.schedules import Decayed
 
 AT_LEAST_3 = Rule("an integer of at least 3", lambda x: x >= 3, kind="count")
@@ -118,7 +119,8 @@ def gathered(batches: Any, most: int) -> tuple[int, tuple[Any, ...]]:
         raise _not_alike(call, other)
     source.raise_error()
     if call.steps == 1:
-        return 1, jax.tree.map(lambda x: jnp.asarray(x)[None], call.parts)
+        with asked_for():
+            return 1, jax.tree.map(lambda x: jnp.asarray(x)[None], call.parts)
     return call.steps, call.parts
 
 

@@ -69,5 +69,5 @@ def _values(which: str, name: str, leaf: Any) -> np.ndarray:
             f"`{which}` was donated: a step gives its memory to the state that it returns. Keep a "
             "copy before the step: `before = jax.device_get(state.params)`."
         )
-    array = np.asarray(leaf)
+    array = np.asarray(jax.device_get(leaf))
     return array.astype(np.complex128 if np.iscomplexobj(array) else np.float64)

@@ -17,6 +17,7 @@ from optimize_loss._found import LearningRateTest, Sweep
 from optimize_loss._grid import Grid, stacked, starts
 from optimize_loss._ramp import Ramp, check_rate, gathered, steepest
 from optimize_loss._state import TrainState
+from optimize_loss._transfers import asked_for
 
 _STILL_FALLING = (
     "The loss still falls most steeply at the highest rate tried, {}, so that the best one may be "
@@ -49,9 +50,9 @@ class Search:
         count, batches = gathered(batches, len(rates))
         form = (shardings, ramp.number, count)
         options = (rates.astype(np.float32), float(ramp.smoothing), float(ramp.divergence))
-        taken, diverged, losses, smoothed = jax.device_get(
-            self._ramp(form, state, batches, options)
-        )
+        with asked_for():
+            found = self._ramp(form, state, batches, options)
+        taken, diverged, losses, smoothed = jax.device_get(found)
         if not np.isfinite(losses[0]):
             raise NonFiniteError(
                 "The loss must be finite before the first update of a range test. Received: "
@@ -70,7 +71,8 @@ class Search:
     ) -> Sweep:
         """Return the runs of all points."""
         _check_not_traced(state, "sweep")
-        axes, leaves = stacked([jax.tree.leaves(each) for each in starts(state, grid)])
+        with asked_for():
+            axes, leaves = stacked([jax.tree.leaves(each) for each in starts(state, grid)])
         points, structure = len(grid.points), jax.tree.structure(state)
         try:
             states, metrics = self._sweep(shardings, (structure, axes, points), leaves, batches)

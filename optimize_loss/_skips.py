@@ -10,6 +10,7 @@ from jax.core import Tracer
 
 from optimize_loss._checks import NonFiniteError
 from optimize_loss._state import TrainState
+from optimize_loss._transfers import asked_for
 from optimize_loss.transforms._bucket import Layout
 from optimize_loss.transforms._guard import guard_of
 
@@ -33,7 +34,7 @@ def check_ready(state: TrainState) -> None:
         array, index = state.packed_optimizer[key], (start,)
     if isinstance(array, Tracer) or not getattr(array, "is_ready", _is_on_the_host)():
         return
-    if np.asarray(array)[index] >= guard.most:
+    if jax.device_get(array)[index] >= guard.most:
         raise _too_many(state)
 
 
@@ -69,6 +70,7 @@ def _place(layout: Layout, name: str) -> tuple[str, int]:
     raise KeyError(f"{name}/{_COUNT}")
 
 
+@asked_for()
 def _too_many(state: TrainState, in_a_row: int | None = None) -> NonFiniteError:
     found = guard_of(state.chain.links)
     assert found is not None

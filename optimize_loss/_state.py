@@ -17,6 +17,7 @@ from optimize_loss._names import (
     leaf_paths,
     same_leaves,
 )
+from optimize_loss._transfers import asked_for
 from optimize_loss.transforms import Chain
 from optimize_loss.transforms._arrays import has_values
 from optimize_loss.transforms._bucket import Layout
@@ -205,8 +206,7 @@ class TrainState:
         """The global step, an int32: what schedules see."""
         if not self.increment_step:
             return self.first_step
-        counts = self.first_step, self.packed_optimizer["step"]
-        return (_sum_on_device if all(map(has_values, counts)) else _sum)(*counts)
+        return _sum(self.first_step, self.packed_optimizer["step"])
 
     @property
     def eval_params(self) -> Any:
@@ -263,8 +263,9 @@ class TrainState:
                 "it is text: of several, `jax.tree.map(lambda x: x[0], states).offender`. "
                 f"Received: {code}."
             )
-        return blamed(int(code), leaf_names(self.outline))
+        return blamed(int(jax.device_get(code)), leaf_names(self.outline))
 
+    @asked_for()
     def set(self, *, step: Any = None, **values: Any) -> "TrainState":
         """Return the state with another step or other hyperparameters; nothing is traced anew.
 
@@ -305,6 +306,7 @@ class TrainState:
         new = self.with_links(self.chain.set(self.links, **values))
         return dataclasses.replace(new, first_step=first_step)
 
+    @asked_for()
     def reset(self, *patterns: Pattern) -> "TrainState":
         """Return the state in which some parameters have slots as before the first update.
 
@@ -350,13 +352,11 @@ def _outlined(x: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
 
-def _sum(first: jax.Array, made: jax.Array) -> jax.Array:
-    """Return the sum of two counts of steps, at most the largest integer."""
-    most = jnp.iinfo(jnp.int32).max - jnp.maximum(first, 0)
-    return first + jnp.minimum(made, most)
-
-
-_sum_on_device = jax.jit(_sum)
+@functools.partial(jax.jit, inline=True)
+def _sum(first_step: jax.Array, updates: jax.Array) -> jax.Array:
+    """Return first_step + updates, at most the largest int32."""
+    most = jnp.iinfo(jnp.int32).max - jnp.maximum(first_step, 0)
+    return first_step + jnp.minimum(updates, most)
 
 
 def _check_alike(what: str, new: Any, old: Any) -> None:

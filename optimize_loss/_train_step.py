@@ -14,16 +14,19 @@ from optimize_loss._checks import (
     InvalidType,
     TreeMismatch,
 )
+from optimize_loss._equal import same
 from optimize_loss._explain import Explanation, Setup, explain
 from optimize_loss._found import LearningRateTest, Sweep
 from optimize_loss._grid import check_grid
 from optimize_loss._lint import check_horizon
 from optimize_loss._loop import Run, check_plan
+from optimize_loss._names import check_keys
 from optimize_loss._pure_step import PureStep
 from optimize_loss._ramp import Ramp
 from optimize_loss._search import Search
 from optimize_loss._skips import check_ready
 from optimize_loss._state import TrainState
+from optimize_loss._transfers import asked_for
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -162,6 +165,7 @@ class TrainStep(PureStep):
         plan = check_plan(steps, steps_per_call, hooks, prefetch, sharding, progress)
         return Run(self, self.many, f"{self.name}loss", plan, state).over(batches)
 
+    @asked_for()
     def explain(
         self, params: Any, *, steps: int | None = None, model_state: Any = None
     ) -> Explanation:
@@ -362,6 +366,8 @@ class TrainStep(PureStep):
 
     def _dispatch(self, many: bool, state: TrainState, batch: tuple[Any, ...]) -> Any:
         self._check_state(state)
+        if state.chain is not self.chain:  # so that the next state need not be compared
+            state = dataclasses.replace(state, chain=self.chain)
         check_ready(state)
         traced = isinstance(state.packed_optimizer["step"], Tracer)
         try:
@@ -370,6 +376,9 @@ class TrainStep(PureStep):
             if (refused := refusal(error, batch, stacked=many)) is None:
                 raise
             raise refused from error
+        except ValueError:
+            check_keys(batch)
+            raise
 
     def _check_state(self, state: Any) -> None:
         """Raise unless `state` is one of this step, or of one with equal options, and alive."""
@@ -394,14 +403,20 @@ class TrainStep(PureStep):
             )
         if state.chain != self.chain:
             ours, theirs = dict(self.chain.links), dict(state.chain.links)
-            differ = [n for n in {**ours, **theirs} if ours.get(n) != theirs.get(n)]
-            same = state.chain.precision == self.chain.precision
-            what = differ or ("their order" if same else f"precision {state.chain.precision}")
+            differ = [n for n in {**ours, **theirs} if not same(ours.get(n), theirs.get(n))]
+            as_here = state.chain.precision == self.chain.precision
+            what = differ or ("their order" if as_here else f"precision {state.chain.precision}")
+            advice = (
+                " Functions are equal where they have the same code, closure and defaults. To go "
+                "on with a state whose links do the same: "
+                "`dataclasses.replace(state, chain=step.chain)`."
+            )
+            alike = differ and all(type(ours.get(n)) is type(theirs.get(n)) for n in differ)
             raise TreeMismatch(
                 "`state` must come from the `init` of this step, or of one with equal options. "
                 f"Links that differ: {what}. Received: "
                 f"{ {n: theirs.get(n) for n in differ} }, for a step with "
-                f"{ {n: ours.get(n) for n in differ} }."
+                f"{ {n: ours.get(n) for n in differ} }.{advice if alike else ''}"
             )
         step = state.packed_optimizer["step"]
         if isinstance(step, jax.Array) and not isinstance(step, Tracer) and step.is_deleted():

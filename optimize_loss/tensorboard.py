@@ -165,7 +165,7 @@ def _numbers(tag: str, value: Any) -> np.ndarray:
             "`metrics` must have a real scalar or a histogram (counts, edges) under each tag. "
             f"Received, under {tag!r}: {value!r:.200} of type {type(value).__name__}."
         )
-    return np.asarray(value, np.float64)
+    return np.asarray(jax.device_get(value), np.float64)
 
 
 def _is_real(value: Any) -> bool:

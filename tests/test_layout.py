@@ -14,6 +14,8 @@ PACKAGE = pathlib.Path(ol.__file__).parent
 FLOORS = {
     "_checks": 1,
     "_random": 1,
+    "_transfers": 1,
+    "_equal": 1,
     "_figure": 1,
     "_names": 2,
     "schedules": 2,
@@ -38,6 +40,7 @@ FLOORS = {
     "_skips": 5,
     "_steepest": 5,
     "_named_state": 5,
+    "_state_dict": 6,
     "_batches": 5,
     "_rules": 5,
     "_history": 5,

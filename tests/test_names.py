@@ -8,11 +8,12 @@ import equinox
 import haiku
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import linen, nnx
 
 import optimize_loss as ol
-from optimize_loss._names import first_matches, leaf_names
+from optimize_loss._names import first_matches, leaf_names, matching
 
 
 class Pair(NamedTuple):
@@ -82,6 +83,39 @@ PATTERNS = [
     ("head/* | scale", [2, 3]),
     (re.compile("b.as$"), [0, 2]),
 ]
+
+
+@pytest.mark.parametrize("pattern", ["dense/bias:0", "**/bias:0", "*/b*:0", "**:0", "x|**/bias:0"])
+def test_a_pattern_of_tensorflow_matches_names_of_tensorflow(pattern):
+    names = ["dense/bias:0", "dense/kernel:0"]
+    assert matching(pattern, names) == [True, pattern == "**:0"]
+
+
+def _loss(params, batch):
+    return sum(jnp.sum(x) for x in jax.tree.leaves(params)) * sum(jax.tree.leaves(batch))
+
+
+MIXED = {"body": [{1: np.ones(2, np.float32), "a": np.ones(2, np.float32)}]}
+ONE = {"w": np.ones(2, np.float32)}
+STEP = ol.optimize_loss(_loss, learning_rate=0.1)
+CHAIN = ol.transforms.chain(rate=ol.transforms.ScaleByLearningRate(0.1))
+MIXED_KEYS = {
+    "init": lambda: STEP.init(MIXED),
+    "explain": lambda: STEP.explain(MIXED),
+    "chain": lambda: CHAIN.init(MIXED),
+    "updates": lambda: CHAIN.update(MIXED, CHAIN.init(ONE), ONE),
+    "optimizer": lambda: ol.optimizers.SGD(0.1).init(MIXED),
+    "apply": lambda: ol.optimizers.SGD(0.1).apply(MIXED, MIXED),
+    "step": lambda: STEP(STEP.init(ONE), MIXED),
+    "many": lambda: STEP.many(STEP.init(ONE), MIXED),
+    "run": lambda: STEP.run(STEP.init(ONE), [MIXED]),
+}
+
+
+@pytest.mark.parametrize("call", MIXED_KEYS)
+def test_keys_that_cannot_be_sorted_are_named(call):
+    with pytest.raises(ol.InvalidType, match=r"the keys \[1, 'a'\] at .*\['body'\]\[0\]"):
+        MIXED_KEYS[call]()
 
 
 @pytest.mark.parametrize(("pattern", "hits"), PATTERNS)

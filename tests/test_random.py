@@ -13,6 +13,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import optimize_loss as ol
 from optimize_loss import _random
 from optimize_loss import transforms as T
 from tests.cases import on_eight_devices
@@ -254,3 +255,23 @@ def test_a_resumed_run_repeats_the_noise():
     params, state = pickle.loads(saved)
     resumed = train(build(), params, state, 5)
     jax.tree.map(np.testing.assert_array_equal, resumed, straight)
+
+
+@pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg", "threefry2x32"])
+def test_a_key_of_the_kind_that_jax_is_told_to_use(impl):
+    """Raw or typed, it gives the loss the same numbers; noise and rounding need none of it."""
+
+    def loss(params, batch, *, key):
+        return jnp.sum(params["w"] * jax.random.normal(key, (4,), jnp.bfloat16)).astype(jnp.float32)
+
+    options = {"gradient_noise_scale": 0.1, "precision": "bfloat16"}
+    step = ol.optimize_loss(loss, learning_rate=0.1, optimizer="SGD", **options)
+    params = {"w": jnp.ones(4, jnp.bfloat16)}
+    with jax.default_prng_impl(impl):
+        keys = [jax.random.PRNGKey(0), jax.random.key(0), None]
+        losses = [step.many(step.init(params, key=key), jnp.zeros(2)) for key in keys]
+    first, second, third = (np.asarray(metrics["loss"]) for _, metrics in losses)
+    np.testing.assert_array_equal(first, second)
+    np.testing.assert_array_equal(first, third)
+    with jax.default_prng_impl(impl), pytest.raises(ol.InvalidType, match="one random key"):
+        step.init(params, key=jnp.zeros(3, jnp.uint32))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from optimize_loss._checks import InvalidType, received
-from optimize_loss._names import same_leaves
+from optimize_loss._names import flatten, same_leaves
 from optimize_loss._trainable import Trainable, derivatives
 from optimize_loss.optimizers._config import plain, serialize
 from optimize_loss.optimizers._custom import undone_if_it_fails
@@ -262,7 +262,7 @@ class Optimizer(Stateful):
                 raise ValueError(
                     "`params` must be given unless the optimizer was built with variables."
                 )
-        if any(map(is_variable, jax.tree.leaves(params, is_leaf=is_variable))):
+        if any(map(is_variable, flatten(params, is_variable)[0])):
             return self.apply_gradients(_paired(grads, params))
         return self._apply_tree(grads, params, aggregates=True)
 

@@ -101,7 +101,8 @@ class Layout(Static):
                     found = groups.setdefault(f"numbers/{x.dtype.name}", [])
                     found.append((f"{link}/{name}", x.shape))
         numbers = [(key, Members(*zip(*found, strict=True))) for key, found in groups.items()]
-        return dataclasses.replace(self, numbers=tuple(numbers))
+        by_path = tuple((f"{key}/{members.digest}", members) for key, members in numbers)
+        return dataclasses.replace(self, numbers=by_path)
 
     def join_numbers(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """Return the state of a chain with its numbers in few arrays."""
@@ -189,6 +190,11 @@ def _layout_of(tree: Any, *rest: Any) -> Layout:
     return Layout(jax.tree.structure(tree), *rest)
 
 
+def shown_name(bucket: str) -> str:
+    """Return the name of a bucket as tables show it, without the digest of its members."""
+    return bucket.rpartition("/")[0]
+
+
 def is_bucket(node: Any) -> bool:
     """Return whether a node of a tree is a bucket."""
     return isinstance(node, Bucket)
@@ -233,10 +239,11 @@ def find_layout(
     by_itself = {name for name, t in zip(names, trained, strict=True) if t}
     of_buckets = set()
     for (dtype, _, _, is_trained), found in groups.items():
-        taken = {*names, *buckets}
+        taken = {*names, *map(shown_name, buckets)}
         texts = (f"bucket/{dtype.name}/{n}" for n in itertools.count())
         bucket = next(text for text in texts if text not in taken)
         members = Members(tuple(names[i] for i in found), tuple(leaves[i].shape for i in found))
+        bucket = f"{bucket}/{members.digest}"
         buckets[bucket] = members
         by_itself -= set(members.names)
         of_buckets |= {bucket} if is_trained else set()

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from optimize_loss._checks import InvalidType, TreeMismatch, check_single
+from optimize_loss._equal import same, structural_hash
+from optimize_loss._transfers import asked_for
 from optimize_loss.transforms import _numbers
 from optimize_loss.transforms._accumulate import with_losses
 from optimize_loss.transforms._arrays import from_host
@@ -61,7 +63,16 @@ class Chain(optax.GradientTransformationExtraArgs):
     def __iter__(self) -> Iterator[Any]:
         return iter((self.init, self.update))
 
+    def __eq__(self, other: object) -> bool:
+        if self is other or not isinstance(other, Chain):
+            return self is other
+        mine, theirs = ((x.links, x.precision) for x in (self, other))
+        return type(self) is type(other) and same(mine, theirs)
+
     __ne__ = object.__ne__  # that of tuples would compare the functions
+
+    def __hash__(self) -> int:
+        return structural_hash((self.links, self.precision))
 
     def __getnewargs__(self) -> tuple[Any, ...]:
         return self.links, self.precision
@@ -78,6 +89,7 @@ class Chain(optax.GradientTransformationExtraArgs):
         """Return the link of this name; of one for some parameters, the link itself."""
         return dict(self._linked())[name]
 
+    @asked_for()
     def init(self, params: Any) -> State:
         """Return the state before the first update.
 
@@ -161,6 +173,7 @@ class Chain(optax.GradientTransformationExtraArgs):
         """Return the hyperparameter `name` of every link that has it, at this step, by link."""
         return self._numbers.named(name, state, _step(state, schedule_step))
 
+    @asked_for()
     def set(self, state: State, **values: Any) -> State:
         """Return the state with other hyperparameters; nothing is traced anew.
 
@@ -196,6 +209,7 @@ class Chain(optax.GradientTransformationExtraArgs):
         """
         return self._numbers.find(name)
 
+    @asked_for()
     def averaged(self, state: State, params: Any) -> Any:
         """Return the parameters to use after training: an average, where a link keeps one.
 
@@ -216,6 +230,7 @@ class Chain(optax.GradientTransformationExtraArgs):
         taken = take_apart(params)
         return taken.unflatten(averaged(self._places(taken), state, taken))
 
+    @asked_for()
     def decoded(self, state: State, params: Any) -> State:
         """Return the state with all moments in float32, by slot, as without a precision.
 
@@ -250,16 +265,16 @@ class Chain(optax.GradientTransformationExtraArgs):
             )
         retraced = False
         for (name, old), (_, new) in zip(self.links, other.links, strict=True):
-            if old == new:
+            if same(old, new):
                 continue
-            if structure(old) != structure(new):
+            if not same(structure(old), structure(new)):
                 raise ValueError(
                     f"The link {name!r} must stay {old!r} but for its numbers. Received: {new!r}."
                 )
             link, numbers = other.link(name), self.link(name).numbers()
             for number, value in link.numbers().items():
                 before = numbers[number]
-                if value != before:
+                if not same(value, before):
                     retraced = retraced or callable(value) or callable(before)
                     changed = _numbers.replaced(
                         number, None, value, link.rule(number), state[name][number]

@@ -5,9 +5,12 @@ numbers are unsigned integers, of the same bits.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 HALF = 0x8000  # as the random bits of a number: it rounds to nearest, and up where that is a tie
 BLOCK = 256  # entries that share a scale in 8 bits
@@ -92,8 +95,13 @@ def from_e4m3(code: jax.Array) -> jax.Array:
 def block_scales(x: jax.Array) -> jax.Array:
     """Return for each block of entries, in C order, the scale that makes its largest one 448.
 
-    Where one is not finite, the scale is NaN, and so all of the block will be.
+    Where one is not finite, the scale is NaN, and so all of the block will be. Every device has
+    all scales.
     """
+    return _by_xla(_block_scales, x, PartitionSpec(), x)
+
+
+def _block_scales(x: jax.Array) -> jax.Array:
     x = jnp.pad(x.reshape(-1), (0, -x.size % BLOCK)).reshape(-1, BLOCK)
     # Not the largest of the sizes: XLA on CPU would make an array of these.
     largest = jnp.maximum(jnp.max(x, axis=1), -jnp.min(x, axis=1))
@@ -101,7 +109,27 @@ def block_scales(x: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(largest), scale, jnp.nan)
 
 
-def spread(scales: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Return for each entry of `shape` the scale of its block."""
-    each = jnp.broadcast_to(scales[:, None], (scales.size, BLOCK)).reshape(-1)
-    return each[: math.prod(shape)].reshape(shape)
+def spread(scales: jax.Array, like: jax.Array) -> jax.Array:
+    """Return for each entry of an array the scale of its block."""
+    shape = like.shape
+
+    def each(scales: jax.Array) -> jax.Array:
+        entries = jnp.broadcast_to(scales[:, None], (scales.size, BLOCK)).reshape(-1)
+        return entries[: math.prod(shape)].reshape(shape)
+
+    return _by_xla(each, like, None, scales)
+
+
+def _by_xla(
+    function: Callable[..., Any], like: jax.Array, spec: PartitionSpec | None, *arrays: jax.Array
+) -> Any:
+    """Return what a function returns, whose result is spread as `spec`, or else as `like`.
+
+    Blocks run across the axes of an array. Where its type tells how these are spread over devices,
+    the types inside do not follow.
+    """
+    sharding = getattr(jax.typeof(like), "sharding", None)
+    if sharding is None or all(part is None for part in sharding.spec):
+        return function(*arrays)
+    there = NamedSharding(sharding.mesh, sharding.spec if spec is None else spec)
+    return jax.sharding.auto_axes(function, out_sharding=there)(*arrays)

@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import hashlib
 import itertools
+import json
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -61,6 +63,16 @@ class Members(Static):
     def sizes(self) -> list[int]:
         """The number of elements of each."""
         return [math.prod(shape) for shape in self.shapes]
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Text that is another one for other names or shapes, the same in every process.
+
+        It stands in the path of the array: what saves trees by their paths then refuses to give
+        back the values of other parameters, as it would without a bucket.
+        """
+        text = json.dumps([self.names, self.shapes])
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     def join(self, parts: Sequence[Any]) -> Any:
         """Return one array of all parts, along the last axis; of nothing, nothing.

@@ -261,7 +261,7 @@ class Float8(Codec):
         roots = [jnp.sqrt(x) if s else x for x, s in zip(parts, squares, strict=True)]
         scales = [_codec.block_scales(x) for x in roots]
         codes = [
-            _codec.to_e4m3(x / _codec.spread(s, x.shape)).astype(jnp.uint16)
+            _codec.to_e4m3(x / _codec.spread(s, x)).astype(jnp.uint16)
             for x, s in zip(roots, scales, strict=True)
         ]
         both = codes[0].astype(jnp.uint8)
@@ -274,7 +274,7 @@ class Float8(Codec):
         scales = slots.pop(f"{name}_scale")
         shifts = [jnp.uint32(8), jnp.uint32(0)][-len(squares) :]
         roots = [
-            _codec.from_e4m3(both >> shift & jnp.uint32(0xFF)) * _codec.spread(scale, both.shape)
+            _codec.from_e4m3(both >> shift & jnp.uint32(0xFF)) * _codec.spread(scale, both)
             for shift, scale in zip(shifts, scales, strict=True)
         ]
         return [x * x if s else x for x, s in zip(roots, squares, strict=True)]

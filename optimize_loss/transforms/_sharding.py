@@ -7,7 +7,7 @@ section 5.1).
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -34,24 +34,40 @@ class Placement(Static):
     def __reduce__(self) -> Any:
         return Placement, ((None,) * len(self.shardings),)  # other processes have other devices
 
-    @property
-    def _is_explicit(self) -> bool:
-        """Whether types tell where arrays are, so that those of different places do not mix."""
-        return all(_is_explicit(x.mesh) for x in self.shardings if x is not None)
-
     def constrain(self, tree: Any) -> Any:
         """Return a tree of these leaves, which are to lie there in a compiled program."""
         leaves, treedef = jax.tree.flatten(tree)
         pairs = zip(leaves, self.shardings, strict=True)
-        put = jax.sharding.reshard if self._is_explicit else jax.lax.with_sharding_constraint
-        return treedef.unflatten([x if s is None else put(x, s) for x, s in pairs])
+        return treedef.unflatten([x if s is None else _put(x, s) for x, s in pairs])
 
     def run(self, function: Callable[..., Any], like: Any, *arguments: Any) -> Any:
-        """Return what a function returns, a tree as `like`, whose leaves are to lie there."""
-        if not self._is_explicit or any(sharding is None for sharding in self.shardings):
+        """Return what a function returns, a tree as `like`, whose leaves are to lie there.
+
+        Where types tell how arrays are spread over an axis, those that are spread otherwise do not
+        mix: inside of the function, they do not tell.
+        """
+        placed = [x for x in self.shardings if x is not None]
+        if len(placed) < len(self.shardings) or not any(_explicit(x.mesh) for x in placed):
             return self.constrain(function(*arguments))
-        there = jax.tree.structure(like).unflatten(self.shardings)
-        return jax.sharding.auto_axes(function, out_sharding=there)(*arguments)
+        there = jax.tree.structure(like).unflatten([_over(x, _explicit(x.mesh)) for x in placed])
+        return self.constrain(jax.sharding.auto_axes(function, out_sharding=there)(*arguments))
+
+
+def _put(leaf: Any, sharding: NamedSharding) -> Any:
+    """Return a leaf that is to lie there: over explicit axes by its type, over others for XLA."""
+    explicit = _explicit(sharding.mesh)
+    if explicit:
+        leaf = jax.sharding.reshard(leaf, _over(sharding, explicit))
+    if set(sharding.mesh.axis_names) - explicit:
+        rest = _over(sharding, set(sharding.mesh.axis_names) - explicit)
+        leaf = jax.lax.with_sharding_constraint(leaf, rest)
+    return leaf
+
+
+def _over(sharding: NamedSharding, names: Collection[str]) -> NamedSharding:
+    """Return a sharding without the axes that have other names."""
+    parts = (tuple(name for name in _axes(part) if name in names) for part in sharding.spec)
+    return NamedSharding(sharding.mesh, PartitionSpec(*map(_part, parts)))
 
 
 def placement_of(tree: Any) -> Placement:
@@ -167,13 +183,15 @@ class _Spread:
             if slot.size and slot.shape[i] % parts == 0:
                 axes[i] = (*axes[i], self.axis)
                 break
-        while axes and not axes[-1] and not _is_explicit(self.mesh):
+        while axes and not axes[-1] and _explicit(self.mesh) < {*self.mesh.axis_names}:
             axes.pop()  # as results are written: what differs is compiled again
         return NamedSharding(self.mesh, PartitionSpec(*(_part(part) for part in axes)))
 
 
-def _is_explicit(mesh: Mesh | AbstractMesh) -> bool:
-    return all(kind == AxisType.Explicit for kind in mesh.axis_types)
+def _explicit(mesh: Mesh | AbstractMesh) -> set[str]:
+    """Return the axes of which types tell how arrays are spread over them."""
+    pairs = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return {name for name, kind in pairs if kind == AxisType.Explicit}
 
 
 def _part(axes: tuple[str, ...]) -> Any:

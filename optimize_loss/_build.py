@@ -198,7 +198,7 @@ def optimize_loss(
     links |= _metrics.observed(chosen, clips(own) | options.clip_links(clip_gradients))
     if moving_average_decay is not None:
         check_number("moving_average_decay", moving_average_decay, DECAY)
-        links["loss_mean"] = AverageLoss(moving_average_decay)
+        links["loss_mean"] = AverageLoss(moving_average_decay, "loss/mean")
     around = Around(skip, loss_scale, accumulate, ema, lookahead, sam, plateau)
     inner = options.joined(links, with_rules(own, resolve(optimizer, rate), rate))
     seed = check_integer("seed", seed, SEED)

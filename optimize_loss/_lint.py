@@ -12,6 +12,8 @@ from optimize_loss._checks import AT_LEAST_1, check_integer
 from optimize_loss._rules import Rules
 from optimize_loss.schedules import evaluate
 from optimize_loss.transforms import (
+    AddNoise,
+    AddWeightDecay,
     ClipByAdaptiveNorm,
     ClipByGlobalNorm,
     ClipByNorm,
@@ -19,6 +21,7 @@ from optimize_loss.transforms import (
     Link,
     MultiplyGradients,
     RoundParams,
+    ShrinkParams,
 )
 from optimize_loss.transforms._base import number_rules
 
@@ -217,8 +220,8 @@ def _unused(
 ) -> Iterator[str]:
     of_rows = rules.index([row.name for row in rows])
     replaced = {
-        "weight_decay": any(hasattr(link, "weight_decay") for _, link, _ in links),
-        "noise_scale": any(name == "gradient_noise" for name, _, _ in links),
+        "weight_decay": any(isinstance(x, ShrinkParams | AddWeightDecay) for _, x, _ in links),
+        "noise_scale": any(isinstance(link, AddNoise) for _, link, _ in links),
     }
     for i, (text, own) in enumerate(zip(rules.texts, rules.options, strict=True)):
         mine = [row for row, j in zip(rows, of_rows, strict=True) if j == i]

@@ -11,6 +11,7 @@ A link is one transformation of the gradients, written as a few small functions:
     leaf(update, slots, param, k)          one array in, one array and the new slots out
     factor(k)                              in place of `leaf`, if all it does is multiply
     move(param, k)                         what the parameter moves by before the links behind
+    report(name, parts)                    what `optimize_loss` reports of it: {metric: array}
 
 Most links need two or three. `chain` computes the totals, then the scalars, then runs the leaf
 functions of all its links in one pass over the parameters.
@@ -101,6 +102,7 @@ class Link:
         leaf(update, slots, param, k)          one array in, one array and the new slots out
         factor(k)                              in place of `leaf`, if all it does is multiply
         move(param, k)                         what the parameter moves by before the links behind
+        report(name, parts)                    what `optimize_loss` reports of it: {metric: array}
 
     and set the class attributes `needs`, `borrows`, `observes`, `gates`, `needs_stored`,
     `means`, `squares`, `elementwise`, `scales_moves`, `reads_params` where they differ from the
@@ -126,18 +128,10 @@ class Link:
     """What `scalars` receives as `total` where there is no `measure`: the L2 norm of all updates
     at this place in the chain, safe from overflow; the loss of this step; a pair of the loss and
     the weight that it came with, as given, each None where there is none; or, for guards, the
-    `Health` of the step."""
+    `Health` of the step. A link with "health" stands before all gates and loss scales."""
 
     borrows: ClassVar[tuple[str, ...]] = ()
     """Numbers of other links that `scalars` receives with its own, such as `learning_rate`."""
-
-    lowers: ClassVar[tuple[str, ...]] = ()
-    """Numbers that are multiplied, in all links that have them, by the `scale` in its memory."""
-
-    judges: ClassVar[bool] = False
-    """True where `scalars` receives the `loss_scale` of all links with its numbers, if there is
-    one, whether it `scale_shrinks`, if it is dynamic, and whether the `schedules_hold`, if there
-    are any. Such a link stands before all gates and loss scales."""
 
     observes: ClassVar[bool] = False
     """True where `leaf` returns the update as it came."""
@@ -145,7 +139,8 @@ class Link:
     gates: ClassVar[bool] = False
     """True where `scalars` returns `open`, a bool, among what `leaf` needs. Unless it is true, the
     links behind do not run: parameters, their slots and the count of updates stay as they are.
-    Where there is a `loss_behind` among it, too, that is the loss which these links see."""
+    Of a gate that needs "loss_and_weight", a `loss_behind` among it is the loss which these links
+    see, and `empty_behind` tells whether nothing was gathered, so that they keep their memory."""
 
     needs_stored: ClassVar[bool] = False
     """True where `leaf` must see an update after which the parameter is as it will be stored,
@@ -251,6 +246,17 @@ class Link:
     def move(self, param: jax.Array, k: Numbers) -> jax.Array:
         """Return what is added to the parameter before the links behind see it."""
         raise NotImplementedError
+
+    def report(self, name: str, parts: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what `optimize_loss` reports of the link after a step, by metric.
+
+        A metric that several links report has "/" and the link's name behind its own.
+
+        Args:
+          name: of the link.
+          parts: its state: numbers, memory and slots by name, slots as trees like the parameters.
+        """
+        return {}
 
     def averaged(self, param: jax.Array, slots: Slots, numbers: Numbers) -> jax.Array:
         """Return the parameter to use after training, where the link keeps a better one."""

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from optimize_loss.transforms._base import Link, Numbers, abs_squared, norm, sqrt
+from optimize_loss.transforms._health import Outlook
 from optimize_loss.transforms._leaf import PASS, Leaf, Links, Owner, for_all, update_behind
 
 # For leaves of these numbers, Σ|u|² of each.
@@ -24,6 +25,8 @@ class Settings(NamedTuple):
     weight: jax.Array | None  # that the loss came with
     dtype: Any  # of numbers that are not one parameter's
     squares: Squares  # found by passes before, and by this one, of updates as they come to it
+    outlook: Outlook  # what guards are told of the chain
+    empty: jax.Array | None  # whether there was nothing in the batch, whose numbers mean nothing
 
 
 class Norms:

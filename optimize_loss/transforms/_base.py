@@ -81,7 +81,9 @@ def check_fields(options: Any) -> None:
             check_flags(**{field.name: getattr(options, field.name)})
 
 
-_ON_LEAVES = {"slots", "measure", "for_each", "factor", "leaf", "move", "averaged", "rounded"}
+_ON_LEAVES = {
+    "slots", "measure", "for_each", "factor", "leaf", "narrow_leaf", "move", "averaged", "rounded",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +220,7 @@ class Link:
 
     def rounded(self, update: jax.Array, param: jax.Array, dtype: Any, k: Numbers) -> jax.Array:
         """Return the update to what is stored as `dtype`; for links that are `needs_stored`."""
-        return (param + update).astype(dtype).astype(param.dtype) - param
+        return stored_as(param + update, dtype) - param
 
     def check_names(self, names: Sequence[str]) -> None:
         """Raise a `ValueError` if a pattern of this link matches none of the parameters."""
@@ -242,6 +244,15 @@ class Link:
         """Return the new update and the new slots of one parameter, in float32 or wider."""
         multiplies = self.multiplies and not self.gates
         return (update * self.factor(k) if multiplies else update), slots
+
+    def narrow_leaf(
+        self, update: jax.Array, slots: Slots, param: jax.Array, k: Numbers, dtype: Any
+    ) -> tuple[jax.Array, Slots]:
+        """Return what `leaf` does, for a parameter that is stored as a `dtype` of few bits.
+
+        For links that must know the parameter better than its 16 bits or fewer tell.
+        """
+        return self.leaf(update, slots, param, k)
 
     def move(self, param: jax.Array, k: Numbers) -> jax.Array:
         """Return what is added to the parameter before the links behind see it."""
@@ -344,6 +355,11 @@ def is_transformation(made: Any) -> bool:
     return not isinstance(made, type) and (isinstance(made, Link) or has_both)
 
 
+def is_narrow(dtype: Any) -> bool:
+    """Return whether numbers of `dtype` are floats of fewer than 32 bits."""
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
+
+
 def compute_dtype(dtype: Any) -> np.dtype:
     """Return the dtype in which leaves of `dtype` are computed: at least 32 bits a number."""
     return jnp.dtype(jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype)
@@ -357,6 +373,16 @@ def real_dtype(dtype: Any) -> np.dtype:
 def zeros(param: jax.Array) -> jax.Array:
     """Return zeros like `param`, float32 or wider, sharded as it is: memory for a mean."""
     return jnp.zeros_like(param, dtype=compute_dtype(param.dtype))
+
+
+def copy(param: jax.Array) -> jax.Array:
+    """Return a copy of `param`, float32 or wider: memory for what begins at the parameter."""
+    return jnp.array(param, dtype=compute_dtype(param.dtype), copy=True)
+
+
+def stored_as(x: jax.Array, dtype: Any) -> jax.Array:
+    """Return the nearest numbers that `dtype` has, in the dtype of `x`."""
+    return x.astype(dtype).astype(x.dtype)
 
 
 def full(param: jax.Array, value: float = 0.0) -> jax.Array:

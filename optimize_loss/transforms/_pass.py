@@ -152,9 +152,12 @@ def own_slots(
 ) -> dict[str, jax.Array]:
     """Return the slots that a link has for the parameter numbered `j`."""
     own = {slot: x[j] for slot, x in slots.items()} if place.takes[j] else {}
-    if any(place.codecs):  # other parameters may have other slots, and a pass checks them
+    missing = [slot for slot, x in own.items() if x is None]
+    if missing:  # other parameters may have other slots, and a pass checks those that are encoded
+        made = () if any(place.codecs) else jax.eval_shape(place.link.slots, params.leaves[j])
+        missing = [slot for slot in missing if slot in made]
         own = {slot: x for slot, x in own.items() if x is not None}
-    if missing := [slot for slot, x in own.items() if x is None]:
+    if missing:
         raise TreeMismatch(
             f"`state` has no {missing} for the parameter {params.names[j]!r} in the link "
             f"{place.name!r}: it was made for other parameters."

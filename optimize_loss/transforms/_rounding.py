@@ -19,11 +19,12 @@ class RoundParams(Link):
 
         p + u between a and b:  b with probability (p + u - a) / (b - a), else a
 
-    For floats of 16 bits and fewer; other parameters pass. Rounded to nearest, updates of less than half
-    a unit in the last place, 0.2 % of a bfloat16, are lost; so the mean of what they lead to is
-    right. The random bits are a function of the seed, the parameter's name, the number of updates
-    made and the index of the entry. Stands behind all that changes the update; with `update`,
-    what is returned is the difference to the rounded sum. NaN and infinity stay what they are.
+    For floats of 16 bits and fewer; other parameters pass. Rounded to nearest, updates of less than
+    half a unit in the last place, 0.2 % of a bfloat16, are lost; so the mean of what they lead to
+    is right. The random bits are a function of the seed, the parameter's name, the number of
+    updates made and the index of the entry. Stands behind all that changes the update; with
+    `update`, what is returned is the difference to the rounded sum. NaN and infinity stay what
+    they are.
 
     Args:
       seed: an integer in [0, 2**32).

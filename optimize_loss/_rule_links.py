@@ -185,15 +185,15 @@ def _with_decay(rules: Rules, group: _Group) -> Links:
     place = next(iter(own), None) or next(
         (n for n, x in linked(group.links) if not isinstance(x, _CLIPS)), None
     )
-    new: Links = {}
+    new: list[Links] = []
     for name, old in group.links.items():
         if name == place:
-            new = merged(new, {f"{group.prefix}rules.weight_decay": entry})
+            new.append({f"{group.prefix}rules.weight_decay": entry})
         if name not in own:
-            new[name] = old
+            new.append({name: old})
         elif chosen != group.indices:
-            new[name] = _only(rules, _without(rules, chosen), old)
-    return new
+            new.append({name: _only(rules, _without(rules, chosen), old)})
+    return merged(*new)
 
 
 _CLIPS = (ClipByValue, ClipByNorm, ClipByGlobalNorm)

@@ -26,7 +26,7 @@ RULES: dict[str, Any] = {
     "lamb": optim.Lamb(0.01),
     "rmsprop": optim.RMSprop(0.01, centered=True),
     "adagrad": optim.Adagrad(0.1),
-    "adadelta": optim.Adadelta(5.0),
+    "adadelta": optim.Adadelta(1.0),
     "adafactor": optim.Adafactor(0.03),
     "ftrl": optim.Ftrl(0.5),
     "muon": optim.Muon(0.02, weight_decay=None, adam_weight_decay=None),
@@ -34,7 +34,6 @@ RULES: dict[str, Any] = {
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     "stochastic": {"precision": "bfloat16"},
-    "lookahead": {"lookahead": 3},
     "lookahead-stochastic": {"lookahead": 3, "precision": "bfloat16"},
     "ema-stochastic": {"ema": 0.9, "precision": "bfloat16"},
 }

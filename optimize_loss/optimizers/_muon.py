@@ -57,21 +57,21 @@ def in_stacks(names: Sequence[str], leaves: Sequence[Any]) -> list[bool]:
     It is where a parameter of three axes or more has the same first axis: one beside it, or one
     of a subtree in which all have this first axis, as `jax.lax.scan` over layers needs it.
     """
-    shapes = [tuple(leaf.shape) for leaf in leaves]
     firsts: dict[str, set[tuple[int, ...]]] = {}  # the first axes in each subtree
-    stacks: dict[str, set[tuple[int, ...]]] = {}  # and those of three axes or more
-    for name, shape in zip(names, shapes, strict=True):
-        for tree in _trees(name):
+    stacks: dict[str, set[tuple[int, ...]]] = {}  # those of three axes or more
+    beside: dict[str, set[tuple[int, ...]]] = {}  # and those that are not in a smaller subtree
+    pairs = [(_trees(name), tuple(x.shape)) for name, x in zip(names, leaves, strict=True)]
+    for trees, shape in pairs:
+        first = {shape[:1]} if len(shape) > 2 else set()
+        beside.setdefault(trees[0], set()).update(first)
+        for tree in trees:
             firsts.setdefault(tree, set()).add(shape[:1])
-            stacks.setdefault(tree, set()).update([shape[:1]] if len(shape) > 2 else [])
-
-    def is_stacked(name: str, first: tuple[int, ...]) -> bool:
-        beside, *above = _trees(name)
-        return first in stacks[beside] or any(
-            first in stacks[tree] and len(firsts[tree]) == 1 for tree in above
-        )
-
-    return [is_stacked(name, shape[:1]) for name, shape in zip(names, shapes, strict=True)]
+            stacks.setdefault(tree, set()).update(first)
+    return [
+        shape[:1] in beside[trees[0]]
+        or any(firsts[tree] == {shape[:1]} <= stacks[tree] for tree in trees)
+        for trees, shape in pairs
+    ]
 
 
 def _trees(name: str) -> list[str]:

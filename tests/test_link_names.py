@@ -10,7 +10,7 @@ import pytest
 
 import optimize_loss as ol
 
-T: Any = ol.transforms
+T = ol.transforms
 TAKEN = ("gradient_norm", "clipped_gradient_norm", "gradient_norms", "gradient_histograms")
 OTHERS = ("loss_mean", "loss_scale", "sam", "skip", "plateau", "accumulate", "clip", "rate", "ema")
 
@@ -131,6 +131,8 @@ def test_a_rate_is_called_otherwise_where_its_name_is_taken():
 
 class Named(ol.optimizers.SGD):
     """An optimizer of a user whose first link has any name."""
+
+    link_name = ""
 
     def links(self):
         return {self.link_name: T.ClipByGlobalNorm(1.0), "by": T.ScaleByLearningRate(self.rate)}

@@ -149,8 +149,8 @@ def optimize_loss(
       plateau: an `ol.transforms.ReduceOnPlateau`, which lowers the learning rate where the loss
         does not fall; its factor is the metric `plateau_scale`.
       precision: how exactly the optimizer's moments are kept: "bfloat16", half of the memory, or
-        "float8", a quarter. Parameters of bfloat16 and float16 are then rounded stochastically, so
-        that small updates are not lost. `ol.Precision` has more choices and all conditions;
+        "float8", a quarter. Parameters of 16 bits or fewer are then rounded stochastically, so that
+        small updates are not lost. `ol.Precision` has more choices and all conditions;
         `state.decoded` shows the moments in float32. None, or "float32", changes nothing.
       shard_state: the name of an axis of the mesh that the parameters are on: each device along it
         keeps and updates its part of every slot, and gathers the new parameters (ZeRO-1). A slot
@@ -198,7 +198,7 @@ def optimize_loss(
     links |= _metrics.observed(chosen, clips(own) | options.clip_links(clip_gradients))
     if moving_average_decay is not None:
         check_number("moving_average_decay", moving_average_decay, DECAY)
-        links["loss_mean"] = AverageLoss(moving_average_decay)
+        links["loss_mean"] = AverageLoss(moving_average_decay, "loss/mean")
     around = Around(skip, loss_scale, accumulate, ema, lookahead, sam, plateau)
     inner = options.joined(links, with_rules(own, resolve(optimizer, rate), rate))
     seed = check_integer("seed", seed, SEED)

@@ -55,7 +55,9 @@ class Explanation:
     total_bytes: int
 
     def __str__(self) -> str:
-        heads = ("parameter", "shape", "dtype", "rule", "rate", "decay", "state", "place")
+        heads = (
+            "parameter", "shape", "dtype", "rule", "moved by", "rate", "decay", "state", "place",
+        )  # fmt: skip
         table = [heads, *map(_cells, self.rows)]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = [
@@ -80,7 +82,8 @@ def _cells(row: Row) -> tuple[str, ...]:
         rate += f" × {row.multiplier:.3g}"
     shape = " × ".join(map(str, row.shape)) or "scalar"
     rest = (rate, f"{row.weight_decay:.3g}") if row.trained else ("not trained", "")
-    return row.name, shape, row.dtype, row.rule or "", *rest, f"{row.state_bytes:,}", row.place
+    first = row.name, shape, row.dtype, row.rule or "", ", ".join(row.moved_by)
+    return *first, *rest, f"{row.state_bytes:,}", row.place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,9 +120,9 @@ class _Made(NamedTuple):
 def explain(setup: Setup, params: Any) -> Explanation:
     """Return what a step will do with these parameters, with values or without."""
     made = _made(setup, params)
-    rows = tuple(_rows(setup, made))
     has_slots = _has_slots(setup.chain, made.state)
     links = [(n, link, has_slots[n] or _has_rate(link)) for n, link in _linked(setup.chain)]
+    rows = tuple(_rows(setup, made, _movers(setup.chain, has_slots)))
     param_bytes, state_bytes = sum(row.param_bytes for row in rows), _bytes(made.state)
     sizes = [(math.prod(row.shape), row.trained) for row in rows]
     return Explanation(
@@ -194,6 +197,20 @@ def _has_slots(chain: Chain, state: dict[str, Any]) -> dict[str, bool]:
     return found
 
 
+def _movers(chain: Chain, has_slots: dict[str, bool]) -> dict[str, bool]:
+    """Return the links that make the updates, and for each whether it has memory for parameters.
+
+    The others of them have the rate.
+    """
+    found = {}
+    for name, link in _linked(chain):
+        ours = isinstance(link, Link)
+        looks = ours and (link.observes or (link.averages and not _has_rate(link)))
+        if not looks and (has_slots[name] or _has_rate(link)):
+            found[name] = has_slots[name]
+    return found
+
+
 def _described(link: Any) -> str:
     """Return a link with its numbers, as it would be written."""
     if not isinstance(link, Link):
@@ -206,7 +223,7 @@ def _short(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else repr(value)
 
 
-def _rows(setup: Setup, made: _Made) -> Iterator[Row]:
+def _rows(setup: Setup, made: _Made, movers: dict[str, bool]) -> Iterator[Row]:
     trainable, rules = made.trainable, setup.rules
     leaves, names = jax.tree.leaves(trainable.params), leaf_names(trainable.params)
     buckets = made.layout.buckets if made.layout else ()
@@ -218,6 +235,8 @@ def _rows(setup: Setup, made: _Made) -> Iterator[Row]:
         names, leaves, trainable.marks, rules.index(names), strict=True
     ):
         own = numbers.get(name, {})
+        links = tuple(own.get("links", ()))
+        moving = [link for link in links if link in movers]
         spread = f"slots over {setup.spread!r}" if setup.spread and trained else ""
         yield Row(
             name=name,
@@ -225,6 +244,8 @@ def _rows(setup: Setup, made: _Made) -> Iterator[Row]:
             dtype=leaf.dtype.name,
             trained=trained,
             rule=texts[i],
+            links=links,
+            moved_by=tuple(link for link in moving if movers[link]) or tuple(moving),
             learning_rate=own.get("learning_rate"),
             schedule=own.get("schedule"),
             multiplier=own.get("multiplier", 1.0),
@@ -260,15 +281,17 @@ def _slot_bytes(chain: Chain, trainable: Trainable, state: dict[str, Any]) -> di
 
 
 def _numbers(setup: Setup, trainable: Trainable) -> dict[str, dict[str, Any]]:
-    """Return for each trained parameter its rate, multiplier and decay, at the first step."""
+    """Return for each trained parameter its links, and rate, multiplier and decay at first."""
     chain, first = setup.chain, setup.horizon.first
     taken = take_apart(trainable.tree(trainable.leaves))
-    found: dict[str, dict[str, Any]] = {name: {} for name in taken.names}
+    found: dict[str, dict[str, Any]] = {name: {"links": []} for name in taken.names}
     marks = [True] * len(taken.names)
     for name, entry in chain.links:
         link = chain.link(name)
         meant = takes(name, entry, taken, marks)
         here = [n for n, t in zip(taken.names, meant, strict=True) if t]
+        for parameter in here:
+            found[parameter]["links"].append(name)
         for key, value in _of_link(link, here, first):
             for parameter, number in value.items():
                 found[parameter][key] = number

@@ -136,7 +136,9 @@ def _with_seed(state: TrainState, seed: int, init: Callable[[Any], Any] | None) 
     Raises:
       ValueError: nothing in it is random.
     """
-    numbers = {"/".join(n): seed for n in state.chain.all_numbers() if n[1] == "seed"}
+    chain = state.chain
+    kinds = {name: chain.link(name[0]).rule(name[1]).kind for name in chain.all_numbers()}
+    numbers = {"/".join(name): seed for name, kind in kinds.items() if kind == "seed"}
     if state.key is None and not numbers and init is None:
         raise ValueError(
             "`seeds` must make a difference: the loss takes no `key`, there is no gradient noise, "

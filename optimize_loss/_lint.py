@@ -10,8 +10,11 @@ import numpy as np
 
 from optimize_loss._checks import AT_LEAST_1, check_integer
 from optimize_loss._rules import Rules
+from optimize_loss.optimizers._muon import in_stacks
 from optimize_loss.schedules import evaluate
 from optimize_loss.transforms import (
+    AddNoise,
+    AddWeightDecay,
     ClipByAdaptiveNorm,
     ClipByGlobalNorm,
     ClipByNorm,
@@ -19,11 +22,16 @@ from optimize_loss.transforms import (
     Link,
     MultiplyGradients,
     RoundParams,
+    ScaleByMuon,
+    ShrinkParams,
+    chain,
 )
-from optimize_loss.transforms._base import number_rules
+from optimize_loss.transforms._base import TreeLink, is_narrow, number_rules
+from optimize_loss.transforms._places import has_rate
 
 CLIPS = (ClipByAdaptiveNorm, ClipByGlobalNorm, ClipByNorm, ClipByValue)
 POINTS = 64  # of a schedule at once
+TRIED = 32  # steps of a rule, to see whether its updates are lost
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +44,8 @@ class Row:
       dtype: name of its dtype.
       trained: whether it gets gradients.
       rule: the pattern of its rule; None without one.
+      links: the names of the links that it passes through; none if it is not trained.
+      moved_by: of these, those that make its update: with memory for it, or else with the rate.
       learning_rate: the rate at the first step, without the multiplier; None if it is not known,
         as that of an optax transformation, or not trained.
       schedule: of the rate, if it goes by one.
@@ -51,6 +61,8 @@ class Row:
     dtype: str
     trained: bool
     rule: str | None
+    links: tuple[str, ...]
+    moved_by: tuple[str, ...]
     learning_rate: float | None
     schedule: Any
     multiplier: float | tuple[float, ...]
@@ -108,8 +120,8 @@ def lint(
         schedule = _Schedule(rate)
         peaks[rate] = schedule.peak(horizon)
         yield from _of_schedule(names, schedule, horizon)
-    if not any(isinstance(link, RoundParams) for _, link, _ in links):
-        yield from _narrow(rows, peaks)
+    yield from _narrow(rows, links, peaks)
+    yield from _stacked(rows, links)
     yield from _clipped_late(links)
     yield from _unused(rows, links, rules)
 
@@ -129,23 +141,76 @@ def _decayed(rows: Sequence[Row]) -> Iterator[str]:
         )
 
 
-def _narrow(rows: Sequence[Row], peaks: Mapping[Any, float]) -> Iterator[str]:
+def _narrow(
+    rows: Sequence[Row], links: Sequence[tuple[str, Any, bool]], peaks: Mapping[Any, float]
+) -> Iterator[str]:
+    rounding = {name for name, link, _ in links if isinstance(link, RoundParams)}
+    rules = {name: link for name, link, is_rule in links if is_rule and _can_be_tried(link)}
+    known: dict[Any, bool] = {}
     found = []
     for row in rows:
-        if not row.trained or not jnp.issubdtype(dtype := jnp.dtype(row.dtype), jnp.floating):
+        if not (row.trained and is_narrow(jnp.dtype(row.dtype))) or rounding & {*row.links}:
             continue
-        if dtype.itemsize > 2:
-            continue
-        rate = max(row.learning_rate or 0.0, peaks.get(row.schedule, 0.0)) * float(
-            np.max(row.multiplier)
-        )
-        if row.learning_rate is None or rate < float(jnp.finfo(dtype).eps) / 2:
-            found.append(row.name)
+        peak = max(row.learning_rate or 0.0, peaks.get(row.schedule, 0.0))
+        rate = peak * float(np.max(row.multiplier))
+        mine = {name: rules[name] for name in row.links if name in rules}
+        key = (*mine, row.dtype, min(len(row.shape), 2), rate)
+        if row.learning_rate is None or not mine.keys() >= {*row.moved_by}:
+            known[key] = rate < float(jnp.finfo(row.dtype).eps) / 2
+        elif key not in known:
+            known[key] = _stands_still(mine, row.dtype, min(len(row.shape), 2), rate)
+        found += [row.name] if known[key] else []
     if found:
         yield (
             f"16-bit parameters may stand still: {shown(found)}. Without stochastic rounding, an "
             "update below half of their precision is lost. Keep them in float32, or give "
             "`precision`, which has them rounded stochastically."
+        )
+
+
+def _can_be_tried(link: Any) -> bool:
+    """Return whether a link makes an update of one parameter alone, and does not only average."""
+    is_plain = isinstance(link, Link) and not isinstance(link, TreeLink)
+    return is_plain and (has_rate(link) or not link.averages)
+
+
+def _stands_still(links: Mapping[str, Any], dtype: str, rank: int, rate: float) -> bool:
+    """Return whether a few steps of gradients of size 1 move a parameter of size 1.5 hardly.
+
+    That is by less than a quarter of what they move it by in float32. The matrix is orthogonal, so
+    that rules for matrices make the update of usual size.
+    """
+    signs = np.array([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]], np.float32)
+    grads = signs if rank == 2 else signs[1] if rank else signs[0, 0]
+    tx = chain(**links)
+
+    @jax.jit
+    def moved(param: jax.Array) -> jax.Array:
+        state = tx.init(param)
+        for name in (name for name, link in links.items() if has_rate(link)):
+            state = tx.set(state, **{f"{name}/learning_rate": rate})
+        g = jnp.asarray(grads, param.dtype)
+        new, _ = jax.lax.fori_loop(
+            0, TRIED, lambda _, now: tx.apply(g, now[1], now[0]), (param, state)
+        )
+        return jnp.mean(jnp.abs(new.astype(jnp.float32) - 1.5))
+
+    wanted, got = (float(moved(jnp.full(grads.shape, 1.5, x))) for x in (jnp.float32, dtype))
+    return got <= wanted / 4
+
+
+def _stacked(rows: Sequence[Row], links: Sequence[tuple[str, Any, bool]]) -> Iterator[str]:
+    """Yield that matrices of stacked layers are not Muon's, where their biases tell a stack."""
+    muon = {name for name, link, _ in links if isinstance(link, ScaleByMuon)}
+    mine = [row for row in rows if row.trained] if muon else []
+    marks = in_stacks([row.name for row in mine], mine)
+    stacked = [row for row, mark in zip(mine, marks, strict=True) if mark]
+    lengths = {row.shape[0] for row in stacked if len(row.shape) == 2}
+    left = [x for x in stacked if len(x.shape) > 2 and x.shape[0] in lengths]
+    if found := [row.name for row in left if not muon & {*row.moved_by}]:
+        yield (
+            f"Muon leaves stacked matrices to another rule: {shown(found)}. It is for parameters "
+            "of two axes: make each layer a parameter of its own, or choose another optimizer."
         )
 
 
@@ -217,8 +282,8 @@ def _unused(
 ) -> Iterator[str]:
     of_rows = rules.index([row.name for row in rows])
     replaced = {
-        "weight_decay": any(hasattr(link, "weight_decay") for _, link, _ in links),
-        "noise_scale": any(name == "gradient_noise" for name, _, _ in links),
+        "weight_decay": any(isinstance(x, ShrinkParams | AddWeightDecay) for _, x, _ in links),
+        "noise_scale": any(isinstance(link, AddNoise) for _, link, _ in links),
     }
     for i, (text, own) in enumerate(zip(rules.texts, rules.options, strict=True)):
         mine = [row for row, j in zip(rows, of_rows, strict=True) if j == i]

@@ -1,24 +1,16 @@
 """What a training step reports, under contrib's tags."""
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from optimize_loss._checks import InvalidType, check_choice, received
-from optimize_loss._names import leaf_names
 from optimize_loss.schedules import evaluate
-from optimize_loss.transforms import (
-    Chain,
-    ClipByAdaptiveNorm,
-    DivideByDynamicLossScale,
-    ObserveHistograms,
-    ObserveNorm,
-    ObserveNorms,
-    ReduceOnPlateau,
-)
-from optimize_loss.transforms._guard import guard_of
+from optimize_loss.transforms import Chain, Link, ObserveHistograms, ObserveNorm, ObserveNorms
+from optimize_loss.transforms._places import linked, merged
 
 OPTIMIZER_SUMMARIES = (
     "learning_rate",
@@ -55,49 +47,52 @@ def observed(summaries: tuple[str, ...], clip: Links) -> Links:
     """Return the links for clipping, with those around them that observe what is asked for."""
     links: Links = {}
     if {"gradient_norm", "global_gradient_norm"} & set(summaries):
-        links = {"gradient_norm": ObserveNorm(), **clip}
-        if clip:
-            links["clipped_gradient_norm"] = ObserveNorm()
+        before = {"gradient_norm": ObserveNorm("global_norm/gradient_norm")}
+        behind = {"clipped_gradient_norm": ObserveNorm("global_norm/clipped_gradient_norm")}
+        links = merged(before, clip, behind if clip else {})
     else:
         links = dict(clip)
     if "gradient_norm" in summaries:
-        links["gradient_norms"] = ObserveNorms()
+        links["gradient_norms"] = ObserveNorms("gradient_norm")
     if "gradients" in summaries:
-        links["gradient_histograms"] = ObserveHistograms()
+        links["gradient_histograms"] = ObserveHistograms(metric="gradients")
     return links
 
 
-def read(chain: Chain, state: dict[str, Any]) -> dict[str, Any]:
-    """Return what the observing links of a chain have put into its state, by contrib's tags.
+def read(chain: Chain, state: dict[str, Any], taken: Collection[str]) -> dict[str, Any]:
+    """Return what the links of a chain report, and the loss scale if it changes by itself.
 
     Scalars are arrays without dimensions, histograms pairs (counts, edges).
+
+    Args:
+      chain: the links.
+      state: their state, after the step.
+      taken: the metrics that are there already.
+
+    Raises:
+      ValueError: a link reports one of these.
     """
-    metrics: dict[str, Any] = {}
-    for name in ("gradient_norm", "clipped_gradient_norm"):
-        if name in state:
-            metrics[f"global_norm/{name}"] = state[name]["norm"]
-    if "gradient_norms" in state:
-        norms = state["gradient_norms"]["norm"]
-        metrics |= _by_name("gradient_norm", norms, jax.tree.leaves(norms))
-    if "gradient_histograms" in state:
-        counts, edges = (state["gradient_histograms"][slot] for slot in ("counts", "edges"))
-        pairs = zip(jax.tree.leaves(counts), jax.tree.leaves(edges), strict=True)
-        metrics |= _by_name("gradients", counts, pairs)
-    if guard := guard_of(chain.links):
-        metrics |= {n: state[guard[0]][n] for n in ("skipped", "skipped_in_a_row")}
-    for name, link in chain.links:
-        if isinstance(link, ReduceOnPlateau):
-            metrics["plateau_scale"] = state[name]["scale"]
-        if isinstance(link, DivideByDynamicLossScale):  # of several, all that they divide by
-            scale = state[name]["loss_scale"]
-            metrics["loss_scale"] = scale * metrics.get("loss_scale", 1)
-    if "loss_mean" in state:
-        metrics["loss/mean"] = state["loss_mean"]["mean"]
-    for name, _ in chain.links:
-        link = chain.link(name)
-        if isinstance(link, ClipByAdaptiveNorm) and link.report_summary:
-            metrics["global_norm/adaptive_max_gradient_norm"] = state[name]["max_norm"]
-    return metrics
+    scale = chain.dynamic_loss_scale(state)
+    own = {} if scale is None else {"loss_scale": scale}
+    found: dict[str, dict[str, Any]] = {}
+    for name, link in linked(dict(chain.links)):
+        reported = link.report(name, state[name]) if isinstance(link, Link) else {}
+        for metric, value in reported.items():
+            if metric in (*taken, *own):
+                raise ValueError(
+                    f"The link {name!r} must report under names that the step has not taken. "
+                    f"Received: {metric!r}."
+                )
+            found.setdefault(metric, {})[name] = value
+    each = (_one_or_each(metric, values) for metric, values in found.items())
+    return dict(itertools.chain(*each), **own)
+
+
+def _one_or_each(metric: str, values: dict[str, Any]) -> Iterable[tuple[str, Any]]:
+    """Return a metric with its value, or one for each link where several report it."""
+    if len(values) == 1:
+        return [(metric, value) for value in values.values()]
+    return [(f"{metric}/{name}", value) for name, value in values.items()]
 
 
 def rates(chain: Chain, state: dict[str, Any], step: jax.Array, given: Any) -> dict[str, Any]:
@@ -111,10 +106,8 @@ def rates(chain: Chain, state: dict[str, Any], step: jax.Array, given: Any) -> d
         optax transformation does not tell its rate.
     """
     found = chain.numbers_named("learning_rate", state, step)
-    if len(found) > 1:
-        return {f"learning_rate/{name}": rate for name, rate in found.items()}
     if found:
-        return {"learning_rate": next(iter(found.values()))}
+        return dict(_one_or_each("learning_rate", found))
     if callable(given):
         return {"learning_rate": evaluate("learning_rate", given, step, jnp.float32)}
     return {} if given is None else {"learning_rate": jnp.asarray(given, jnp.float32)}
@@ -129,7 +122,3 @@ def joined(metrics: dict[str, Any], own: Mapping[str, Any], prefix: str) -> dict
     if twice := sorted(set(metrics) & set(own)):
         raise ValueError(f"`metrics` of the loss must have names of their own. Taken: {twice}.")
     return {prefix + name: value for name, value in {**metrics, **own}.items()}
-
-
-def _by_name(tag: str, tree: Any, values: Any) -> dict[str, Any]:
-    return {f"{tag}/{name}": value for name, value in zip(leaf_names(tree), values, strict=True)}

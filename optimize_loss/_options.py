@@ -32,6 +32,7 @@ from optimize_loss.transforms import (
 from optimize_loss.transforms._base import is_transformation
 from optimize_loss.transforms._bucket import LARGEST_IN_A_BUCKET
 from optimize_loss.transforms._guard import Guard
+from optimize_loss.transforms._places import merged
 
 Links = dict[str, Any]
 
@@ -147,10 +148,8 @@ def joined(links: Links, rule: Links) -> Links:
     Raises:
       ValueError: the optimizer has a link with the name of one of ours.
     """
-    if twice := sorted(set(links) & set(rule)):
-        raise ValueError(f"The links of `optimizer` must have other names than {twice}.")
     first = dict(itertools.takewhile(lambda pair: isinstance(pair[1], FIRST), rule.items()))
-    return first | links | rule
+    return merged(first, links, {name: x for name, x in rule.items() if name not in first})
 
 
 FIRST = (SumOverAxis, Guard, DivideByLossScale, DivideByDynamicLossScale, Accumulate)

@@ -20,13 +20,14 @@ from optimize_loss._names import Pattern
 from optimize_loss._rules import NO_RULES, Rules
 from optimize_loss._state import TrainState
 from optimize_loss._state_dict import register_with_flax
-from optimize_loss._steepest import flat_gradients, told
+from optimize_loss._steepest import flat_gradients, radius, told
 from optimize_loss._trainable import Trainable, colocated, find_trainable
 from optimize_loss._transfers import asked_for
 from optimize_loss.transforms import (
     Accumulate,
     Chain,
 )
+from optimize_loss.transforms._accumulate import weighs_nothing
 from optimize_loss.transforms._arrays import copy, from_host, is_elsewhere
 from optimize_loss.transforms._bucket import Layout, find_layout, unpacked
 from optimize_loss.transforms._guard import kept, was_open
@@ -188,7 +189,7 @@ class PureStep:
             lambda params: self.loss(params, batch, model_state, key),
             trainable,
             self.chain.loss_scale(state.links, state.step),
-            self.chain.numbers_named("rho", state.links, state.step).get("sam"),
+            radius(self.chain, state.links, state.step),
         )
         if shardings is not None:
             grads = colocated(grads, shardings)
@@ -203,11 +204,15 @@ class PureStep:
             packed = state.placement.run(update, state.packed, state, grads, extra)
             new = state.with_packed(packed)
         is_open = was_open(self.chain.links, state.links, new.links)
+        empty = weighs_nothing((link for _, link in self.chain.links), extra.get("weight"))
+        if empty is not None:
+            is_open = ~empty if is_open is None else is_open & ~empty
         model_state = kept(is_open, state.model_state, aux.model_state)
         new = dataclasses.replace(new, model_state=model_state)
-        metrics = {"loss": loss, **_metrics.read(self.chain, new.links)}
+        metrics = {"loss": loss}
         if "learning_rate" in self.summaries:
             metrics |= _metrics.rates(self.chain, state.links, state.step, self.learning_rate)
+        metrics |= _metrics.read(self.chain, new.links, metrics)
         return new, _metrics.joined(metrics, aux.metrics, self.name)
 
     def _updated(self, state: TrainState, grads: list[Any], extra: dict[str, Any]) -> TrainState:

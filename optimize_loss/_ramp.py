@@ -20,6 +20,8 @@ from optimize_loss._checks import (
 from optimize_loss._state import TrainState
 from optimize_loss._transfers import asked_for
 from optimize_loss.schedules import Decayed
+from optimize_loss.transforms import ReduceOnPlateau
+from optimize_loss.transforms._places import has_rate
 
 AT_LEAST_3 = Rule("an integer of at least 3", lambda x: x >= 3, kind="count")
 ABOVE_1 = Rule("above 1", lambda x: x > 1)
@@ -94,8 +96,9 @@ def check_rate(state: TrainState, ramp: Ramp) -> None:
             "`find_learning_rate` must be called on a step without `learning_rate_decay_fn`, which "
             "would change each rate that is tried: build one without it for the test."
         )
-    lowered = [n for n, _ in chain.links if name in getattr(chain.link(n), "lowers", ())]
-    if lowered:
+    links = {n: chain.link(n) for n, _ in chain.links}
+    lowered = [n for n, link in links.items() if isinstance(link, ReduceOnPlateau)]
+    if lowered and name == "learning_rate" and has_rate(links[owner]):
         raise ValueError(
             f"`find_learning_rate` must be called on a step without {lowered[0]!r}, which would "
             "change the rates that are tried: build one without it for the test."

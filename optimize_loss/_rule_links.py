@@ -35,7 +35,7 @@ from optimize_loss.transforms._by_rule import (
     MultiplySteps,
     ShrinkByRule,
 )
-from optimize_loss.transforms._places import linked, where
+from optimize_loss.transforms._places import has_rate, linked, merged, where
 from optimize_loss.transforms._run_optax import RunOptax
 
 Links = dict[str, Any]
@@ -91,10 +91,10 @@ def with_rules(rules: Rules, links: Links, rate: Any) -> Links:
     groups = _groups(rules, rest, rate)
     ruled: Links = dict(first)
     for group in groups:
-        ruled |= _with_decay(rules, group)
+        ruled = merged(ruled, _with_decay(rules, group))
         _check_multipliers(rules, group)
     last = {name: ruled[name] for name, x in linked(ruled) if getattr(x, "needs_stored", False)}
-    return {n: x for n, x in ruled.items() if n not in last} | _multipliers(rules) | last
+    return merged({n: x for n, x in ruled.items() if n not in last}, _multipliers(rules), last)
 
 
 class _Group(NamedTuple):
@@ -168,7 +168,7 @@ def _brings_rate(optimizer: Any) -> bool:
     if isinstance(optimizer, type) or not is_transformation(optimizer):
         return False
     ours = dict(linked(dict(getattr(optimizer, "links", (("rule", optimizer),)))))
-    return any(not isinstance(x, Link) or "learning_rate" in x.numbers() for x in ours.values())
+    return any(not isinstance(x, Link) or has_rate(x) for x in ours.values())
 
 
 def _with_decay(rules: Rules, group: _Group) -> Links:
@@ -185,15 +185,15 @@ def _with_decay(rules: Rules, group: _Group) -> Links:
     place = next(iter(own), None) or next(
         (n for n, x in linked(group.links) if not isinstance(x, _CLIPS)), None
     )
-    new: Links = {}
+    new: list[Links] = []
     for name, old in group.links.items():
         if name == place:
-            new[f"{group.prefix}rules.weight_decay"] = entry
+            new.append({f"{group.prefix}rules.weight_decay": entry})
         if name not in own:
-            new[name] = old
+            new.append({name: old})
         elif chosen != group.indices:
-            new[name] = _only(rules, _without(rules, chosen), old)
-    return new
+            new.append({name: _only(rules, _without(rules, chosen), old)})
+    return merged(*new)
 
 
 _CLIPS = (ClipByValue, ClipByNorm, ClipByGlobalNorm)

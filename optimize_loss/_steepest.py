@@ -12,7 +12,7 @@ from optimize_loss._loss import Aux
 from optimize_loss._trainable import Trainable, derivatives, gradients
 from optimize_loss.transforms import Accumulate, Chain, DivideByLossScale, SumOverAxis
 from optimize_loss.transforms._accumulate import averaged_over
-from optimize_loss.transforms._sharpness import climbed
+from optimize_loss.transforms._sharpness import Sharpness, climbed
 
 
 def flat_gradients(
@@ -38,6 +38,12 @@ def flat_gradients(
     above = dataclasses.replace(trainable, params=trainable.replace(leaves))
     _, _, grads = derivatives(loss, above, scale)
     return value, aux, grads
+
+
+def radius(chain: Chain, state: dict[str, Any], step: jax.Array) -> jax.Array | None:
+    """Return how far away the worse place is at this step; None without `Sharpness`."""
+    names = [name for name, link in chain.links if isinstance(link, Sharpness)]
+    return chain.numbers_named("rho", state, step)[names[0]] if names else None
 
 
 def told(loss: jax.Array, aux: Aux, chain: Chain) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import optimize_loss as ol
 from tests.cases import random_like, rows
 from tests.test_bucket import OPTIMIZERS, linear, steps_of
 
-T, S = ol.transforms, ol.schedules
+T, S, optim = ol.transforms, ol.schedules, ol.optimizers
 SHAPES = {"encoder": {"layer_0": {"bias": (2,), "kernel": (8, 2)}}, "scale": ()}
 PARAMS = {
     "body": {"bias": jnp.zeros(3), "kernel": jnp.zeros((3, 2))},
@@ -327,6 +327,104 @@ def test_narrow_parameters_at_a_small_rate_are_warned_about(rate, dtype, warned)
     """The bound is half of the precision: 2⁻⁸ of bfloat16, 2⁻¹¹ of float16."""
     told = make(learning_rate=rate).explain({"w": jnp.zeros((2, 2), dtype)})
     assert len(told.warnings) == warned
+
+
+STILL: dict[str, tuple[Any, list[str]]] = {
+    "adam": (optim.Adam(1e-3), ["b", "w"]),
+    "adam-moves": (optim.Adam(1e-2), []),
+    "sgd": (optim.SGD(1e-3), ["b", "w"]),
+    "sgd-moves": (optim.SGD(1e-2), []),
+    "sgd-gathers-momentum": (optim.SGD(1e-3, momentum=0.9), []),
+    "adadelta": (optim.Adadelta(0.01), ["b", "w"]),
+    "adadelta-moves": (optim.Adadelta(100.0), []),
+    "muon": (optim.Muon(0.01), ["w"]),  # of a root mean square of 0.2 rates
+    "muon-moves": (optim.Muon(0.1), []),
+    "lamb": (optim.Lamb(1e-3), ["b", "w"]),
+    "adafactor": (optim.Adafactor(1e-3), ["b", "w"]),
+    "ftrl-keeps-sums": (optim.Ftrl(1e-2), []),
+    "schedule-free-keeps-means": (optim.ScheduleFreeAdamW(3e-3, warmup_steps=0), []),
+}
+
+
+@pytest.mark.parametrize("name", STILL)
+def test_narrow_parameters_are_warned_about_by_what_their_rule_does(name):
+    """At a size of 1.5, what is less than 2⁻⁸ is lost of a bfloat16."""
+    rule, wanted = STILL[name]
+    told = make(optimizer=rule, learning_rate=None).explain(
+        {"w": jnp.zeros((8, 8), jnp.bfloat16), "b": jnp.zeros(8, jnp.bfloat16)}
+    )
+    found = [text for text in told.warnings if "may stand still" in text]
+    assert [n for n in ("b", "w") if any(f"'{n}'" in text for text in found)] == wanted
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float8_e4m3fn])
+def test_what_is_rounded_stochastically_does_not_stand_still(dtype):
+    params = {"w": jnp.zeros((8, 8), dtype)}
+    assert make(learning_rate=1e-4).explain(params).warnings
+    assert make(learning_rate=1e-4, precision="bfloat16").explain(params).warnings == ()
+    nearest = ol.Precision("bfloat16", params="nearest")
+    assert make(learning_rate=1e-4, precision=nearest).explain(params).warnings
+
+
+def test_rows_tell_which_rule_moves_a_parameter():
+    rules = {"head/**": {"optimizer": optim.SGD(0.1)}, "body/bias": {"freeze": True}}
+    told = make(optimizer=optim.Muon(0.1), learning_rate=None, rules=rules, ema=0.9).explain(PARAMS)
+    assert {row.name: row.moved_by for row in told.rows} == {
+        "body/bias": (),
+        "body/kernel": ("muon",),
+        "head/bias": ("SGD.momentum",),
+        "head/kernel": ("SGD.momentum",),
+        "stack": ("adam",),
+    }
+    heads, *rest = str(told).splitlines()
+    at = heads.index("moved by")
+    assert [line[at:].split()[0] for line in rest[1:5]] == ["muon", *["SGD.momentum"] * 2, "adam"]
+
+
+# Parameters by shape, those of them that are Muon's, and those that are warned about.
+STACKS: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
+    "no-stack": ({"a/kernel": (4, 3), "a/bias": (3,)}, ["a/kernel"], []),
+    "stack": (
+        {"blocks/bias": (3, 8), "blocks/kernel": (3, 8, 8), "blocks/scale": (3, 8)},
+        [],
+        ["blocks/kernel"],
+    ),
+    "beside-a-matrix": (
+        {"blocks/bias": (3, 8), "blocks/kernel": (3, 8, 8), "head/kernel": (8, 3)},
+        ["head/kernel"],
+        ["blocks/kernel"],
+    ),
+    "in-modules": (
+        {"net/blocks/a/kernel": (3, 8, 8), "net/blocks/norm/scale": (3, 8), "net/out": (3, 4)}
+        | {"net/in/kernel": (4, 8)},
+        ["net/in/kernel", "net/out"],
+        ["net/blocks/a/kernel"],
+    ),
+    "convolution": (
+        {"conv/bias": (8,), "conv/kernel": (3, 3, 2, 8), "dense/kernel": (3, 8)},
+        ["dense/kernel"],
+        [],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_what_is_stacked_is_no_matrix(name):
+    shapes, muons, warned = STACKS[name]
+    tree: dict[str, Any] = {}
+    for path, shape in shapes.items():
+        *parts, last = path.split("/")
+        inner = tree
+        for part in parts:
+            inner = inner.setdefault(part, {})
+        inner[last] = jnp.zeros(shape)
+    rule = optim.Muon(0.1, weight_decay=None, adam_weight_decay=None)
+    told = make(optimizer=rule, learning_rate=None).explain(tree)
+    assert [row.name for row in told.rows if row.moved_by == ("muon",)] == sorted(muons)
+    assert [text.count("Muon leaves stacked matrices") for text in told.warnings] == [1] * bool(
+        warned
+    )
+    assert all(f"'{name}'" in text for name in warned for text in told.warnings)
 
 
 def test_without_a_number_of_steps_no_schedule_ends_too_early():

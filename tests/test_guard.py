@@ -334,6 +334,17 @@ def test_spikes(case):
     assert state["skip"]["seen"] == len(norms) - len(wanted)
 
 
+@pytest.mark.parametrize("warmup_steps", [0, 1])
+def test_the_first_batch_is_no_spike(warmup_steps):
+    """There is no usual norm yet to judge it by; the second one has that of the first."""
+    tx = T.chain(skip=T.SkipSpikes(warmup_steps=warmup_steps), rate=T.ScaleByLearningRate(1.0))
+    state, skipped = tx.init({"w": jnp.ones(())}), []
+    for norm in (1e6, 1e6, 2e6, 1e6):
+        _, state = tx.update({"w": jnp.float32(norm)}, state)
+        skipped.append(int(state["skip"]["skipped"]))
+    assert skipped == [0, 0, 1, 1]
+
+
 def test_running_means_are_those_of_the_log_norm():
     """With a decay of min(0.5, t / (t + 1)): ℓ₁, then two means with weights of one half."""
     tx = T.chain(skip=T.SkipSpikes(decay=0.5), rate=T.ScaleByLearningRate(1.0))

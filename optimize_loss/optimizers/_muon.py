@@ -45,9 +45,39 @@ class Matrices:
         layers = any_matches("exclude_layers", self.exclude_layers, names)
         unless = any_matches("exclude_from_weight_decay", self.unless, names)
         embeddings = [self.exclude_embeddings and "embedding" in name.lower() for name in names]
-        excluded = zip(leaves, layers, embeddings, strict=True)
-        others = [len(x.shape) != 2 or layer or embedding for x, layer, embedding in excluded]
+        stacked = in_stacks(names, leaves)
+        excluded = zip(leaves, layers, embeddings, stacked, strict=True)
+        others = [len(x.shape) != 2 or any(why) for x, *why in excluded]
         return [o == self.others and not u for o, u in zip(others, unless, strict=True)]
+
+
+def in_stacks(names: Sequence[str], leaves: Sequence[Any]) -> list[bool]:
+    """Return for each parameter whether its first axis is that of stacked layers.
+
+    It is where a parameter of three axes or more has the same first axis: one beside it, or one
+    of a subtree in which all have this first axis, as `jax.lax.scan` over layers needs it.
+    """
+    firsts: dict[str, set[tuple[int, ...]]] = {}  # the first axes in each subtree
+    stacks: dict[str, set[tuple[int, ...]]] = {}  # those of three axes or more
+    beside: dict[str, set[tuple[int, ...]]] = {}  # and those that are not in a smaller subtree
+    pairs = [(_trees(name), tuple(x.shape)) for name, x in zip(names, leaves, strict=True)]
+    for trees, shape in pairs:
+        first = {shape[:1]} if len(shape) > 2 else set()
+        beside.setdefault(trees[0], set()).update(first)
+        for tree in trees:
+            firsts.setdefault(tree, set()).add(shape[:1])
+            stacks.setdefault(tree, set()).update(first)
+    return [
+        shape[:1] in beside[trees[0]]
+        or any(firsts[tree] == {shape[:1]} <= stacks[tree] for tree in trees)
+        for trees, shape in pairs
+    ]
+
+
+def _trees(name: str) -> list[str]:
+    """Return the subtrees that a parameter is in, the smallest first; "" is all."""
+    parts = name.split("/")[:-1]
+    return ["/".join(parts[:i]) for i in range(len(parts), -1, -1)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,10 +102,13 @@ class Muon(Optimizer):
         others:    p ← p - adam_lr_ratio · (what `Adam` takes away)
 
     Muon's rule is for parameters with two axes, unless the name contains `embedding` or an
-    expression of `exclude_layers`; the authors leave the last layer to Adam too. Clipping comes
-    before the rules, then weight decay: `weight_decay` for matrices, `adam_weight_decay` for the
-    others, both p ← p - learning_rate · decay · p whatever `adam_lr_ratio` is. The average of the
-    parameters comes after the rules. `ScaleByMuon` says more of X, of its precision above all.
+    expression of `exclude_layers`; the authors leave the last layer to Adam too. A bias of stacked
+    layers has two axes and is no matrix: one whose first axis is also that of a parameter of three
+    axes or more beside it, or in a subtree where all have this first axis. The matrices of stacked
+    layers are Adam's, and `step.explain` warns of them. Clipping comes before the rules, then
+    weight decay: `weight_decay` for matrices, `adam_weight_decay` for the others, both
+    p ← p - learning_rate · decay · p whatever `adam_lr_ratio` is. The average of the parameters
+    comes after the rules. `ScaleByMuon` says more of X, of its precision above all.
 
     The keyword options, the same for all optimizers, are described in `Optimizer`. One default is
     Muon's own, that of `weight_decay`.

@@ -38,6 +38,7 @@ from optimize_loss.transforms import (
     chain,
 )
 from optimize_loss.transforms._base import number_rules
+from optimize_loss.transforms._places import merged
 
 # What a learning rate may be when it is given; read back, it is a `Variable` or a schedule's value.
 Rate = Annotated[Any, NOT_NEGATIVE]
@@ -241,7 +242,8 @@ class Options:
             return kept[1]
         whole = summed = chain(**self._links_behind_aggregation())
         if self.axis_name is not None:
-            whole = chain(aggregate=SumOverAxis(self.axis_name), **dict(summed.links))
+            first = {"aggregate": SumOverAxis(self.axis_name)}
+            whole = chain(**merged(first, dict(summed.links)))
         self._kept_chains = rates, (whole, summed)
         return whole, summed
 
@@ -251,10 +253,11 @@ class Options:
             links["loss_scale"] = DivideByLossScale(self.loss_scale_factor)
         if self.gradient_accumulation_steps is not None:
             links["accumulate"] = Accumulate(self.gradient_accumulation_steps)
-        links |= self._clips() | self.decay_links(self._exclude()) | self._rule()
+        last: dict[str, Any] = {}
         if self.use_ema:
-            links["ema"] = AverageParams(self.ema_momentum, self.ema_overwrite_frequency)
-        return links
+            last["ema"] = AverageParams(self.ema_momentum, self.ema_overwrite_frequency)
+        decays = self.decay_links(self._exclude())
+        return merged(links, self._clips(), decays, self._rule(), last)
 
     def _rule(self) -> dict[str, Any]:
         """Return the links of the rule."""

@@ -8,9 +8,10 @@ from optimize_loss.optimizers._base import Optimizer
 from optimize_loss.optimizers._get import names
 from optimize_loss.optimizers._options import CLASSES
 from optimize_loss.optimizers._tf1 import OPTIMIZER_CLS_NAMES
+from optimize_loss.optimizers._variable import different_names
 from optimize_loss.transforms import Chain, Link, ScaleByLearningRate
 from optimize_loss.transforms._base import is_transformation
-from optimize_loss.transforms._places import linked
+from optimize_loss.transforms._places import has_rate, linked, merged
 
 
 def resolve(optimizer: Any, learning_rate: Any) -> dict[str, Any]:
@@ -96,9 +97,9 @@ def _links(made: Any) -> dict[str, Any]:
 def _with_rate(links: dict[str, Any], learning_rate: Any) -> dict[str, Any]:
     """Return the links, with the learning rate behind the rule where none has one."""
     ours = [link for _, link in linked(links) if isinstance(link, Link)]
-    has_rate = any("learning_rate" in link.numbers() for link in ours) or len(ours) < len(links)
+    has_one = any(map(has_rate, ours)) or len(ours) < len(links)
     if learning_rate is None:
-        if not has_rate:
+        if not has_one:
             raise ValueError(
                 "`learning_rate` must be given: no link of `optimizer` has one, and without it the "
                 f"loss would rise. Received: optimizer={links}."
@@ -110,8 +111,9 @@ def _with_rate(links: dict[str, Any], learning_rate: Any) -> dict[str, Any]:
             "must contain the rate, as optax.adam(0.1) does, or stand in a chain with a "
             f"`rate=ScaleByLearningRate(...)` of its own. Received: {links}."
         )
-    if has_rate:
+    if has_one:
         _refused(learning_rate, links)
-    rate = {"rate": ScaleByLearningRate(learning_rate)}
+    name = different_names([*links, "rate"])[-1]  # `rate`, unless another link has this name
+    rate = {name: ScaleByLearningRate(learning_rate)}
     last = {name: links[name] for name, x in linked(links) if getattr(x, "needs_stored", False)}
-    return {n: x for n, x in links.items() if n not in last} | rate | last
+    return merged({n: x for n, x in links.items() if n not in last}, rate, last)

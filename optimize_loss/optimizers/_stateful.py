@@ -30,6 +30,7 @@ from optimize_loss.optimizers._variable import (
 )
 from optimize_loss.schedules import evaluate
 from optimize_loss.transforms import chain
+from optimize_loss.transforms._loss_scale import LossScale
 from optimize_loss.transforms._numbers import to_array
 
 INITIALIZERS = {"zeros": jnp.zeros, "ones": jnp.ones}
@@ -116,7 +117,7 @@ class Stateful(Holding):
     def _loss_scale(self) -> jax.Array | None:
         if self.built:
             return self._hold().chain.loss_scale(self._hold().state)
-        scaling = {n: x for n, x in self.chain.links if n == "loss_scale"}
+        scaling = {n: x for n, x in self.chain.links if isinstance(x, LossScale)}
         return chain(**scaling).loss_scale(chain(**scaling).init({})) if scaling else None
 
     # Variables.

@@ -15,6 +15,7 @@ from optimize_loss.transforms import (
     ForParameters,
     PositiveStart,
 )
+from optimize_loss.transforms._places import merged
 
 _OF_THE_SHELL = ("name", "jit_compile", "mesh", "axis_name")
 
@@ -118,7 +119,7 @@ class LossScaleOptimizer(Optimizer):
         """Return the loss scale, then the links of the optimizer inside."""
         _watch(self, self.inner_optimizer)
         scale = DivideByDynamicLossScale(self.initial_scale, self.dynamic_growth_steps)
-        return {"loss_scale": scale, **self.inner_optimizer._links_behind_aggregation()}
+        return merged({"loss_scale": scale}, self.inner_optimizer._links_behind_aggregation())
 
     def _rates(self) -> dict[str, Variable]:
         return self.inner_optimizer._rates()

@@ -1,7 +1,7 @@
 """Gather the gradients of several batches, and sum them over devices."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -34,10 +34,12 @@ class Accumulate(Link):
     Weighted, the mean over batches of different sizes is that over one large batch: w is how much
     there was in the batch over which its loss is a mean, such as its number of tokens. A loss for
     `optimize_loss` returns it in `Aux(weight=...)`; elsewhere it is passed to `update`. What comes
-    with a weight of 0 is not looked at, be it NaN; where all weights of an update are 0, so is u.
+    with a weight of 0 is not looked at, even if it is NaN: guards and loss scales let it through,
+    and no running mean changes. Where all weights of an update are 0, so is u.
 
     Links behind that go by the loss, such as `ReduceOnPlateau`, see that of the update: the same
-    mean or sum of the losses since. Where all its weights are 0, it is that of the update before.
+    mean or sum of the losses since. An update whose weights are all 0 does not count for them;
+    optax transformations see the loss of the update before, and NaN if there was none.
 
     Args:
       every: how many gradients make one update, an integer of at least 1.
@@ -95,9 +97,10 @@ class Accumulate(Link):
             k |= {"share": jnp.where(new["weight"] == 0, 0, inverse), "weight": weight}
             newest = jnp.where(weight == new["weight"], 1, weight * inverse)
             newest = jnp.where(weight == 0, 0, newest)
+            k |= {"empty_behind": new["weight"] == 0}
         if self.of_loss:
             new["loss"] = self._loss(loss, memory["loss"], k["is_first"], newest)
-            k |= {} if loss is None else {"loss_behind": new["loss"]}
+            k |= {} if loss is None else {"loss_behind": self._loss_behind(new["loss"], k)}
         return k, new
 
     def _weight(self, weight, memory):
@@ -119,6 +122,12 @@ class Accumulate(Link):
         mean = jnp.where(share == 1, loss, old + (loss - old) * share)
         return jnp.where(share == 0, old, mean)
 
+    def _loss_behind(self, loss, k):
+        """Return the loss as links behind see it: NaN as long as there was none to keep."""
+        if self.reduce != "weighted":
+            return loss
+        return jnp.where(k["empty_behind"] & (loss == 0), jnp.nan, loss)
+
     def leaf(self, update, slots, param, k):
         """Add one gradient to the sum."""
         if self.reduce == "weighted":
@@ -129,6 +138,12 @@ class Accumulate(Link):
     def factor(self, k):
         """Return what makes the sum a mean."""
         return jnp.ones_like(k["share"]) if self.reduce == "sum" else k["share"]
+
+
+def weighs_nothing(links: Iterable[Any], weight: Any) -> jax.Array | None:
+    """Return whether a batch is empty, for links of which one weighs batches; None without one."""
+    weighs = any(isinstance(link, Accumulate) and link.reduce == "weighted" for link in links)
+    return jnp.asarray(weight) == 0 if weighs and weight is not None else None
 
 
 def with_losses(entries: Mapping[str, Any]) -> dict[str, Any]:

@@ -94,6 +94,7 @@ class AverageLoss(Link):
 
     Args:
       decay: β, in [0, 1).
+      metric: as which `optimize_loss` reports it; None for not at all.
 
     Example:
       >>> import optimize_loss as ol
@@ -107,9 +108,14 @@ class AverageLoss(Link):
     """
 
     decay: Decay = 0.9
+    metric: str | None = None
     needs = "loss"
     observes = True
     elementwise = True
+
+    def report(self, name, parts):
+        """Return the mean."""
+        return {} if self.metric is None else {self.metric: parts["mean"]}
 
     def memory(self):
         """Return the mean."""

@@ -11,6 +11,7 @@ A link is one transformation of the gradients, written as a few small functions:
     leaf(update, slots, param, k)          one array in, one array and the new slots out
     factor(k)                              in place of `leaf`, if all it does is multiply
     move(param, k)                         what the parameter moves by before the links behind
+    report(name, parts)                    what `optimize_loss` reports of it: {metric: array}
 
 Most links need two or three. `chain` computes the totals, then the scalars, then runs the leaf
 functions of all its links in one pass over the parameters.
@@ -81,7 +82,9 @@ def check_fields(options: Any) -> None:
             check_flags(**{field.name: getattr(options, field.name)})
 
 
-_ON_LEAVES = {"slots", "measure", "for_each", "factor", "leaf", "move", "averaged", "rounded"}
+_ON_LEAVES = {
+    "slots", "measure", "for_each", "factor", "leaf", "narrow_leaf", "move", "averaged", "rounded",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +105,7 @@ class Link:
         leaf(update, slots, param, k)          one array in, one array and the new slots out
         factor(k)                              in place of `leaf`, if all it does is multiply
         move(param, k)                         what the parameter moves by before the links behind
+        report(name, parts)                    what `optimize_loss` reports of it: {metric: array}
 
     and set the class attributes `needs`, `borrows`, `observes`, `gates`, `needs_stored`,
     `means`, `squares`, `elementwise`, `scales_moves`, `reads_params` where they differ from the
@@ -127,18 +131,10 @@ class Link:
     """What `scalars` receives as `total` where there is no `measure`: the L2 norm of all updates
     at this place in the chain, safe from overflow; the loss of this step; a pair of the loss and
     the weight that it came with, as given, each None where there is none; or, for guards, the
-    `Health` of the step."""
+    `Health` of the step. A link with "health" stands before all gates and loss scales."""
 
     borrows: ClassVar[tuple[str, ...]] = ()
     """Numbers of other links that `scalars` receives with its own, such as `learning_rate`."""
-
-    lowers: ClassVar[tuple[str, ...]] = ()
-    """Numbers that are multiplied, in all links that have them, by the `scale` in its memory."""
-
-    judges: ClassVar[bool] = False
-    """True where `scalars` receives the `loss_scale` of all links with its numbers, if there is
-    one, whether it `scale_shrinks`, if it is dynamic, and whether the `schedules_hold`, if there
-    are any. Such a link stands before all gates and loss scales."""
 
     observes: ClassVar[bool] = False
     """True where `leaf` returns the update as it came."""
@@ -146,7 +142,8 @@ class Link:
     gates: ClassVar[bool] = False
     """True where `scalars` returns `open`, a bool, among what `leaf` needs. Unless it is true, the
     links behind do not run: parameters, their slots and the count of updates stay as they are.
-    Where there is a `loss_behind` among it, too, that is the loss which these links see."""
+    Of a gate that needs "loss_and_weight", a `loss_behind` among it is the loss which these links
+    see, and `empty_behind` tells whether nothing was gathered, so that they keep their memory."""
 
     needs_stored: ClassVar[bool] = False
     """True where `leaf` must see an update after which the parameter is as it will be stored,
@@ -224,7 +221,7 @@ class Link:
 
     def rounded(self, update: jax.Array, param: jax.Array, dtype: Any, k: Numbers) -> jax.Array:
         """Return the update to what is stored as `dtype`; for links that are `needs_stored`."""
-        return (param + update).astype(dtype).astype(param.dtype) - param
+        return stored_as(param + update, dtype) - param
 
     def check_names(self, names: Sequence[str]) -> None:
         """Raise a `ValueError` if a pattern of this link matches none of the parameters."""
@@ -253,9 +250,29 @@ class Link:
             update = multiplied(update, self.factors(k))
         return update, slots
 
+    def narrow_leaf(
+        self, update: jax.Array, slots: Slots, param: jax.Array, k: Numbers, dtype: Any
+    ) -> tuple[jax.Array, Slots]:
+        """Return what `leaf` does, for a parameter that is stored as a `dtype` of few bits.
+
+        For links that must know the parameter better than its 16 bits or fewer tell.
+        """
+        return self.leaf(update, slots, param, k)
+
     def move(self, param: jax.Array, k: Numbers) -> jax.Array:
         """Return what is added to the parameter before the links behind see it."""
         raise NotImplementedError
+
+    def report(self, name: str, parts: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what `optimize_loss` reports of the link after a step, by metric.
+
+        A metric that several links report has "/" and the link's name behind its own.
+
+        Args:
+          name: of the link.
+          parts: its state: numbers, memory and slots by name, slots as trees like the parameters.
+        """
+        return {}
 
     def averaged(self, param: jax.Array, slots: Slots, numbers: Numbers) -> jax.Array:
         """Return the parameter to use after training, where the link keeps a better one."""
@@ -348,6 +365,11 @@ def is_transformation(made: Any) -> bool:
     return not isinstance(made, type) and (isinstance(made, Link) or has_both)
 
 
+def is_narrow(dtype: Any) -> bool:
+    """Return whether numbers of `dtype` are floats of fewer than 32 bits."""
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
+
+
 def compute_dtype(dtype: Any) -> np.dtype:
     """Return the dtype in which leaves of `dtype` are computed: at least 32 bits a number."""
     return jnp.dtype(jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype)
@@ -361,6 +383,16 @@ def real_dtype(dtype: Any) -> np.dtype:
 def zeros(param: jax.Array) -> jax.Array:
     """Return zeros like `param`, float32 or wider, sharded as it is: memory for a mean."""
     return filled(param, 0, compute_dtype(param.dtype))
+
+
+def copy(param: jax.Array) -> jax.Array:
+    """Return a copy of `param`, float32 or wider: memory for what begins at the parameter."""
+    return jnp.array(param, dtype=compute_dtype(param.dtype), copy=True)
+
+
+def stored_as(x: jax.Array, dtype: Any) -> jax.Array:
+    """Return the nearest numbers that `dtype` has, in the dtype of `x`."""
+    return x.astype(dtype).astype(x.dtype)
 
 
 def full(param: jax.Array, value: float = 0.0) -> jax.Array:

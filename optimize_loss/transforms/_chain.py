@@ -12,7 +12,7 @@ from optimize_loss._checks import InvalidType, TreeMismatch, check_single
 from optimize_loss._equal import same, structural_hash
 from optimize_loss._transfers import asked_for
 from optimize_loss.transforms import _numbers
-from optimize_loss.transforms._accumulate import with_losses
+from optimize_loss.transforms._accumulate import weighs_nothing, with_losses
 from optimize_loss.transforms._arrays import from_host
 from optimize_loss.transforms._base import Link, is_transformation
 from optimize_loss.transforms._chain_numbers import ChainNumbers
@@ -245,6 +245,10 @@ class Chain(optax.GradientTransformationExtraArgs):
         """Return what the loss must be multiplied by before its gradients come here, or None."""
         return self._numbers.loss_scale(state, _step(state, schedule_step))
 
+    def dynamic_loss_scale(self, state: State) -> jax.Array | None:
+        """Return the product of the loss scales that change by themselves, or None."""
+        return self._numbers.dynamic_loss_scale(state)
+
     def with_numbers_of(self, other: "Chain", state: State) -> tuple["Chain", State]:
         """Return the chain and the state that go on from `state` with the numbers of `other`.
 
@@ -319,10 +323,13 @@ class Chain(optax.GradientTransformationExtraArgs):
             params = jax.tree.map(_unknown, updates)
         taken = take_apart(params)
         flat = taken.check_updates(updates)
+        numbers, outlook = self._numbers.at_step(state, _step(state, schedule_step))
         call = Call(
             params=taken,
             state=state,
-            numbers=self._numbers.at_step(state, _step(state, schedule_step)),
+            numbers=numbers,
+            outlook=outlook,
+            empty=weighs_nothing((link for _, link in self.links), extra.get("weight")),
             live=[j for j, p in enumerate(taken.leaves) if flat[j] is not None and is_inexact(p)],
             wanted=wanted,
             extra=extra,

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -11,8 +11,11 @@ import jax.numpy as jnp
 from optimize_loss._checks import nearest
 from optimize_loss.transforms import _numbers
 from optimize_loss.transforms._base import Link, Numbers, number_rules
+from optimize_loss.transforms._health import Outlook
+from optimize_loss.transforms._loss_scale import DivideByDynamicLossScale, LossScale
 from optimize_loss.transforms._pass import State
-from optimize_loss.transforms._places import lender, linked
+from optimize_loss.transforms._places import has_rate, lender, linked
+from optimize_loss.transforms._plateau import ReduceOnPlateau
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,22 +74,29 @@ class ChainNumbers:
         own = self._own(state, step, owners)
         return {owner: own[owner][name] for owner in owners}
 
-    def at_step(self, state: State, step: Any) -> dict[str, Numbers]:
-        """Return for each link its numbers at this step, with those of others that it sees."""
+    def at_step(self, state: State, step: Any) -> tuple[dict[str, Numbers], Outlook]:
+        """Return for each link its numbers at this step, with those of others that it borrows.
+
+        The second result is what guards are told beside these.
+        """
         own = self._own(state, step, self.links)
 
-        def seen(name: str, link: Link) -> Numbers:
+        def borrowed(name: str, link: Link) -> Numbers:
             lenders = {number: lender(self.entries, name, number) for number in link.borrows}
-            borrowed = {number: own[owner][number] for number, owner in lenders.items()}
-            if not link.judges:
-                return borrowed
-            return {**borrowed, **self._scale_seen(state, step), **self._schedules_seen(own)}
+            return {number: own[owner][number] for number, owner in lenders.items()}
 
-        return {name: {**own[name], **seen(name, link)} for name, link in self.links.items()}
+        judged = any(link.needs == "health" for link in self.links.values())
+        outlook = self._outlook(state, own) if judged else Outlook()
+        return {n: {**own[n], **borrowed(n, x)} for n, x in self.links.items()}, outlook
 
     def loss_scale(self, state: State, step: Any) -> jax.Array | None:
         """Return what the loss must be multiplied by before its gradients come here, or None."""
-        scales = [*self.named("loss_scale", state, step).values(), *self._dynamic_scales(state)]
+        scaling = [name for name, link in self.links.items() if isinstance(link, LossScale)]
+        return self._loss_scale(state, self._own(state, step, scaling))
+
+    def dynamic_loss_scale(self, state: State) -> jax.Array | None:
+        """Return the product of the loss scales that change by themselves, or None."""
+        scales = list(self._scales(DivideByDynamicLossScale, state, {}))
         return functools.reduce(jnp.multiply, scales) if scales else None
 
     def _declared(self, owner: str, number: str) -> bool:
@@ -94,45 +104,47 @@ class ChainNumbers:
         return number in number_rules(type(self.links[owner]))
 
     def _own(self, state: State, step: Any, owners: Any) -> dict[str, Numbers]:
-        """Return the numbers of links at this step, by link, multiplied by what lowers them."""
-        lowered = self._lowered(state)
+        """Return the numbers of links at this step, by link, the rates lowered by plateaus."""
         links = self.links
-        return {n: lowered(_numbers.all_at_step(n, links[n], state[n], step)) for n in owners}
-
-    def _lowered(self, state: State) -> Callable[[Numbers], Numbers]:
-        """Return the function that multiplies the numbers of a link by what lowers them."""
         scales = [
-            (number, state[name]["scale"])
-            for name, link in self.links.items()
-            for number in link.lowers
+            link.scale(state[name])
+            for name, link in links.items()
+            if isinstance(link, ReduceOnPlateau)
         ]
+        own = {n: _numbers.all_at_step(n, links[n], state[n], step) for n in owners}
+        return {n: _lowered(x, scales) if has_rate(links[n]) else x for n, x in own.items()}
 
-        def lowered(numbers: Numbers) -> Numbers:
-            for name, scale in scales:
-                if name in numbers:
-                    numbers = {**numbers, name: numbers[name] * scale.astype(numbers[name].dtype)}
-            return numbers
+    def _scales(self, kind: type[LossScale], state: State, own: Any) -> Iterator[jax.Array]:
+        """Yield the loss scale of each link of a kind, from the numbers of links at this step."""
+        for name, link in self.links.items():
+            if isinstance(link, kind):
+                yield link.factor_of_loss(own.get(name, {}), state[name])
 
-        return lowered
+    def _loss_scale(self, state: State, own: dict[str, Numbers]) -> jax.Array | None:
+        """Return the product of all loss scales, from the numbers of links at this step."""
+        scales = list(self._scales(LossScale, state, own))
+        return functools.reduce(jnp.multiply, scales) if scales else None
 
-    def _dynamic_scales(self, state: State) -> list[jax.Array]:
-        """Return the loss scales that links keep in their memory."""
-        keeps = [name for name, link in self.links.items() if "loss_scale" in link.memory()]
-        return [state[name]["loss_scale"] for name in keeps]
-
-    def _scale_seen(self, state: State, step: Any) -> dict[str, jax.Array]:
-        """Return the loss scale of all links, and whether it is one that can shrink."""
-        scale = self.loss_scale(state, step)
-        dynamic = [x > 1 for x in self._dynamic_scales(state)]
-        can_shrink = {"scale_shrinks": functools.reduce(jnp.logical_or, dynamic)} if dynamic else {}
-        return {} if scale is None else {"loss_scale": scale, **can_shrink}
-
-    def _schedules_seen(self, own: dict[str, Numbers]) -> dict[str, jax.Array]:
-        """Return whether every schedule has a value that its number may have."""
+    def _outlook(self, state: State, own: dict[str, Numbers]) -> Outlook:
+        """Return what guards are told, from the numbers of links at this step."""
+        dynamic = [x > 1 for x in self._scales(DivideByDynamicLossScale, state, own)]
         scheduled = [
             jnp.all(jnp.isfinite(own[name][number]))
             for name, link in self.links.items()
             for number, value in link.numbers().items()
             if callable(value)
         ]
-        return {"schedules_hold": jnp.all(jnp.stack(scheduled))} if scheduled else {}
+        outlook = Outlook(self._loss_scale(state, own))
+        if dynamic:
+            outlook = outlook._replace(scale_shrinks=functools.reduce(jnp.logical_or, dynamic))
+        if scheduled:
+            outlook = outlook._replace(schedules_hold=jnp.all(jnp.stack(scheduled)))
+        return outlook
+
+
+def _lowered(numbers: Numbers, scales: list[jax.Array]) -> Numbers:
+    """Return the numbers of a link, its learning rate multiplied by what lowers it."""
+    rate = numbers["learning_rate"]
+    for scale in scales:
+        rate = rate * scale.astype(rate.dtype)
+    return {**numbers, "learning_rate": rate}

@@ -185,6 +185,11 @@ class ClipByAdaptiveNorm(Link):
     needs = "global_norm"
     elementwise = True
 
+    def report(self, name, parts):
+        """Return the bound, if `report_summary`."""
+        tag = "global_norm/adaptive_max_gradient_norm"
+        return {tag: parts["max_norm"]} if self.report_summary else {}
+
     def memory(self):
         """Return the running means, and the last bound for reports."""
         return {"mean": 0.0, "sq_mean": 0.0, "max_norm": 0.0}

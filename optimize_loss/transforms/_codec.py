@@ -46,25 +46,29 @@ def to_bfloat16(x: jax.Array, random: jax.Array) -> jax.Array:
 
 
 def round_to(x: jax.Array, dtype: jnp.dtype, random: jax.Array) -> jax.Array:
-    """Return float32 rounded stochastically to what bfloat16 or float16 can hold, as float32.
+    """Return float32 rounded stochastically to what a narrower dtype can hold, as float32.
 
-    As `to_bfloat16`; in float16, what lies beyond the largest number becomes infinity.
+    As `to_bfloat16`, but that a number beyond the largest stays as it is: to become infinity, NaN
+    or the largest, as the cast to the dtype has it.
 
     Args:
       x: float32.
-      dtype: bfloat16 or float16.
-      random: uint32, uniform; its upper half is used.
+      dtype: a float of at most 16 bits.
+      random: uint32, uniform; as many of its upper bits are used as the dtype lacks.
     """
     if dtype == jnp.bfloat16:
         bits = to_bfloat16(x, random >> jnp.uint32(16))
         return float_of(bits & jnp.uint32(0xFFFF0000))
-    size = jnp.abs(x)
-    # The last of the 11 bits that a normal number has, and the 2**-24 of all smaller ones.
-    up = float_of((bits_of(size) + (random >> jnp.uint32(19))) & jnp.uint32(0xFFFFE000))
-    up = jnp.where(size < 65504.0, up, size)
+    info = jnp.finfo(dtype)
+    size, normal = jnp.abs(x), float(info.smallest_normal)
+    lost = 23 - info.nmant  # bits of float32 behind the last that a normal number has
+    step = normal * 2.0**-info.nmant  # between all numbers below these
+    kept = jnp.uint32(2**32 - 2**lost)
+    up = float_of((bits_of(size) + (random >> jnp.uint32(32 - lost))) & kept)
+    up = jnp.where(size < float(info.max), up, size)
     share = (random >> jnp.uint32(16)).astype(jnp.float32) * 2.0**-16
-    small = jnp.floor(size * 2.0**24 + share) * 2.0**-24
-    return jnp.copysign(jnp.where(size < 2.0**-14, small, up), x)
+    small = jnp.floor(size * (1 / step) + share) * step
+    return jnp.copysign(jnp.where(size < normal, small, up), x)
 
 
 def to_e4m3(x: jax.Array) -> jax.Array:

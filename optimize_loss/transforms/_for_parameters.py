@@ -8,7 +8,8 @@ import jax
 
 from optimize_loss._checks import InvalidType, received
 from optimize_loss._names import Pattern, check_patterns, first_matches
-from optimize_loss.transforms._base import Link, number_rules
+from optimize_loss.transforms._base import Link
+from optimize_loss.transforms._loss_scale import LossScale
 
 
 @runtime_checkable
@@ -58,7 +59,7 @@ class ForParameters:
     def __post_init__(self):
         if not isinstance(self.link, Link) or self.link.gates:
             raise InvalidType(f"`link` must be a `Link` and no gate. {received('link', self.link)}")
-        if "loss_scale" in {**number_rules(type(self.link)), **self.link.memory()}:
+        if isinstance(self.link, LossScale):
             raise InvalidType(
                 "`link` must have no loss scale: the loss has one for all parameters. "
                 f"{received('link', self.link)}"

@@ -28,27 +28,28 @@ class Guard(Link):
     gates = True
     observes = True
     elementwise = True
-    judges = True
 
     def memory(self):
         """Return how many batches were left out, in all and last in a row, and who was to blame."""
         return {"skipped": 0, "skipped_in_a_row": 0, "offender": 0}
 
-    def is_sound(self, numbers: Numbers, health: Health) -> jax.Array:
+    def report(self, name, parts):
+        """Return how many batches were left out, in all and last in a row."""
+        return {count: parts[count] for count in ("skipped", "skipped_in_a_row")}
+
+    def is_sound(self, health: Health) -> jax.Array:
         """Return whether the loss is finite, and so are the gradients or else the scale shrinks.
 
         No schedule may have a value that cannot be, either.
         """
-        of_scale = numbers.get("scale_shrinks", jnp.array(False))
+        of_scale = _or(health.outlook.scale_shrinks, False)
         finite = health.loss_is_finite & (jnp.isfinite(health.norm) | of_scale)
-        return finite & numbers.get("schedules_hold", jnp.array(True))
+        return finite & _or(health.outlook.schedules_hold, True)
 
-    def counted(
-        self, numbers: Numbers, memory: Numbers, health: Health, is_open: jax.Array
-    ) -> Numbers:
+    def counted(self, memory: Numbers, health: Health, is_open: jax.Array) -> Numbers:
         """Return the memory after this batch, of what all guards count."""
         skipped, in_a_row, offender = (memory[x] for x in Guard.memory(self))
-        holds = numbers.get("schedules_hold", jnp.array(True))
+        holds = _or(health.outlook.schedules_hold, True)
         who = jnp.where(health.loss_is_finite, jnp.where(holds, THE_NORM, A_SCHEDULE), THE_LOSS)
         who = jnp.where(health.offender == NOBODY, who, health.offender)
         return {
@@ -97,8 +98,8 @@ class SkipNonFinite(Guard):
 
     def scalars(self, numbers, memory, total, step):
         """Open where all is finite, and count."""
-        is_open = self.is_sound(numbers, total)
-        return {"open": is_open}, self.counted(numbers, memory, total, is_open)
+        is_open = self.is_sound(total)
+        return {"open": is_open}, self.counted(memory, total, is_open)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,23 +157,30 @@ class SkipSpikes(Guard):
     def scalars(self, numbers, memory, total, step):
         """Open where all is finite and usual; then update the running means."""
         mean, sq_mean, seen = memory["mean"], memory["sq_mean"], memory["seen"]
-        norm = total.norm / numbers["loss_scale"] if "loss_scale" in numbers else total.norm
+        scale = total.outlook.loss_scale
+        norm = total.norm if scale is None else total.norm / scale
         log_norm = jnp.log(norm + numbers["epsilon"])
         root = sqrt(sq_mean)
         variance = jnp.maximum((root - mean) * (root + mean), numbers["min_sigma"] ** 2)
         bound = mean + numbers["k_sigma"] * sqrt(variance)
+        known = (seen > 0) & (seen >= numbers["warmup_steps"])  # the first has none to judge it by
         # Not above the bound, so that a bound that is NaN lets nothing through.
-        is_spike = (seen >= numbers["warmup_steps"]) & jnp.isfinite(norm) & ~(log_norm <= bound)
-        is_open = self.is_sound(numbers, total) & ~is_spike
+        is_spike = known & jnp.isfinite(norm) & ~(log_norm <= bound)
+        is_open = self.is_sound(total) & ~is_spike
         weight = jnp.maximum(numbers["decay"][1], 1 / (seen.astype(mean.dtype) + 1))
         counts = is_open & jnp.isfinite(norm)  # else it is the loss scale's
         new = {
-            **self.counted(numbers, memory, total, is_open),
+            **self.counted(memory, total, is_open),
             "seen": jnp.where(counts, optax.safe_increment(seen), seen),
             "mean": jnp.where(counts, mean + (log_norm - mean) * weight, mean),
             "sq_mean": jnp.where(counts, sq_mean + (log_norm**2 - sq_mean) * weight, sq_mean),
         }
         return {"open": is_open}, new
+
+
+def _or(known: jax.Array | None, value: bool) -> jax.Array:
+    """Return what is known, or a value where nothing is."""
+    return jnp.array(value) if known is None else known
 
 
 def guard_of(links: Sequence[tuple[str, Any]]) -> tuple[str, Any] | None:

@@ -13,6 +13,21 @@ from optimize_loss.transforms._members import Members
 NOBODY, THE_LOSS, THE_NORM, A_SCHEDULE = 0, -1, -2, -3  # where no parameter is to blame
 
 
+class Outlook(NamedTuple):
+    """What a guard is told of the chain, beside the health of the batch.
+
+    Attributes:
+      loss_scale: of all links; None where there is none.
+      scale_shrinks: whether that is dynamic and above its least; None where none is dynamic.
+      schedules_hold: whether every schedule has a value that its number may have; None where no
+        number has a schedule.
+    """
+
+    loss_scale: jax.Array | None = None
+    scale_shrinks: jax.Array | None = None
+    schedules_hold: jax.Array | None = None
+
+
 class Health(NamedTuple):
     """What a guard judges by.
 
@@ -20,11 +35,23 @@ class Health(NamedTuple):
       norm: the L2 norm of all gradients, as they come.
       loss_is_finite: whether the loss and its weight are finite; true where there is none.
       offender: the mark of the first parameter whose gradient is not finite; 0 for none.
+      outlook: what is told of the chain.
     """
 
     norm: jax.Array
     loss_is_finite: jax.Array
     offender: jax.Array
+    outlook: Outlook = Outlook()
+
+    def without(self, empty: jax.Array | None) -> "Health":
+        """Return what counts: that there was nothing where the batch was empty."""
+        if empty is None:
+            return self
+        return self._replace(
+            norm=jnp.where(empty, 0, self.norm),
+            loss_is_finite=empty | self.loss_is_finite,
+            offender=jnp.where(empty, NOBODY, self.offender),
+        )
 
 
 def mark(name: str) -> int:

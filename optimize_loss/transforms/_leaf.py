@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from optimize_loss._checks import InvalidType, TreeMismatch
-from optimize_loss.transforms._base import Link, Numbers, compute_dtype
+from optimize_loss.transforms._base import Link, Numbers, compute_dtype, is_narrow
 from optimize_loss.transforms._members import Members
 from optimize_loss.transforms._precision import Encoded
 
@@ -159,7 +159,12 @@ def _run_link(
 ) -> tuple[jax.Array, Slots]:
     """Return what the leaf function of a link returns, if all has the right form."""
     _check_slots(link, slots, stored)
-    return _check_result(link.leaf(update, _widened(slots, param.dtype), param, k), param, slots)
+    wide = _widened(slots, param.dtype)
+    if is_narrow(stored.dtype):
+        result = link.narrow_leaf(update, wide, param, k, stored.dtype)
+    else:
+        result = link.leaf(update, wide, param, k)
+    return _check_result(result, param, slots)
 
 
 def _moved(links: Links) -> list[bool]:

@@ -4,7 +4,14 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from optimize_loss.transforms._base import Count, Fraction, Link, compute_dtype
+from optimize_loss.transforms._base import (
+    Count,
+    Fraction,
+    Link,
+    copy,
+    is_narrow,
+    stored_as,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +22,9 @@ class Lookahead(Link):
 
     The slow parameters φ are the slot `slow`, in float32 or wider, and start as a copy of the
     parameters. They are what to evaluate and to keep: `averaged` returns them. For any rule:
-    stands behind it and its rate. The rule's own memory goes on.
+    stands behind it and its rate. The rule's own memory goes on. Parameters of 16 bits or fewer
+    begin near φ and not at it; then φ moves by its share of how far they went from there, and one
+    more slot has where that was.
 
     Args:
       every: how many updates of the fast parameters come before one of the slow ones; at least 1.
@@ -46,8 +55,9 @@ class Lookahead(Link):
     elementwise = True
 
     def slots(self, param):
-        """Return a copy of the parameter."""
-        return {"slow": jnp.array(param, dtype=compute_dtype(param.dtype), copy=True)}
+        """Return a copy of the parameter; for few bits, one more as it is stored."""
+        start = {"start": jnp.array(param, copy=True)} if is_narrow(param.dtype) else {}
+        return {"slow": copy(param), **start}
 
     def scalars(self, numbers, memory, total, step):
         """Return whether this update is the last of its few."""
@@ -63,3 +73,10 @@ class Lookahead(Link):
         slow = slots["slow"]
         slow = jnp.where(k["syncs"], slow + k["rate"] * (param + update - slow), slow)
         return jnp.where(k["syncs"], slow - param, update), {"slow": slow}
+
+    def narrow_leaf(self, update, slots, param, k, dtype):
+        """Do the same, by how far the fast parameter went from what φ was rounded to."""
+        slow, start = slots["slow"], slots["start"]
+        slow = jnp.where(k["syncs"], slow + k["rate"] * (param + update - start), slow)
+        start = jnp.where(k["syncs"], stored_as(slow, dtype), start)
+        return jnp.where(k["syncs"], start - param, update), {"slow": slow, "start": start}

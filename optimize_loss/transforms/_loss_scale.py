@@ -9,7 +9,16 @@ from optimize_loss.transforms._base import Count, Link, Numbers, Positive, Posit
 
 
 @dataclasses.dataclass(frozen=True)
-class DivideByLossScale(Link):
+class LossScale(Link):
+    """What the links have in common that divide by the factor of the loss."""
+
+    def factor_of_loss(self, numbers: Numbers, memory: Numbers) -> jax.Array:
+        """Return by what the loss is multiplied in this step."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class DivideByLossScale(LossScale):
     """Divide every gradient by the factor that the loss was multiplied with.
 
         g ← g / loss_scale
@@ -34,13 +43,17 @@ class DivideByLossScale(Link):
     loss_scale: Positive
     elementwise = True
 
+    def factor_of_loss(self, numbers, memory):
+        """Return the number."""
+        return numbers["loss_scale"]
+
     def factor(self, k):
         """Return the reciprocal of the scale."""
         return 1 / k["loss_scale"]
 
 
 @dataclasses.dataclass(frozen=True)
-class DivideByDynamicLossScale(Link):
+class DivideByDynamicLossScale(LossScale):
     """Divide by a scale that halves when a gradient is not finite, and skip that update.
 
         not all g finite:  scale ← max(scale / 2, 1), and the links behind do not run
@@ -75,6 +88,10 @@ class DivideByDynamicLossScale(Link):
     def memory(self):
         """Return the scale, and how many calls in a row were finite."""
         return {"loss_scale": self.initial_scale, "finite_in_a_row": 0}
+
+    def factor_of_loss(self, numbers, memory):
+        """Return the scale that the memory has."""
+        return memory["loss_scale"]
 
     def measure(self, update):
         """Return 0 if all numbers are finite, else NaN, as ∞ - ∞ and NaN - NaN are."""

@@ -18,6 +18,7 @@ from optimize_loss.transforms._base import (
     sqrt,
     sum_of_squares,
 )
+from optimize_loss.transforms._health import Outlook
 from optimize_loss.transforms._leaf import PASS, Leaf, Links, Owner, for_all, update_behind
 
 # For leaves of these numbers, Σ|u|² of each.
@@ -34,6 +35,8 @@ class Settings(NamedTuple):
     weight: jax.Array | None  # that the loss came with
     dtype: Any  # of numbers that are not one parameter's
     squares: Squares  # found by passes before, and by this one, of updates as they come to it
+    outlook: Outlook  # what guards are told of the chain
+    empty: jax.Array | None  # whether there was nothing in the batch, whose numbers mean nothing
 
 
 class Norms:

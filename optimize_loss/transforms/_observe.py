@@ -1,10 +1,14 @@
 """Look at the updates as they pass, and keep what was seen in the state."""
 
 import dataclasses
+from collections.abc import Iterable
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from optimize_loss._checks import COUNT, check_integer
+from optimize_loss._names import leaf_names
 from optimize_loss.transforms._base import Link, compute_dtype, norm, real_dtype
 
 
@@ -14,6 +18,9 @@ class ObserveNorm(Link):
 
     A norm that a neighbouring link needs as well is computed once.
 
+    Args:
+      metric: as which `optimize_loss` reports it; None for not at all.
+
     Example:
       >>> import jax.numpy as jnp, optimize_loss as ol
       >>> tx = ol.transforms.chain(seen=ol.transforms.ObserveNorm())
@@ -22,6 +29,7 @@ class ObserveNorm(Link):
       5.0
     """
 
+    metric: str | None = None
     needs = "global_norm"
     observes = True
     elementwise = True
@@ -29,6 +37,10 @@ class ObserveNorm(Link):
     def memory(self):
         """Return the norm."""
         return {"norm": 0.0}
+
+    def report(self, name, parts):
+        """Return the norm."""
+        return {} if self.metric is None else {self.metric: parts["norm"]}
 
     def scalars(self, numbers, memory, total, step):
         """Keep the norm."""
@@ -39,6 +51,10 @@ class ObserveNorm(Link):
 class ObserveNorms(Link):
     """Keep the L2 norm of each parameter's update at this place in the chain, as the slot `norm`.
 
+    Args:
+      metric: as which `optimize_loss` reports each, with "/" and the parameter's name behind; None
+        for not at all.
+
     Example:
       >>> import jax.numpy as jnp, optimize_loss as ol
       >>> tx = ol.transforms.chain(seen=ol.transforms.ObserveNorms())
@@ -47,7 +63,12 @@ class ObserveNorms(Link):
       5.0
     """
 
+    metric: str | None = None
     observes = True
+
+    def report(self, name, parts):
+        """Return the norm of each parameter."""
+        return _by_name(self.metric, parts["norm"], jax.tree.leaves(parts["norm"]))
 
     def slots(self, param):
         """Return the norm."""
@@ -68,6 +89,8 @@ class ObserveHistograms(Link):
 
     Args:
       bins: how many, at least 1.
+      metric: as which `optimize_loss` reports each, a pair of counts and edges, with "/" and the
+        parameter's name behind; None for not at all.
 
     Example:
       >>> import jax.numpy as jnp, optimize_loss as ol
@@ -79,10 +102,16 @@ class ObserveHistograms(Link):
     """
 
     bins: int = 30
+    metric: str | None = None
     observes = True
 
     def __post_init__(self):
         object.__setattr__(self, "bins", check_integer("bins", self.bins, COUNT))
+
+    def report(self, name, parts):
+        """Return the histogram of each parameter."""
+        counts, edges = (jax.tree.leaves(parts[slot]) for slot in ("counts", "edges"))
+        return _by_name(self.metric, parts["counts"], zip(counts, edges, strict=True))
 
     def slots(self, param):
         """Return empty bins."""
@@ -100,3 +129,10 @@ class ObserveHistograms(Link):
         inner = [jnp.sum(values < edges[i], dtype=jnp.int32) for i in range(1, self.bins)]
         below = jnp.array([0, *inner, values.size], jnp.int32)
         return update, {"counts": jnp.diff(below), "edges": edges}
+
+
+def _by_name(metric: str | None, tree: Any, values: Iterable[Any]) -> dict[str, Any]:
+    """Return the values, one for each leaf of a tree, by metric and name of the leaf."""
+    if metric is None:
+        return {}
+    return {f"{metric}/{n}": x for n, x in zip(leaf_names(tree), values, strict=True)}

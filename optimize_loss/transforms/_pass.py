@@ -9,6 +9,7 @@ import jax
 from optimize_loss._checks import TreeMismatch
 from optimize_loss._names import same_leaves
 from optimize_loss.transforms._base import Link, Numbers, TreeLink, compute_dtype
+from optimize_loss.transforms._health import Outlook
 from optimize_loss.transforms._leaf import Leaf, Owner, Wanted
 from optimize_loss.transforms._norms import Settings, Squares
 from optimize_loss.transforms._params import Params
@@ -57,6 +58,8 @@ class Call(NamedTuple):
     live: Sequence[int]  # the parameters that have a gradient and can be trained
     wanted: Wanted
     extra: Mapping[str, Any]
+    outlook: Outlook = Outlook()  # what guards are told of the chain
+    empty: jax.Array | None = None  # whether there was nothing in the batch, if it can be so
     seed: int = 0  # of the random bits by which slots are rounded
 
     @property
@@ -109,6 +112,8 @@ def prepared(
         weight=call.extra.get("weight"),
         dtype=call.params.dtype,
         squares=squares,
+        outlook=call.outlook,
+        empty=call.empty,
     )
     return prepare(tuple(p.link for p in places), own, call.owners, meant, leaves, settings)
 
@@ -147,9 +152,12 @@ def own_slots(
 ) -> dict[str, jax.Array]:
     """Return the slots that a link has for the parameter numbered `j`."""
     own = {slot: x[j] for slot, x in slots.items()} if place.takes[j] else {}
-    if any(place.codecs):  # other parameters may have other slots, and a pass checks them
+    missing = [slot for slot, x in own.items() if x is None]
+    if missing:  # other parameters may have other slots, and a pass checks those that are encoded
+        made = () if any(place.codecs) else jax.eval_shape(place.link.slots, params.leaves[j])
+        missing = [slot for slot in missing if slot in made]
         own = {slot: x for slot, x in own.items() if x is not None}
-    if missing := [slot for slot, x in own.items() if x is None]:
+    if missing:
         raise TreeMismatch(
             f"`state` has no {missing} for the parameter {params.names[j]!r} in the link "
             f"{place.name!r}: it was made for other parameters."

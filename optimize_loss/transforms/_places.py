@@ -8,13 +8,33 @@ from typing import Any
 from optimize_loss._checks import InvalidType
 from optimize_loss.transforms._base import Link, TreeLink, number_rules
 from optimize_loss.transforms._for_parameters import ForParameters
+from optimize_loss.transforms._loss_scale import LossScale
 from optimize_loss.transforms._params import Params
 from optimize_loss.transforms._pass import Place
+from optimize_loss.transforms._plateau import ReduceOnPlateau
 
 
 def linked(entries: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Return the links by name, those for some parameters without telling which."""
     return ((n, x.link if isinstance(x, ForParameters) else x) for n, x in entries.items())
+
+
+def merged(*parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return links in a row, from several rows.
+
+    Raises:
+      ValueError: two have one name.
+    """
+    names = [name for part in parts for name in part]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"The links of `optimizer` must have other names than {twice}.")
+    return {name: link for part in parts for name, link in part.items()}
+
+
+def has_rate(link: Any) -> bool:
+    """Return whether a link of ours has a learning rate, and no parameter of that name."""
+    is_ours = isinstance(link, Link) and "learning_rate" in number_rules(type(link))
+    return is_ours and "learning_rate" in link.numbers()
 
 
 def takes(name: str, entry: Any, params: Params, marks: list[bool]) -> tuple[bool, ...]:
@@ -85,19 +105,18 @@ def _check_head(entries: Mapping[str, Any]) -> None:
     for name, link in links.items():
         if not isinstance(link, Link):
             continue
-        if link.judges and before:
+        if link.needs == "health" and before:
             raise ValueError(
                 f"The link {name!r} must stand before {before}, so that nothing of a batch that is "
                 f"left out stays in the state. Received: {[*links]}."
             )
-        if link.gates or "loss_scale" in {**number_rules(type(link)), **link.memory()}:
+        if link.gates or isinstance(link, LossScale):
             before.append(name)
-        for number in link.lowers:
-            if not any(isinstance(x, Link) and number in x.numbers() for x in links.values()):
-                raise ValueError(
-                    f"The link {name!r} lowers the `{number}` of other links, and none has one. "
-                    f"Received: {[*links]}."
-                )
+        if isinstance(link, ReduceOnPlateau) and not any(map(has_rate, links.values())):
+            raise ValueError(
+                f"The link {name!r} lowers the `learning_rate` of other links, and none has one. "
+                f"Received: {[*links]}."
+            )
 
 
 def check_last(places: list[Place]) -> None:

@@ -3,11 +3,12 @@
 import dataclasses
 from typing import Annotated
 
+import jax
 import jax.numpy as jnp
 import optax
 
 from optimize_loss._checks import STEP
-from optimize_loss.transforms._base import Count, Fraction, Link, NotNegative
+from optimize_loss.transforms._base import Count, Fraction, Link, NotNegative, Numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,14 @@ class ReduceOnPlateau(Link):
     needs = "loss"
     observes = True
     elementwise = True
-    lowers = ("learning_rate",)
+
+    def report(self, name, parts):
+        """Return the scale."""
+        return {"plateau_scale": parts["scale"]}
+
+    def scale(self, memory: Numbers) -> jax.Array:
+        """Return by what all learning rates are multiplied."""
+        return memory["scale"]
 
     def memory(self):
         """Return the scale, the best mean, the sum for the next one, and what is counted."""

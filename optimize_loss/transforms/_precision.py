@@ -56,7 +56,7 @@ class Precision:
     Args:
       state: a format for all moments; or {pattern: format} by parameter, of which the first that
         matches holds.
-      params: whether an update of bfloat16 and float16 parameters is rounded to one of its two
+      params: whether an update of parameters of 16 bits or fewer is rounded to one of its two
         neighbours at random, so that the mean is right, or to the nearest, which loses updates
         of less than half a unit in the last place. All others do not change.
       seed: of the random bits, an integer in [0, 2**32); None for that of `optimize_loss`, or 0.

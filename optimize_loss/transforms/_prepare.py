@@ -48,13 +48,14 @@ def prepare(
         total = None
         if link.measures:
             parts = (_measure(link, *picked(own[j], leaves[j], ks[j], range(i))) for j in here)
-            total = _sum(parts, settings.dtype)
+            total = _or_zero(_sum(parts, settings.dtype), settings.empty)
         elif link.needs == "global_norm":
             total = norms.before(i, here, ks)
         elif link.needs == "health":
             updates, mine = [leaves[j].update for j in here], [owners[j] for j in here]
             parts = (settings.loss, settings.weight)
-            total = health(norms.before(i, here, ks), parts, updates, mine)
+            found = health(norms.before(i, here, ks), parts, updates, mine)
+            total = found.without(settings.empty)._replace(outlook=settings.outlook)
         elif link.needs == "loss":
             if settings.loss is None:
                 raise ValueError(f"{link!r} needs the loss: pass `value=loss` to `update`.")
@@ -62,7 +63,8 @@ def prepare(
         elif link.needs == "loss_and_weight":
             total = settings.loss, settings.weight
         k, memory = link.scalars(settings.numbers[i], settings.memories[i], total, settings.step)
-        memories.append({m: memory[m].astype(old.dtype) for m, old in settings.memories[i].items()})
+        new = {m: memory[m].astype(old.dtype) for m, old in settings.memories[i].items()}
+        memories.append(_remembered(link, k, settings.memories[i], new, settings.empty))
         shared.append(k)
         each = dict(zip(meant[i], link.for_each(meant[i], k), strict=True))
         mine = {j: {**k, **owners[j].own(each)} for j in here}
@@ -80,3 +82,22 @@ def _measure(link: Link, links: Links, leaf: Leaf, ks: tuple[Numbers, ...]) -> j
 
 def _sum(parts: Any, dtype: Any) -> jax.Array:
     return functools.reduce(jnp.add, (p.astype(dtype) for p in parts), jnp.zeros((), dtype))
+
+
+def _or_zero(total: jax.Array, empty: jax.Array | None) -> jax.Array:
+    """Return the sum of what was measured; 0 where there was nothing in the batch."""
+    return total if empty is None else jnp.where(empty, 0, total)
+
+
+def _remembered(
+    link: Link, k: Numbers, old: Numbers, new: Numbers, empty: jax.Array | None
+) -> dict[str, jax.Array]:
+    """Return the memory of a link: the old one where there was nothing in the batch.
+
+    What weighs batches counts it, and what only shows a norm shows it.
+    """
+    shows = link.observes and link.needs == "global_norm"
+    if empty is None or shows or link.needs == "loss_and_weight":
+        return dict(new)
+    unseen = empty & k["open"] if link.gates else empty
+    return {name: jnp.where(unseen, old[name], x) for name, x in new.items()}

@@ -1,4 +1,4 @@
-"""Round parameters of 16 bits stochastically, and chains that keep their state in fewer bits."""
+"""Round parameters of few bits stochastically, and chains that keep their state in fewer bits."""
 
 import dataclasses
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from optimize_loss._random import quick_bits
-from optimize_loss.transforms._base import Link, Seed
+from optimize_loss.transforms._base import Link, Seed, is_narrow
 from optimize_loss.transforms._chain import Chain, chain
 from optimize_loss.transforms._codec import round_to
 from optimize_loss.transforms._places import linked
@@ -19,11 +19,12 @@ class RoundParams(Link):
 
         p + u between a and b:  b with probability (p + u - a) / (b - a), else a
 
-    For bfloat16 and float16; other parameters pass. Rounded to nearest, updates of less than half
-    a unit in the last place, 0.2 % of a bfloat16, are lost; so the mean of what they lead to is
-    right. The random bits are a function of the seed, the parameter's name, the number of updates
-    made and the index of the entry. Stands behind all that changes the update; with `update`,
-    what is returned is the difference to the rounded sum. NaN and infinity stay what they are.
+    For floats of 16 bits and fewer; other parameters pass. Rounded to nearest, updates of less than
+    half a unit in the last place, 0.2 % of a bfloat16, are lost; so the mean of what they lead to
+    is right. The random bits are a function of the seed, the parameter's name, the number of
+    updates made and the index of the entry. Stands behind all that changes the update; with
+    `update`, what is returned is the difference to the rounded sum. NaN and infinity stay what
+    they are.
 
     Args:
       seed: an integer in [0, 2**32).
@@ -53,8 +54,8 @@ class RoundParams(Link):
     draws = True
 
     def suits(self, param):
-        """Return whether a parameter is of bfloat16 or float16."""
-        return param.dtype in (jnp.bfloat16, jnp.float16)
+        """Return whether a parameter has 16 bits or fewer, and more than an exponent."""
+        return is_narrow(param.dtype) and jnp.finfo(param.dtype).nmant > 0
 
     def rounded(self, update, param, dtype, k):
         """Return the update to a neighbour; as it is where the parameter is not finite."""

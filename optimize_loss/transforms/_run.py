@@ -85,9 +85,10 @@ def _counted(call: Call) -> State:
 
 def _after(gate: Gate | None, call: Call) -> Call:
     """Return the call as the links behind a gate see it: with the loss that the gate has made."""
-    if gate is None or "loss_behind" not in gate.k:
+    if gate is None or gate.link.needs != "loss_and_weight":
         return call
-    return call._replace(extra={**call.extra, "value": gate.k["loss_behind"]})
+    loss = {"value": gate.k["loss_behind"]} if "loss_behind" in gate.k else {}
+    return call._replace(extra={**call.extra, **loss}, empty=gate.k.get("empty_behind"))
 
 
 def _behind(gate: Gate, places: list[Place], call: Call) -> tuple[list[Place], Call]:

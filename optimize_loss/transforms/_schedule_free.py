@@ -12,10 +12,12 @@ from optimize_loss.transforms._base import (
     NotNegative,
     Positive,
     abs_squared,
-    compute_dtype,
+    copy,
     count,
     full,
+    is_narrow,
     sqrt,
+    stored_as,
 )
 
 
@@ -31,7 +33,8 @@ class StepByScheduleFree(Link):
     z starts as a copy of p, and so does x. β₁ takes the place of momentum; the mean, that of a
     rate which decays. While p is what is trained, x is what to evaluate and to keep: `averaged`
     returns it. It is not stored, but follows from p and z, so what else changes p, such as weight
-    decay, changes x. The update is the difference to p: no `ScaleByLearningRate` follows.
+    decay, changes x. The update is the difference to p: no `ScaleByLearningRate` follows. Where p
+    has 16 bits or fewer, x cannot follow from it: two more slots are x, and p as it was left.
 
     Args:
       learning_rate: at least 0; a number or a schedule.
@@ -72,9 +75,11 @@ class StepByScheduleFree(Link):
         super().__post_init__()
 
     def slots(self, param):
-        """Return z, a copy of the parameter, and the running mean of squares."""
-        z = jnp.array(param, dtype=compute_dtype(param.dtype), copy=True)
-        return {"z": z, "v": full(param)}
+        """Return z, a copy of the parameter, and the running mean of squares; x for few bits."""
+        slots = {"z": copy(param), "v": full(param)}
+        if is_narrow(param.dtype):
+            slots |= {"x": copy(param), "p": jnp.array(param, copy=True)}
+        return slots
 
     def scalars(self, numbers, memory, total, step):
         """Return the rate of this step, the correction of v, and the weights of the means."""
@@ -85,17 +90,32 @@ class StepByScheduleFree(Link):
         # From the 1-β₂ that is in v: float32 has 1 - 0.999 wrong by 5e-5 of itself.
         one_minus_power = -jnp.expm1(t * jnp.log1p(-one_minus_b2))
         k = {"c2": one_minus_b2, "of_v": 1 / one_minus_power, "epsilon": numbers["epsilon"]}
+        k |= {"b1": b1, "one_minus_b1": one_minus_b1}
         return {**k, "rate": rate, "of_d": one_minus_b1 + b1 / t, "t": t}, memory
 
     def leaf(self, update, slots, param, k):
         """Return the step of one parameter."""
-        z, v = slots["z"], slots["v"]
-        v = v + (abs_squared(update) - v) * k["c2"]
-        d = -k["rate"] * update / (sqrt(k["of_v"] * v) + k["epsilon"])
+        z = slots["z"]
+        d, v = self._step(update, slots["v"], k)
         # What the formulas give for p when x, which is (p - (1-β₁) z) / β₁, is put in and cancels.
         return k["of_d"] * d + (z - param) / k["t"], {"z": z + d, "v": v}
+
+    def narrow_leaf(self, update, slots, param, k, dtype):
+        """Return the step of one parameter of few bits, of which x is kept."""
+        d, v = self._step(update, slots["v"], k)
+        z, x = slots["z"] + d, slots["x"] + (param - slots["p"]) / k["b1"]
+        x = x + (z - x) / k["t"]
+        p = stored_as(k["one_minus_b1"] * z + k["b1"] * x, dtype)
+        return p - param, {"z": z, "v": v, "x": x, "p": p}
+
+    def _step(self, update, v, k):
+        """Return by what z moves, and the mean of squares."""
+        v = v + (abs_squared(update) - v) * k["c2"]
+        return -k["rate"] * update / (sqrt(k["of_v"] * v) + k["epsilon"]), v
 
     def averaged(self, param, slots, numbers):
         """Return x, from the β₁ with which the parameter was made."""
         b1, one_minus_b1 = numbers["beta_1"].astype(param.dtype)
+        if "x" in slots:
+            return slots["x"] + (param - slots["p"]) / b1
         return param + one_minus_b1 / b1 * (param - slots["z"])

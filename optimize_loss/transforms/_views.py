@@ -22,9 +22,9 @@ def averaged_params(chain: Chain, state: dict[str, Any], params: Any) -> Any:
         link = chain.link(name)
         if isinstance(link, Link) and link.averages:
             numbers = {*link.numbers(), *link.memory()}
-            tree = next(slot for key, slot in state[name].items() if key not in numbers)
-            slots = treedef.flatten_up_to(tree)
-            marks = [m or x is not None for m, x in zip(marks, slots, strict=True)]
+            for slot in (tree for key, tree in state[name].items() if key not in numbers):
+                kept = treedef.flatten_up_to(slot)
+                marks = [m or x is not None for m, x in zip(marks, kept, strict=True)]
     if not any(marks):
         return params
     kept = [x if m else None for x, m in zip(leaves, marks, strict=True)]

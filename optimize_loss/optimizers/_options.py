@@ -67,14 +67,19 @@ class _LearningRate:
 def check_options(cls: type, given: Iterable[str], known: Iterable[str]) -> None:
     """Raise an `InvalidType` unless all names of options are known."""
     known = [name for name in known if name != "self"]
-    initials = {"".join(part[:1] for part in name.split("_")): name for name in known}
     for wrong in given:
         if wrong not in known:
-            near = initials.get(wrong) or nearest(wrong, known, most=1)[0]
             raise InvalidType(
-                f"`{wrong}` must be an option of {cls.__name__}, and is none. Nearest: {near!r}. "
-                f"All: {known}."
+                f"`{wrong}` must be an option of {cls.__name__}, and is none. "
+                f"Nearest: {nearest_option(wrong, known)!r}. All: {known}."
             )
+
+
+def nearest_option(wrong: str, known: Iterable[str]) -> str:
+    """Return the name that looks most like `wrong`; `wd` means `weight_decay`."""
+    known = list(known)
+    initials = {"".join(part[:1] for part in name.split("_")): name for name in known}
+    return initials.get(wrong) or nearest(wrong, known, most=1)[0]
 
 
 def _told_of_wrong_options(init: Any) -> Any:
@@ -85,6 +90,20 @@ def _told_of_wrong_options(init: Any) -> Any:
     def __init__(self: Any, *args: Any, **options: Any) -> None:
         check_options(type(self), options, parameters)
         init(self, *args, **options)
+
+    return __init__
+
+
+def _completing(init: Any) -> Any:
+    """Return a constructor after whose outermost call the optimizer takes no new attributes."""
+
+    @functools.wraps(init)
+    def __init__(self: Any, *args: Any, **options: Any) -> None:
+        is_outermost = self.__dict__.setdefault("_complete", None) is None
+        self.__dict__["_complete"] = False
+        init(self, *args, **options)
+        if is_outermost:
+            self.__dict__["_complete"] = True
 
     return __init__
 
@@ -110,7 +129,10 @@ class Options:
     axis_name: str | None = None
 
     _init_of_fields: ClassVar[Any] = None
+    _given_at_first: ClassVar[tuple[str, ...]] = ()
+    """Options that must stay as they were given to the constructor."""
 
+    @_completing
     @_told_of_wrong_options
     def __init__(
         self,
@@ -139,11 +161,14 @@ class Options:
     def __init_subclass__(cls):
         """Make a dataclass of a subclass that declares options and writes no `__init__`."""
         super().__init_subclass__()
-        if "__init__" in vars(cls) or not inspect.get_annotations(cls):
+        if "__init__" in vars(cls):
+            cls.__init__ = _completing(cls.__init__)
+            return
+        if not inspect.get_annotations(cls):
             return
         dataclasses.dataclass(eq=False, repr=False)(cls)
         cls.__init__.__annotations__ = {}  # their rules are for us, not for `help`
-        cls.__init__ = cls._init_of_fields = _told_of_wrong_options(cls.__init__)
+        cls.__init__ = cls._init_of_fields = _completing(_told_of_wrong_options(cls.__init__))
         if "learning_rate" in vars(cls):
             del cls.learning_rate  # the default, which would hide the descriptor
 

@@ -8,13 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optimize_loss._checks import InvalidType, received
+from optimize_loss._checks import InvalidType, check_options, received
 from optimize_loss._names import same_leaves
 from optimize_loss._trainable import Trainable, derivatives
 from optimize_loss.optimizers._config import plain, serialize
 from optimize_loss.optimizers._custom import undone_if_it_fails
 from optimize_loss.optimizers._held import on_mesh, placed
-from optimize_loss.optimizers._options import check_options, options_of
+from optimize_loss.optimizers._options import options_of
 from optimize_loss.optimizers._stateful import Stateful
 from optimize_loss.optimizers._variable import (
     Variable,

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from optimize_loss._checks import (
     InvalidType,
     nearest,
+    nearest_option,
     received,
 )
 from optimize_loss._names import Pattern
@@ -22,7 +23,7 @@ from optimize_loss.optimizers._custom import (
     tracked,
 )
 from optimize_loss.optimizers._held import Held
-from optimize_loss.optimizers._options import Options, nearest_option, options_of
+from optimize_loss.optimizers._options import Options, options_of
 from optimize_loss.optimizers._variable import (
     Variable,
     check_variables,

@@ -5,7 +5,6 @@ import functools
 import inspect
 import operator
 import typing
-from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar
 
 import jax
@@ -16,7 +15,7 @@ from optimize_loss._checks import (
     POSITIVE,
     InvalidType,
     check_flags,
-    nearest,
+    check_options,
     received,
 )
 from optimize_loss._names import Pattern
@@ -62,24 +61,6 @@ class _LearningRate:
 
     def __set__(self, optimizer: Any, value: Any) -> None:
         optimizer._set_learning_rate(value)
-
-
-def check_options(cls: type, given: Iterable[str], known: Iterable[str]) -> None:
-    """Raise an `InvalidType` unless all names of options are known."""
-    known = [name for name in known if name != "self"]
-    for wrong in given:
-        if wrong not in known:
-            raise InvalidType(
-                f"`{wrong}` must be an option of {cls.__name__}, and is none. "
-                f"Nearest: {nearest_option(wrong, known)!r}. All: {known}."
-            )
-
-
-def nearest_option(wrong: str, known: Iterable[str]) -> str:
-    """Return the name that looks most like `wrong`; `wd` means `weight_decay`."""
-    known = list(known)
-    initials = {"".join(part[:1] for part in name.split("_")): name for name in known}
-    return initials.get(wrong) or nearest(wrong, known, most=1)[0]
 
 
 def _told_of_wrong_options(init: Any) -> Any:

@@ -125,6 +125,26 @@ def test_options_can_be_set_before_and_after_build():
     assert (optimizer.weight_decay, optimizer.use_ema) == (0.2, False)
 
 
+@pytest.mark.parametrize(
+    "make", [lambda: optim.SGD(0.5, weight_decay=0.5), lambda: MomentumSGD(0.5)]
+)
+def test_an_option_can_be_set_back(make):
+    optimizer, v = make(), ol.Variable(1.0, "v")
+    name = "momentum" if isinstance(optimizer, MomentumSGD) else "weight_decay"
+    first = getattr(optimizer, name)
+    optimizer.apply_gradients([(1.0, v)])
+    for value in (0.25, first, 0.25, first):
+        setattr(optimizer, name, value)
+        other, before = make(), [x.value for x in (*optimizer.variables, v)]
+        setattr(other, name, value)
+        w = ol.Variable(before[-1], "v")
+        other.build([w])
+        other.set_weights(before[:-1])
+        for each, box in ((optimizer, v), (other, w)):
+            each.apply_gradients([(1.0, box)])
+        assert float(v) == float(w)
+
+
 class Noting(custom.MomentumSGD):
     """Sets attributes wherever Keras lets it, in a mixin and in methods of its own too."""
 

@@ -98,8 +98,8 @@ def serialize(thing: Any) -> Any:
       >>> ol.optimizers.serialize(ol.optimizers.SGD(0.5))["config"]["learning_rate"]
       0.5
     """
-    thing = unboxed(thing)
-    if hasattr(thing, "get_config") and not isinstance(thing, type):
+    thing: Any = unboxed(thing)
+    if not isinstance(thing, type) and hasattr(thing, "get_config"):
         return _described(thing)
     if isinstance(thing, Mapping):
         if strange := [key for key in thing if not isinstance(key, str)]:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optimize_loss._checks import InvalidType, received
+from optimize_loss._checks import NOT_NEGATIVE, InvalidType, Rule, received
 from optimize_loss._keras_parts import Shown, as_keras_3, inside, rates
 from optimize_loss._names import leaf_names
 from optimize_loss.optimizers import Optimizer, serialize
@@ -41,8 +41,9 @@ class KerasOptimizer(Shown, keras.optimizers.Optimizer):
     that Keras has for them, `variable.path`, such as `sequential/dense/kernel`. The state is in
     Keras variables, so that weights are saved and loaded with it. `learning_rate` can be set at
     any time, by callbacks too, over a schedule or not; nothing is traced anew. With a
-    `MultiOptimizer` each of `optimizers` has its own, which callbacks set. At the end of `fit` the
-    model has the averages that the optimizer keeps, if any.
+    `MultiOptimizer` each of `optimizers` has its own, which callbacks set; that of an optax
+    transformation is there, once built, if it is a number in `optax.inject_hyperparams`. At the end
+    of `fit` the model has the averages that the optimizer keeps, if any.
 
     The options of the optimizer show here as Keras' do, `use_ema`, `clipnorm`, `beta_1` and so on,
     and can be set until it is built. With `use_ema`, the average starts at the first new
@@ -77,6 +78,7 @@ class KerasOptimizer(Shown, keras.optimizers.Optimizer):
 
     optimizer: Any
     _given: Any
+    _injected: dict[str, float]
 
     def __init__(self, optimizer: Any, learning_rate: Any = None, name: str | None = None):
         if keras.backend.backend() != "jax":
@@ -86,7 +88,7 @@ class KerasOptimizer(Shown, keras.optimizers.Optimizer):
             )
         # Past Keras' tracking of attributes: it takes tuples apart, and chains are tuples.
         own = self.__dict__
-        own.update(optimizer=optimizer, _given=learning_rate)
+        own.update(optimizer=optimizer, _given=learning_rate, _injected={})
         own["_made"] = instance(optimizer, learning_rate)
         own["_chain"] = links = self._links()
         own["_rates"] = rates(self._made, links)
@@ -133,6 +135,23 @@ class KerasOptimizer(Shown, keras.optimizers.Optimizer):
             boxes[name] = rates[name] if name in rates else self._add(name, named[name])
         self._boxes = [(boxes[name], x.dtype) for name, x in named.items()]
         self.__dict__["_named_boxes"] = boxes
+        if not self._rates:
+            self._take_injected_rate(named)
+
+    def _take_injected_rate(self, state: Mapping[str, jax.Array]) -> None:
+        """Let the rate of `optax.inject_hyperparams`, if it is a number, be the learning rate."""
+        ending = "hyperparams/learning_rate"
+        found = [name for name in state if name.endswith(ending)]
+        scheduled = [n.replace(ending, "hyperparams_states/learning_rate") for n in found]
+        if len(found) == 1 and not any(n.startswith(scheduled[0]) for n in state):
+            own = self.__dict__
+            own.update(_rates=[found], _injected={n: float(state[n]) for n in found})
+            own["_rate_boxes"] = {n: self._named_boxes[n] for n in found}
+
+    def _rate_of(self, link: str) -> tuple[Any, Rule]:
+        if link in self._injected:
+            return self._injected[link], NOT_NEGATIVE
+        return super()._rate_of(link)
 
     def _add(self, name: str, value: jax.Array) -> keras.Variable:
         on_mesh = isinstance(value.sharding, jax.sharding.NamedSharding)

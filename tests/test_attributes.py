@@ -194,7 +194,8 @@ def test_a_property_of_a_subclass_can_be_set():
         def half_momentum(self, value):
             self.momentum = 2 * value
 
-    optimizer: Any = built(Halved(0.25))
+    halved: Any = Halved
+    optimizer = built(halved(0.25))
     optimizer.half_momentum = 0.25
     assert optimizer.momentum == 0.5
     assert "half_momentum" not in vars(optimizer)

@@ -168,7 +168,8 @@ def test_a_chain_shows_what_its_links_do():
 @pytest.mark.parametrize("given", [optim.AdamW(0.1), "AdamW", optim.AdamW], ids=str)
 def test_options_can_be_set_until_it_is_built(given):
     made = adapted(given, None if isinstance(given, optim.AdamW) else 0.1)
-    made.weight_decay, made.beta_1, made.lr = 0.25, 0.5, 0.2
+    made.weight_decay, made.beta_1 = 0.25, 0.5
+    made.lr = jnp.float32(0.2)
     again = KerasOptimizer.from_config(made.get_config())
     assert again.weight_decay == made.weight_decay == 0.25
     with pytest.raises(ValueError, match="`clipnorm` must be above 0"):
@@ -182,7 +183,7 @@ def test_options_can_be_set_until_it_is_built(given):
         made.weight_decay = 0.5
     with pytest.raises(AttributeError, match=r"`weight_decy` must be .*Nearest: 'weight_decay'"):
         made.weight_decy = 0.5
-    assert float(made.lr.value) == pytest.approx(0.2)
+    assert made.lr is made.learning_rate
 
 
 @pytest.mark.parametrize("scaled", [{}, {"loss_scale_factor": 8.0}], ids=["plain", "scaled"])
@@ -249,6 +250,25 @@ def test_callbacks_reach_each_of_many_optimizers(name):
         for made in (KerasOptimizer(many()), many_of_keras())
     )
     assert_same(got, wanted)
+
+
+@pytest.mark.parametrize("name", ["scheduler", "plateau"])
+def test_callbacks_reach_the_rate_that_optax_injects(name):
+    tx = optax.chain(optax.clip(0.5), optax.inject_hyperparams(optax.sgd)(learning_rate=0.1))
+    got, wanted = (
+        fitted(KerasOptimizer(given), [CALLBACKS[name]()], 3)
+        for given in (tx, optim.SGD(0.1, clipvalue=0.5))
+    )
+    assert_same(got, wanted)
+    got.optimizer.lr = None  # as it was built
+    assert float(got.optimizer.learning_rate.value) == np.float32(0.1)
+
+
+def test_a_rate_that_optax_schedules_is_not_shown():
+    schedule = optax.constant_schedule(0.1)
+    made = adapted(optax.inject_hyperparams(optax.sgd)(learning_rate=schedule))
+    made.build([keras.Variable(1.0, name="v")])
+    assert not hasattr(made, "learning_rate")
 
 
 def test_many_optimizers_go_on_from_a_file(tmp_path):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from optimize_loss._checks import InvalidType, check_options, nearest, received
@@ -98,7 +99,7 @@ def serialize(thing: Any) -> Any:
       >>> ol.optimizers.serialize(ol.optimizers.SGD(0.5))["config"]["learning_rate"]
       0.5
     """
-    thing: Any = unboxed(thing)
+    thing = unboxed(thing)
     if not isinstance(thing, type) and hasattr(thing, "get_config"):
         return _described(thing)
     if isinstance(thing, Mapping):
@@ -112,16 +113,14 @@ def serialize(thing: Any) -> Any:
         return [serialize(value) for value in thing]
     if isinstance(thing, bool | int | float | str | None):
         return thing
-    if hasattr(thing, "dtype") and np.ndim(thing) == 0:
-        return float(str(np.asarray(thing)[()])) if _is_float(thing) else np.asarray(thing).item()
+    if hasattr(thing, "dtype") and not getattr(thing, "shape", ()):
+        array = np.asarray(thing)
+        is_float = jnp.issubdtype(array.dtype, jnp.floating)  # 0.1, and not 0.10000000149
+        return float(str(array[()])) if is_float else array.item()
     raise InvalidType(
         "A configuration holds numbers, text, schedules of `ol.schedules` and optimizers; a "
         f"function has none. Received: {thing!r} of type {type(thing).__name__}."
     )
-
-
-def _is_float(x: Any) -> bool:
-    return np.issubdtype(np.asarray(x).dtype, np.floating)
 
 
 def _described(thing: Any) -> dict[str, Any]:

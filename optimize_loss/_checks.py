@@ -229,3 +229,21 @@ Nearest: 'truncated'.
             f"`{name}` must be one of {choices}. {received(name, value)} Nearest: {near}."
         )
     return value
+
+
+def check_options(cls: type, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raise an `InvalidType` unless all names of options are known."""
+    known = [name for name in known if name != "self"]
+    for wrong in given:
+        if wrong not in known:
+            raise InvalidType(
+                f"`{wrong}` must be an option of {cls.__name__}, and is none. "
+                f"Nearest: {nearest_option(wrong, known)!r}. All: {known}."
+            )
+
+
+def nearest_option(wrong: str, known: Iterable[str]) -> str:
+    """Return the name that looks most like `wrong`; `wd` means `weight_decay`."""
+    known = list(known)
+    initials = {"".join(part[:1] for part in name.split("_")): name for name in known}
+    return initials.get(wrong) or nearest(wrong, known, most=1)[0]

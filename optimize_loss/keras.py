@@ -13,14 +13,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optimize_loss._checks import InvalidType, Rule
+from optimize_loss._checks import NOT_NEGATIVE, InvalidType, Rule, received
+from optimize_loss._keras_parts import Shown, as_keras_3, inside, rates
 from optimize_loss._names import leaf_names
-from optimize_loss.optimizers import serialize
+from optimize_loss.optimizers import Optimizer, serialize
 from optimize_loss.optimizers._config import plain
-from optimize_loss.optimizers._resolve import resolve
+from optimize_loss.optimizers._resolve import instance, resolve
 from optimize_loss.optimizers._variable import different_names
 from optimize_loss.transforms import Chain, Link, chain
-from optimize_loss.transforms._numbers import at_step, replaced, to_array
 from optimize_loss.transforms._params import distinct
 
 try:
@@ -34,14 +34,21 @@ except ImportError as error:
 
 
 @keras.saving.register_keras_serializable("optimize_loss")
-class KerasOptimizer(keras.optimizers.Optimizer):
+class KerasOptimizer(Shown, keras.optimizers.Optimizer):
     """Train a Keras model with any optimizer of this package, or of optax.
 
     `model.compile(optimizer=KerasOptimizer(...))`, then `fit` as ever. Parameters have the names
     that Keras has for them, `variable.path`, such as `sequential/dense/kernel`. The state is in
     Keras variables, so that weights are saved and loaded with it. `learning_rate` can be set at
-    any time, by callbacks too, over a schedule or not; nothing is traced anew. At the end of `fit`
-    the model has the averages that the optimizer keeps, if any.
+    any time, by callbacks too, over a schedule or not; nothing is traced anew. With a
+    `MultiOptimizer` each of `optimizers` has its own, which callbacks set; that of an optax
+    transformation is there, once built, if it is a number in `optax.inject_hyperparams`. At the end
+    of `fit` the model has the averages that the optimizer keeps, if any.
+
+    The options of the optimizer show here as Keras' do, `use_ema`, `clipnorm`, `beta_1` and so on,
+    and can be set until it is built. With `use_ema`, the average starts at the first new
+    parameters, as in Keras 3; elsewhere in this package at the initial ones, as in Keras 2.15. An
+    `AverageParams` in a chain keeps its own start.
 
     A whole model is saved with the optimizer's configuration, if it has one: an `Optimizer`
     without functions in it, or a name. Import this module before you load it. With a chain or an
@@ -71,8 +78,7 @@ class KerasOptimizer(keras.optimizers.Optimizer):
 
     optimizer: Any
     _given: Any
-    _chain: Chain
-    _names: list[str]
+    _injected: dict[str, float]
 
     def __init__(self, optimizer: Any, learning_rate: Any = None, name: str | None = None):
         if keras.backend.backend() != "jax":
@@ -80,41 +86,72 @@ class KerasOptimizer(keras.optimizers.Optimizer):
                 "Keras must have JAX as its backend: set KERAS_BACKEND=jax in the environment "
                 f"before Keras is imported. Received: {keras.backend.backend()!r}."
             )
-        links = chain(**resolve(optimizer, learning_rate))
         # Past Keras' tracking of attributes: it takes tuples apart, and chains are tuples.
-        self.__dict__.update(optimizer=optimizer, _given=learning_rate, _chain=links)
-        try:
-            _, field, rule = self._rate()
-            rate: Any = float(to_array("learning_rate", field, rule, jnp.float32))
-        except AttributeError:
-            rate = _no_rate
+        own = self.__dict__
+        own.update(optimizer=optimizer, _given=learning_rate, _injected={})
+        own["_made"] = instance(optimizer, learning_rate)
+        own["_chain"] = links = self._links()
+        own["_rates"] = rates(self._made, links)
+        first = {names[0]: self._first_rate(names[0]) for names in self._rates if names}
+        rate: Any = float(first.popitem()[1]) if len(first) == len(self._rates) == 1 else _no_rate
         super().__init__(learning_rate=rate, name=name)
-        self.loss_scale_factor = 1.0  # Keras' own LossScaleOptimizer takes it away
+        made = {n: self._add(f"{n}/learning_rate", value) for n, value in first.items()}
+        own["_rate_boxes"] = {
+            link: made.get(names[0], self._learning_rate) for names in self._rates for link in names
+        }
+        own["_complete"] = True
+
+    def _links(self) -> Chain:
+        given = self._given if self._made is self.optimizer else None
+        links = resolve(self._made, given)
+        return chain(**(as_keras_3(links) if isinstance(self._made, Optimizer) else links))
 
     def build(self, variables: list[keras.Variable]) -> None:
         """Make the variables of the state, in an order that does not depend on names."""
         if self.built:
             return
-        links = chain(**resolve(self.optimizer, self._given))
+        links = self._links()
         names = different_names(v.path for v in variables)
         params = {name: v.value for name, v in zip(names, variables, strict=True)}
         # `fit` gives all memory away, and a state of optax may hold the parameters themselves.
         _, state = distinct((params, links.init(params)))
-        if self.loss_scale_factor is None and links.loss_scale(state) is not None:
+        if "_scale" in self.__dict__ and links.loss_scale(state) is not None:
             raise ValueError(
                 "The loss must be scaled once: leave the scale out of `optimizer`, or compile with "
                 "`auto_scale_loss=False`."
             )
-        super().build(variables)
+        with self._as_keras_needs_it():
+            super().build(variables)
         self.__dict__.update(_chain=links, _names=names)
         boxes: dict[str, Any] = {"step": self._iterations}
-        if isinstance(self._learning_rate, keras.Variable):
-            boxes[f"{self._rate()[0]}/learning_rate"] = self._learning_rate
+        rates = {f"{link}/learning_rate": box for link, box in self._rate_boxes.items()}
+        boxes |= {n: box for n, box in rates.items() if box is self._learning_rate}
         leaves, self._structure = jax.tree.flatten(state)
         named = dict(zip(leaf_names(state), leaves, strict=True))
         for name in _ordered([n for n in named if n not in boxes], names):
-            boxes[name] = self._add(name, named[name])
+            if name in rates:  # one of several: it takes its place among the others
+                self._untrack_variable(rates[name])
+                self._track_variable(rates[name])
+            boxes[name] = rates[name] if name in rates else self._add(name, named[name])
         self._boxes = [(boxes[name], x.dtype) for name, x in named.items()]
+        self.__dict__["_named_boxes"] = boxes
+        if not self._rates:
+            self._take_injected_rate(named)
+
+    def _take_injected_rate(self, state: Mapping[str, jax.Array]) -> None:
+        """Let the rate of `optax.inject_hyperparams`, if it is a number, be the learning rate."""
+        ending = "hyperparams/learning_rate"
+        found = [name for name in state if name.endswith(ending)]
+        scheduled = [n.replace(ending, "hyperparams_states/learning_rate") for n in found]
+        if len(found) == 1 and not any(n.startswith(scheduled[0]) for n in state):
+            own = self.__dict__
+            own.update(_rates=[found], _injected={n: float(state[n]) for n in found})
+            own["_rate_boxes"] = {n: self._named_boxes[n] for n in found}
+
+    def _rate_of(self, link: str) -> tuple[Any, Rule]:
+        if link in self._injected:
+            return self._injected[link], NOT_NEGATIVE
+        return super()._rate_of(link)
 
     def _add(self, name: str, value: jax.Array) -> keras.Variable:
         on_mesh = isinstance(value.sharding, jax.sharding.NamedSharding)
@@ -127,14 +164,18 @@ class KerasOptimizer(keras.optimizers.Optimizer):
             name=name.replace("/", "_"),
         )
 
-    def _named(self) -> dict[str, keras.Variable]:
-        return dict(zip(self._names, self._trainable_variables, strict=True))
-
     def _params(self) -> dict[str, jax.Array]:
         return {name: v.value for name, v in self._named().items()}
 
     def _state(self) -> dict[str, Any]:
         return jax.tree.unflatten(self._structure, [box.value.astype(d) for box, d in self._boxes])
+
+    def apply(
+        self, grads: list[Any], trainable_variables: list[keras.Variable] | None = None
+    ) -> None:
+        """Update variables, as every Keras optimizer does."""
+        with self._as_keras_needs_it():
+            super().apply(grads, trainable_variables)
 
     def _backend_apply_gradients(
         self, grads: list[jax.Array], trainable_variables: list[keras.Variable]
@@ -148,10 +189,17 @@ class KerasOptimizer(keras.optimizers.Optimizer):
             box.assign(x)
         self._iterations.assign_sub(1)  # the chain has counted, and `apply` is about to
 
-    def scale_loss(self, loss: jax.Array) -> jax.Array:
-        """Return the loss multiplied by the loss scale, if there is one."""
-        scale = self._chain.loss_scale(self._state())
-        return loss if scale is None else loss * scale.astype(loss.dtype)
+    def scale_loss(self, loss: Any) -> Any:
+        """Return the loss, a number or an array, multiplied by the loss scale, if there is one."""
+        if self.__dict__.get("_scale") is not None:
+            return super().scale_loss(loss)
+        state = self._state() if self.built else self._chain.init({})
+        scale = self._chain.loss_scale(state)
+        if scale is None:
+            return loss
+        loss = jnp.asarray(loss)
+        dtype = loss.dtype if jnp.issubdtype(loss.dtype, jnp.floating) else scale.dtype
+        return loss.astype(dtype) * scale.astype(dtype)
 
     def finalize_variable_values(self, var_list: Iterable[keras.Variable]) -> None:
         """Put the averages that the optimizer keeps, if any, in the place of the parameters."""
@@ -164,31 +212,6 @@ class KerasOptimizer(keras.optimizers.Optimizer):
             if id(v) in wanted:
                 v.assign(jnp.copy(averages[name]))  # as `fit` donates both
 
-    def _rate(self) -> tuple[str, Any, Rule]:
-        """Return which link has the learning rate, what it was built with, and its rule."""
-        links = {name: self._chain.link(name) for name, _ in self._chain.links}
-        rates = {n: x.numbers() for n, x in links.items() if isinstance(x, Link)}
-        owners = [name for name, numbers in rates.items() if "learning_rate" in numbers]
-        if len(owners) != 1:
-            raise AttributeError(f"One link must have a `learning_rate`. Links that do: {owners}.")
-        (name,) = owners
-        return name, rates[name]["learning_rate"], links[name].rule("learning_rate")
-
-    @property
-    def learning_rate(self) -> Any:
-        """The rate of the next update: a variable, or what a schedule says."""
-        _, field, rule = self._rate()
-        if not callable(field):
-            return self._learning_rate
-        number, step = self._learning_rate.value, self._iterations.value
-        return at_step("learning_rate", field, rule, number, step)
-
-    @learning_rate.setter
-    def learning_rate(self, learning_rate: Any) -> None:
-        _, field, rule = self._rate()
-        number = self._learning_rate.value
-        self._learning_rate.assign(replaced("learning_rate", learning_rate, field, rule, number))
-
     def exclude_from_weight_decay(
         self,
         var_list: Iterable[keras.Variable] | None = None,
@@ -199,8 +222,13 @@ class KerasOptimizer(keras.optimizers.Optimizer):
             raise ValueError(
                 "`exclude_from_weight_decay` must be called before the optimizer is built."
             )
+        if not isinstance(self._made, Optimizer):
+            raise ValueError(
+                "`optimizer` must be an `Optimizer`; in a chain, give `exclude` to the link that "
+                f"decays. {received('optimizer', self._made)}"
+            )
         paths = [re.compile(f"^{re.escape(v.path)}$") for v in var_list or ()]
-        self.optimizer.exclude_from_weight_decay(var_names=[*paths, *(var_names or ())])
+        inside(self._made).exclude_from_weight_decay(var_names=[*paths, *(var_names or ())])
 
     def get_config(self) -> dict[str, Any]:
         """Return what the optimizer was made of, with its learning rate as it was then."""

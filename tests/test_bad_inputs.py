@@ -822,7 +822,7 @@ ROWS: dict[str, Row] = {
         lambda: follow(schedules.ExponentialDecay), KIND, ("`learning_rate`", "ExponentialDecay")
     ),
     "37-decay-steps-0": Row(
-        lambda: schedules.ExponentialDecay(0.1, 0, 0.5), VALUE, ("`decay_steps`", "above 0", "0")
+        lambda: schedules.ExponentialDecay(0.1, 0, 0.5), VALUE, ("`decay_steps`", "at least 1", "0")
     ),
     "37-decay-rate-negative": Row(
         lambda: schedules.ExponentialDecay(0.1, 10, -0.5), VALUE, ("`decay_rate`", "-0.5")
@@ -832,7 +832,7 @@ ROWS: dict[str, Row] = {
             learning_rate_decay_fn=lambda rate, step: schedules.exponential_decay(rate, step, 0, 1)
         ),
         VALUE,
-        ("`decay_steps`", "above 0"),
+        ("`decay_steps`", "at least 1"),
     ),
     "37-boundaries-unsorted": Row(
         lambda: schedules.PiecewiseConstantDecay([9, 5], [1.0, 2.0, 3.0]),

@@ -394,14 +394,14 @@ class Seen(keras.callbacks.Callback):
 
 
 def test_the_model_has_the_averages_at_the_end():
-    """a ← a + (1-β)(w - a), from the first weights on."""
+    """a ← a + (1-β)(w - a), from the first new weights on, as in Keras 3."""
     seen = Seen()
     model = fit(
         keras_model(),
         KerasOptimizer(optim.SGD(0.1, use_ema=True, ema_momentum=0.8)),
         callbacks=[seen],
     )
-    average, *later = seen.weights
+    _, average, *later = seen.weights
     for weights in later:
         average = [0.8 * a + 0.2 * w for a, w in zip(average, weights, strict=True)]
     for a, w, last in zip(average, model.get_weights(), seen.weights[-1], strict=True):

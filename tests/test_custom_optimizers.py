@@ -522,7 +522,7 @@ def test_variables_in_attributes_are_assigned_to_and_not_replaced():
     with pytest.raises(ValueError, match=r"`momentums` must stay: it has variables.*`assign`"):
         optimizer.momentums = []
     assert len(optimizer.momentums) == 3
-    optimizer.note = "attributes of one's own can be added at any time"
+    optimizer._note = "private attributes can be added at any time"
 
 
 # What is wrong is loud.

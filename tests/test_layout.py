@@ -20,6 +20,7 @@ FLOORS = {
     "_names": 2,
     "schedules": 2,
     "_whole_file": 2,
+    "_keras_parts": 5,
     "_model_state": 3,
     "_trainable": 3,
     "transforms": 3,

@@ -194,7 +194,7 @@ def through_json(config):
 def test_the_table_is_of_all_optimizers():
     assert OWN.keys() | {"LossScaleOptimizer", "MultiOptimizer"} == set(optim.names())
     names = {n for n in schedules.__all__ if isinstance(getattr(schedules, n), type)}
-    assert SCHEDULES.keys() == names - {"Decayed"}
+    assert SCHEDULES.keys() == names - {"Decayed", "LearningRateSchedule"}
 
 
 @pytest.mark.parametrize("name", OWN)
@@ -545,12 +545,18 @@ def test_get_takes_names_in_any_case(name):
 def test_get_gives_back_what_it_is_given():
     optimizer = optim.Adam(0.5)
     assert optim.get(optimizer) is optimizer
+    assert optim.get(None) is None
 
 
 BAD_NAMES = {
     "unknown": ("adem", VALUE, "`identifier` must be one of ['Adadelta', "),
     "nearest": ("sdg", VALUE, "Received: identifier='sdg'. Nearest: 'SGD'."),
-    "none": (None, INVALID, "`identifier` must be a name, a configuration or an optimizer."),
+    "number": (3, INVALID, "`identifier` must be a name, a configuration or an optimizer."),
+    "schedule": (
+        {"class_name": "WarmUpDecay", "config": {"decay": 0.5}},
+        INVALID,
+        "`identifier` must be a name, a configuration or an optimizer.",
+    ),
     "class": (optim.Adam, INVALID, "`identifier` must be a name, a configuration or an optimizer."),
     "needs": ("momentumoptimizer", INVALID, "no default for ['learning_rate', 'momentum']."),
     "inner": ("LossScaleOptimizer", INVALID, "no default for ['inner_optimizer']."),

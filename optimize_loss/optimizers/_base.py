@@ -8,13 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optimize_loss._checks import InvalidType, received
+from optimize_loss._checks import InvalidType, check_options, received
 from optimize_loss._names import flatten, same_leaves
 from optimize_loss._trainable import Trainable, derivatives
 from optimize_loss.optimizers._config import plain, serialize
 from optimize_loss.optimizers._custom import undone_if_it_fails
 from optimize_loss.optimizers._held import on_mesh, placed
-from optimize_loss.optimizers._options import check_options, options_of
+from optimize_loss.optimizers._options import options_of
 from optimize_loss.optimizers._stateful import Stateful
 from optimize_loss.optimizers._variable import (
     Variable,
@@ -104,12 +104,13 @@ class Optimizer(Stateful):
         divide it by the number of devices.
 
     Options can be assigned to at any time, `opt.weight_decay = 0.1`; once the optimizer is built,
-    where that changes a number only, not whether there is one. That compiles nothing anew.
+    where that changes a number only, not whether there is one. That compiles nothing anew. To
+    assign to an attribute that there is not, or to delete one, is an `AttributeError`.
 
     Attributes:
       learning_rate: a `Variable`, or with a schedule the rate of the last update. A number can be
         assigned, and a schedule, which compiles anew; in the place of a schedule, once the
-        optimizer is built, only another one.
+        optimizer is built, only another one. `lr` is the same.
       iterations: the number of updates made, a `Variable`. A number can be assigned until the
         optimizer is built, by `iterations.assign` later too.
       variables: a list of the optimizer's `Variable`s, the counter first, then the state, without
@@ -198,7 +199,8 @@ class Optimizer(Stateful):
     `build` and `update_step` are traced: they run on copies of the optimizer, with boxes around
     traced values. What changes from step to step must be a variable that `build` makes and keeps;
     an `update_step` that assigns to anything else raises. Other attributes, as `momentum` here, are
-    compiled in, and to set one compiles anew. What depends on a value is `jnp.where`, not `if`.
+    compiled in, and to set one compiles anew; new ones come in `__init__` and `build`, elsewhere
+    only those that begin with an underscore. What depends on a value is `jnp.where`, not `if`.
 
     `init`, `update` and `optimize_loss` never touch the optimizer's own variables, so that one
     optimizer can serve in all three ways, each with its own state and counter. Inside a

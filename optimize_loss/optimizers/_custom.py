@@ -21,6 +21,7 @@ from optimize_loss.transforms import NotNegative, TreeLink
 INTERNAL = frozenset(
     [
         "_building",
+        "_complete",
         "_excluded",
         "_given",
         "_held",

@@ -34,12 +34,14 @@ def names(pattern: str = "*") -> list[str]:
 def get(identifier: Any, custom_objects: Mapping[str, type[Optimizer]] | None = None) -> Any:
     """Return an optimizer by its name, with its defaults; from its configuration; or as it is.
 
+    None gives None, as in Keras.
+
     Args:
-      identifier: a name, in any case; a dict as `serialize` returns it; or an `Optimizer`.
+      identifier: a name, in any case; a dict as `serialize` returns it; an `Optimizer`; or None.
       custom_objects: classes by name, beside those of this package.
 
     Raises:
-      InvalidType: it is none of these.
+      InvalidType: it is none of these, or a configuration of something else.
       ValueError: the name is unknown.
 
     Example:
@@ -47,10 +49,10 @@ def get(identifier: Any, custom_objects: Mapping[str, type[Optimizer]] | None = 
       >>> ol.optimizers.get("adamw")
       AdamW(learning_rate=0.001)
     """
-    if isinstance(identifier, Optimizer):
-        return identifier
-    if isinstance(identifier, Mapping):
-        return deserialize(identifier, custom_objects)
+    is_config = isinstance(identifier, Mapping)
+    made = deserialize(identifier, custom_objects) if is_config else identifier
+    if made is None or isinstance(made, Optimizer):
+        return made
     if not isinstance(identifier, str):
         raise InvalidType(
             "`identifier` must be a name, a configuration or an optimizer. "

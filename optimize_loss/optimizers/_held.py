@@ -37,7 +37,7 @@ class Held:
         boxes: Mapping[str, Variable],
         mesh: jax.sharding.Mesh | None,
     ):
-        self.chain = chain
+        self.chain = self._last = chain  # the one that is compiled, and the one with the numbers
         self.names = list(params)
         state = on_mesh(chain.init(self._in_order(params)), mesh)
         leaves, self._structure = jax.tree.flatten(state)
@@ -135,9 +135,9 @@ class Held:
         Raises:
           ValueError: it differs in more; nothing is changed.
         """
-        start = _with_recipes_of(chain, self.chain)
+        start = _with_recipes_of(chain, self._last)
         new, state = start.with_numbers_of(chain, self.state)
-        if start is not self.chain:
+        if start is not self._last:
             made = jax.eval_shape(new.init, self._in_order(self._avals))
             same = jax.tree.structure(made) == self._structure and all(
                 (x.shape, x.dtype) == (box.shape, dtype)
@@ -150,7 +150,7 @@ class Held:
                     f"`build` must make the variables of before, {self._names}. "
                     f"Received: {leaf_names(made)}."
                 )
-        self.chain = new
+        self.chain, self._last = self.chain if new is self._last else new, chain
         self.keep(state, with_numbers=True)
 
     def save(self, store: Any) -> None:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from optimize_loss._checks import (
     InvalidType,
     nearest,
+    nearest_option,
     received,
 )
 from optimize_loss._names import Pattern
@@ -22,7 +23,7 @@ from optimize_loss.optimizers._custom import (
     tracked,
 )
 from optimize_loss.optimizers._held import Held
-from optimize_loss.optimizers._options import Options
+from optimize_loss.optimizers._options import Options, options_of
 from optimize_loss.optimizers._variable import (
     Variable,
     check_variables,
@@ -62,7 +63,10 @@ class Holding(Options):
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an option or an attribute; raise, and change nothing, if the variables forbid it."""
         own = self.__dict__
-        if name == "learning_rate" or name in INTERNAL or "_held" not in own or self._building:
+        if self._is_closed:
+            self._check_settable(name)
+        settled_elsewhere = name in INTERNAL or isinstance(self._of_class(name), property)
+        if settled_elsewhere or name == "learning_rate" or "_held" not in own or self._building:
             super().__setattr__(name, value)
             return
         if self.built and name == "mesh" and value != self.mesh:
@@ -84,6 +88,37 @@ class Holding(Options):
             self._set_later = before[1]
             self._chain_changed()
             raise
+
+    def __delattr__(self, name: str) -> None:
+        """Delete an attribute; raise where the optimizer is complete, which needs all it has."""
+        if self._is_closed and name in (*self.__dict__, *options_of(type(self))):
+            raise AttributeError(
+                f"`{name}` must stay, as the state was made with it. Assign another value; None "
+                "where an option may be absent."
+            )
+        super().__delattr__(name)
+
+    @property
+    def _is_closed(self) -> bool:
+        """Whether no more attributes may come: neither `__init__` nor `build` is running."""
+        return bool(self.__dict__.get("_complete")) and not self._building
+
+    def _of_class(self, name: str) -> Any:
+        return getattr(type(self), name, None)
+
+    def _check_settable(self, name: str) -> None:
+        """Raise an `AttributeError` if to set this attribute would do nothing, or harm."""
+        cls, own, there = type(self), self.__dict__, self._of_class(name)
+        read_only = isinstance(there, property) and there.fset is None
+        if name == "built" or read_only or name in self._given_at_first:
+            raise AttributeError(f"`{name}` of {cls.__name__} can be read, and not be set.")
+        known = [n for n in (*options_of(cls), *own) if not n.startswith("_")]
+        if name not in (*known, *dir(cls)) and not name.startswith("_"):
+            raise AttributeError(
+                f"`{name}` must be an attribute of {cls.__name__}, and is none. Nearest: "
+                f"{nearest_option(name, known)!r}. New attributes are set in `__init__` or `build` "
+                "of a subclass."
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the attributes; variables have other keys wherever this is loaded."""

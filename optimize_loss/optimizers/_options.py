@@ -5,7 +5,6 @@ import functools
 import inspect
 import operator
 import typing
-from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar
 
 import jax
@@ -16,7 +15,7 @@ from optimize_loss._checks import (
     POSITIVE,
     InvalidType,
     check_flags,
-    nearest,
+    check_options,
     received,
 )
 from optimize_loss._names import Pattern
@@ -65,19 +64,6 @@ class _LearningRate:
         optimizer._set_learning_rate(value)
 
 
-def check_options(cls: type, given: Iterable[str], known: Iterable[str]) -> None:
-    """Raise an `InvalidType` unless all names of options are known."""
-    known = [name for name in known if name != "self"]
-    initials = {"".join(part[:1] for part in name.split("_")): name for name in known}
-    for wrong in given:
-        if wrong not in known:
-            near = initials.get(wrong) or nearest(wrong, known, most=1)[0]
-            raise InvalidType(
-                f"`{wrong}` must be an option of {cls.__name__}, and is none. Nearest: {near!r}. "
-                f"All: {known}."
-            )
-
-
 def _told_of_wrong_options(init: Any) -> Any:
     """Return a constructor that names the nearest option where there is none of a name."""
     parameters = inspect.signature(init).parameters
@@ -86,6 +72,20 @@ def _told_of_wrong_options(init: Any) -> Any:
     def __init__(self: Any, *args: Any, **options: Any) -> None:
         check_options(type(self), options, parameters)
         init(self, *args, **options)
+
+    return __init__
+
+
+def _completing(init: Any) -> Any:
+    """Return a constructor after whose outermost call the optimizer takes no new attributes."""
+
+    @functools.wraps(init)
+    def __init__(self: Any, *args: Any, **options: Any) -> None:
+        is_outermost = self.__dict__.setdefault("_complete", None) is None
+        self.__dict__["_complete"] = False
+        init(self, *args, **options)
+        if is_outermost:
+            self.__dict__["_complete"] = True
 
     return __init__
 
@@ -111,7 +111,10 @@ class Options:
     axis_name: str | None = None
 
     _init_of_fields: ClassVar[Any] = None
+    _given_at_first: ClassVar[tuple[str, ...]] = ()
+    """Options that must stay as they were given to the constructor."""
 
+    @_completing
     @_told_of_wrong_options
     def __init__(
         self,
@@ -140,11 +143,14 @@ class Options:
     def __init_subclass__(cls):
         """Make a dataclass of a subclass that declares options and writes no `__init__`."""
         super().__init_subclass__()
-        if "__init__" in vars(cls) or not inspect.get_annotations(cls):
+        if "__init__" in vars(cls):
+            cls.__init__ = _completing(cls.__init__)
+            return
+        if not inspect.get_annotations(cls):
             return
         dataclasses.dataclass(eq=False, repr=False)(cls)
         cls.__init__.__annotations__ = {}  # their rules are for us, not for `help`
-        cls.__init__ = cls._init_of_fields = _told_of_wrong_options(cls.__init__)
+        cls.__init__ = cls._init_of_fields = _completing(_told_of_wrong_options(cls.__init__))
         if "learning_rate" in vars(cls):
             del cls.learning_rate  # the default, which would hide the descriptor
 

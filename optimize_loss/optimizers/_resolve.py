@@ -26,29 +26,36 @@ def resolve(optimizer: Any, learning_rate: Any) -> dict[str, Any]:
       InvalidType: it is none of these, or a function that returns none of these.
       ValueError: the name is unknown, or there is no learning rate, or there are two.
     """
+    made = instance(optimizer, learning_rate)
+    if isinstance(made, Optimizer):
+        return _links(made)
+    return _with_rate(_links(made), learning_rate if made is optimizer else None)
+
+
+def instance(optimizer: Any, learning_rate: Any) -> Any:
+    """Return the `Optimizer` or the transformation that is meant; arguments as of `resolve`."""
     if isinstance(optimizer, str):
         known = {**_KERAS, **OPTIMIZER_CLS_NAMES}
         check_choice("optimizer", optimizer, sorted(known))
-        made = known[optimizer](_required(learning_rate, f"a name ({optimizer!r})"))
-    elif isinstance(optimizer, type):
+        return known[optimizer](_required(learning_rate, f"a name ({optimizer!r})"))
+    if isinstance(optimizer, type):
         if not issubclass(optimizer, Optimizer):
             raise InvalidType(f"`optimizer` {_KINDS} {received('optimizer', optimizer)}")
-        made = _call(optimizer, _required(learning_rate, f"a class ({optimizer.__name__})"))
-    elif isinstance(optimizer, Optimizer):
+        return _call(optimizer, _required(learning_rate, f"a class ({optimizer.__name__})"))
+    if isinstance(optimizer, Optimizer):
         _refused(learning_rate, optimizer)
-        made = optimizer
-    elif is_transformation(optimizer):
-        return _with_rate(_links(optimizer), learning_rate)
-    elif callable(optimizer):
+        return optimizer
+    if is_transformation(optimizer):
+        return optimizer
+    if callable(optimizer):
         made = _call(optimizer, *(() if learning_rate is None else (learning_rate,)))
         if not is_transformation(made):
             raise InvalidType(
                 "`optimizer` as a function must return an `Optimizer`, a chain, a link or an optax "
                 f"transformation. Received: {made!r}."
             )
-    else:
-        raise InvalidType(f"`optimizer` {_KINDS} {received('optimizer', optimizer)}")
-    return _links(made) if isinstance(made, Optimizer) else _with_rate(_links(made), None)
+        return made
+    raise InvalidType(f"`optimizer` {_KINDS} {received('optimizer', optimizer)}")
 
 
 # Where TensorFlow 1 and Keras share a name, contrib's meaning is the one of `optimize_loss`.

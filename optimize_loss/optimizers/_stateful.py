@@ -92,6 +92,15 @@ class Stateful(Holding):
                 f"{received('learning_rate', value)}"
             )
 
+    @property
+    def lr(self) -> Any:
+        """The `learning_rate`, as code for Keras 2 calls it."""
+        return self.learning_rate
+
+    @lr.setter
+    def lr(self, value: Any) -> None:
+        self.learning_rate = value
+
     def _build_learning_rate(self, learning_rate: Any) -> Any:
         """Return a variable for a number, and a schedule as it is."""
         if callable(learning_rate) and not isinstance(learning_rate, Variable):

@@ -108,6 +108,7 @@ class LossScaleOptimizer(Optimizer):
     inner_optimizer: Optimizer
     initial_scale: PositiveStart = 2.0**15
     dynamic_growth_steps: Count = 2000
+    _given_at_first = ("inner_optimizer",)
 
     def __post_init__(self):
         _check_inner(self.inner_optimizer, "inner_optimizer", ("loss_scale_factor",))
@@ -232,6 +233,7 @@ class MultiOptimizer(Optimizer):
     learning_rate: Any = dataclasses.field(default=None, init=False)
     optimizers: Mapping[Pattern, Optimizer]
     default_optimizer: Optimizer | None = None
+    _given_at_first = ("optimizers", "default_optimizer")
 
     def __post_init__(self):
         if not isinstance(self.optimizers, Mapping) or not self.optimizers:

@@ -17,6 +17,7 @@ from optimize_loss.schedules._classes import PiecewiseConstantDecay as Piecewise
 from optimize_loss.schedules._classes import PolynomialDecay as PolynomialDecay
 from optimize_loss.schedules._classes import WarmUpDecay as WarmUpDecay
 from optimize_loss.schedules._classes import WarmupStableDecay as WarmupStableDecay
+from optimize_loss.schedules._config import LearningRateSchedule as LearningRateSchedule
 from optimize_loss.schedules._evaluate import Decayed as Decayed
 from optimize_loss.schedules._evaluate import evaluate as evaluate
 from optimize_loss.schedules._functions import cosine_decay as cosine_decay
@@ -36,6 +37,7 @@ __all__ = [
     "InverseSquareRootDecay",
     "InverseTimeDecay",
     "Join",
+    "LearningRateSchedule",
     "OneCycle",
     "PiecewiseConstantDecay",
     "PolynomialDecay",

@@ -13,15 +13,25 @@ from optimize_loss import _checks
 from optimize_loss._checks import NOT_NEGATIVE, POSITIVE, InvalidType, Rule, check_number, received
 
 # What the arguments must satisfy, here and in the classes; "at least 0" where nothing stands.
+# Floats such as 1e4 are whole numbers, too. A fraction is a rate in the place of the steps.
+_STEPS = Rule("a whole number of at least 1", lambda x: (x >= 1) & (x % 1 == 0))
+_STEPS_OR_NONE = Rule("a whole number of at least 0", lambda x: (x >= 0) & (x % 1 == 0))
 _BELOW_ONE = Rule("in [0, 1)", lambda x: 0 <= x < 1)
 _RULES = {
     "decay": _BELOW_ONE,
     "pct_start": _BELOW_ONE,
     "t_mul": Rule("at least 1", lambda x: x >= 1),
 }
-_RULES |= dict.fromkeys(("decay_steps", "first_decay_steps", "total_steps"), POSITIVE)
+_RULES |= dict.fromkeys(("decay_steps", "first_decay_steps", "total_steps"), _STEPS)
+_RULES |= dict.fromkeys(("warmup_steps", "stable_steps"), _STEPS_OR_NONE)
 _RULES |= dict.fromkeys(("div_factor", "final_div_factor"), POSITIVE)
 _FLAGS = ("staircase", "cycle")
+
+
+def unboxed(value: Any) -> Any:
+    """Return the value of a variable as it is now, such as `optimizer.learning_rate`."""
+    as_array = None if isinstance(value, type) else getattr(value, "__jax_array__", None)
+    return value if as_array is None else as_array()
 
 
 def is_real(value: Any) -> bool:
@@ -34,8 +44,7 @@ def is_real(value: Any) -> bool:
 
 def as_scalar(name: str, value: Any, dtype: Any = None) -> Any:
     """Return a real number without dimensions, traced or not; as an array if `dtype` is given."""
-    if (as_array := getattr(value, "__jax_array__", None)) is not None:
-        value = as_array()  # of an optimizer's `iterations`
+    value = unboxed(value)
     if not is_real(value):
         raise InvalidType(f"`{name}` must be a number. {received(name, value)}")
     if np.shape(value):
@@ -48,6 +57,7 @@ def as_scalar(name: str, value: Any, dtype: Any = None) -> Any:
 
 def as_rate(name: str, value: Any, rule: Rule = NOT_NEGATIVE) -> jax.Array:
     """Return a rate as a float32 array, or float64 if it is an array of that; else raise."""
+    value = unboxed(value)
     if not isinstance(value, jax.Array):
         check_number(name, value, rule)
     if isinstance(value, jax.Array | np.ndarray):
@@ -60,7 +70,8 @@ def as_rate(name: str, value: Any, rule: Rule = NOT_NEGATIVE) -> jax.Array:
 def check_all(**arguments: Any) -> list[Any]:
     """Return numbers as floats and flags as bools, in order; raise where one breaks its rule."""
     checked = []
-    for name, value in arguments.items():
+    for name, given in arguments.items():
+        value = unboxed(given)
         if isinstance(value, Tracer):
             raise InvalidType(
                 f"`{name}` must be known when it is given: of what a schedule is made from, only "
@@ -104,7 +115,7 @@ def check_increasing(
 ) -> tuple:
     """Return `boundaries` as Python numbers that strictly increase; else raise."""
     boundaries = as_sequence("boundaries", boundaries)
-    numbers = tuple(check(f"boundaries[{i}]", b, rule) for i, b in enumerate(boundaries))
+    numbers = tuple(check(f"boundaries[{i}]", unboxed(b), rule) for i, b in enumerate(boundaries))
     if any(later <= earlier for earlier, later in itertools.pairwise(numbers)):
         raise ValueError(f"`boundaries` must increase. {received('boundaries', boundaries)}")
     return numbers

@@ -1,6 +1,7 @@
 """Schedules as values: Keras' classes, and those that users write again most often."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -15,9 +16,12 @@ from optimize_loss.schedules._arguments import (
     check_callable,
     check_increasing,
     check_one_more,
+    unboxed,
 )
+from optimize_loss.schedules._config import LearningRateSchedule
 from optimize_loss.schedules._evaluate import evaluate
 from optimize_loss.schedules._functions import (
+    along_cosine,
     cosine_decay,
     cosine_decay_restarts,
     exponential_decay,
@@ -28,7 +32,7 @@ from optimize_loss.schedules._functions import (
 
 
 @dataclasses.dataclass(frozen=True)
-class Schedule:
+class _Checked(LearningRateSchedule):
     """A value whose fields are checked, and kept as plain Python objects, when it is built."""
 
     def __post_init__(self):
@@ -38,14 +42,16 @@ class Schedule:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Function(Schedule):
-    """One of TensorFlow 1's functions, whose arguments, in its order, are the fields."""
+class _Function(_Checked):
+    """One of TensorFlow 1's functions, whose arguments, in its order, are the first fields."""
 
     function: ClassVar[Callable[..., jax.Array]]
 
     def __call__(self, step: Any) -> jax.Array:
         """Return the rate at `step`."""
-        rate, *options = (getattr(self, field.name) for field in dataclasses.fields(self))
+        count = len(inspect.signature(self.function).parameters) - 1  # a subclass may have more
+        fields = dataclasses.fields(self)[:count]
+        rate, *options = (getattr(self, field.name) for field in fields)
         return self.function(rate, step, *options)
 
 
@@ -55,7 +61,7 @@ class ExponentialDecay(_Function):
 
     Args:
       initial_learning_rate: the rate at step 0; at least 0.
-      decay_steps: steps; above 0.
+      decay_steps: steps; a whole number of at least 1.
       decay_rate: a factor; at least 0.
       staircase: keep the rate for `decay_steps` steps, then change it at once.
       name: a label, as in Keras.
@@ -87,7 +93,7 @@ class InverseTimeDecay(_Function):
 
     Args:
       initial_learning_rate: the rate at step 0; at least 0.
-      decay_steps: steps; above 0.
+      decay_steps: steps; a whole number of at least 1.
       decay_rate: per `decay_steps` steps; at least 0.
       staircase: keep the rate for `decay_steps` steps, then change it at once.
       name: a label, as in Keras.
@@ -114,7 +120,7 @@ class InverseTimeDecay(_Function):
 
 
 @dataclasses.dataclass(frozen=True)
-class PiecewiseConstantDecay:
+class PiecewiseConstantDecay(LearningRateSchedule):
     """Return the value of the interval that the step lies in: `piecewise_constant`.
 
     Args:
@@ -142,7 +148,7 @@ class PiecewiseConstantDecay:
     def __post_init__(self):
         boundaries = check_increasing(self.boundaries)
         values = check_one_more("values", self.values, boundaries)
-        values = tuple(check_number(f"values[{i}]", value) for i, value in enumerate(values))
+        values = tuple(check_number(f"values[{i}]", unboxed(x)) for i, x in enumerate(values))
         object.__setattr__(self, "boundaries", boundaries)
         object.__setattr__(self, "values", values)
         as_plain("name", self.name)
@@ -158,7 +164,7 @@ class PolynomialDecay(_Function):
 
     Args:
       initial_learning_rate: the rate at step 0; at least 0.
-      decay_steps: steps; above 0.
+      decay_steps: steps; a whole number of at least 1.
       end_learning_rate: the rate from `decay_steps` on; at least 0.
       power: at least 0; 1 is a straight line.
       cycle: start again, lower, after each multiple of `decay_steps`.
@@ -187,7 +193,7 @@ class PolynomialDecay(_Function):
 
 
 @dataclasses.dataclass(frozen=True)
-class CosineDecay(Schedule):
+class CosineDecay(_Checked):
     """Lower the rate along half a cosine wave, after a linear warmup if one is asked for.
 
     The warmup leads from `initial_learning_rate` to `warmup_target` within `warmup_steps`; the
@@ -195,11 +201,11 @@ class CosineDecay(Schedule):
 
     Args:
       initial_learning_rate: the rate at step 0; at least 0.
-      decay_steps: steps, after the warmup; above 0.
+      decay_steps: steps, after the warmup; a whole number of at least 1.
       alpha: the final rate as a fraction of the one that the decay starts from; at least 0.
       name: a label, as in Keras.
       warmup_target: the rate that the warmup leads to; at least 0. None: no warmup.
-      warmup_steps: steps; at least 0; needs `warmup_target`.
+      warmup_steps: steps; a whole number of at least 0; needs `warmup_target`.
 
     Raises:
       InvalidType: an argument is of the wrong kind.
@@ -246,7 +252,7 @@ class CosineDecayRestarts(_Function):
 
     Args:
       initial_learning_rate: the rate at step 0; at least 0.
-      first_decay_steps: the length of the first decay in steps; above 0.
+      first_decay_steps: the length of the first decay in steps; a whole number of at least 1.
       t_mul: the factor from one length to the next; at least 1.
       m_mul: the factor from one height to the next; at least 0.
       alpha: the lowest rate as a fraction of the first; at least 0.
@@ -278,7 +284,7 @@ class CosineDecayRestarts(_Function):
 
 
 @dataclasses.dataclass(frozen=True)
-class WarmupStableDecay(Schedule):
+class WarmupStableDecay(_Checked):
     """Raise the rate linearly, hold it, then lower it to a final value (WSD, a trapezoid).
 
     Linear from `initial_learning_rate` to `peak_learning_rate` in `warmup_steps`; constant for
@@ -286,9 +292,9 @@ class WarmupStableDecay(Schedule):
 
     Args:
       peak_learning_rate: the rate that is held; at least 0.
-      warmup_steps: steps; at least 0.
-      stable_steps: steps; at least 0.
-      decay_steps: steps; above 0.
+      warmup_steps: steps; a whole number of at least 0.
+      stable_steps: steps; a whole number of at least 0.
+      decay_steps: steps; a whole number of at least 1.
       initial_learning_rate: the rate at step 0 of a warmup; at least 0.
       end_learning_rate: the rate after all phases; at least 0.
       power: of the decay; at least 0; 1 is a straight line.
@@ -330,7 +336,7 @@ class WarmupStableDecay(Schedule):
 
 
 @dataclasses.dataclass(frozen=True)
-class InverseSquareRootDecay(Schedule):
+class InverseSquareRootDecay(_Checked):
     """Raise the rate linearly, then lower it with the square root of the step.
 
     ηₙ = η · √(w / max(n, w)), after a warmup from `initial_learning_rate` to η in w steps; without
@@ -338,7 +344,7 @@ class InverseSquareRootDecay(Schedule):
 
     Args:
       peak_learning_rate: η, the rate at the end of the warmup; at least 0.
-      warmup_steps: w, steps; at least 0. At step 4w the rate is half the highest.
+      warmup_steps: w, steps; a whole number of at least 0. At step 4w the rate is half the highest.
       initial_learning_rate: the rate at step 0; at least 0.
 
     Raises:
@@ -367,7 +373,7 @@ class InverseSquareRootDecay(Schedule):
 
 
 @dataclasses.dataclass(frozen=True)
-class OneCycle(Schedule):
+class OneCycle(_Checked):
     """Raise the rate to a peak along half a cosine wave, then lower it far below its start.
 
     From peak/div_factor to peak within pct_start · total_steps, then to
@@ -375,7 +381,7 @@ class OneCycle(Schedule):
 
     Args:
       peak_learning_rate: the highest rate; at least 0.
-      total_steps: steps; above 0.
+      total_steps: steps; a whole number of at least 1.
       pct_start: the fraction of the steps in which the rate rises; in [0, 1).
       div_factor: peak over first rate; above 0.
       final_div_factor: first over final rate; above 0.
@@ -406,15 +412,16 @@ class OneCycle(Schedule):
         """Return the rate at `step`."""
         peak, rising = self.peak_learning_rate, self.pct_start * self.total_steps
         alpha = 1 / (self.div_factor * self.final_div_factor)
-        falling = cosine_decay(peak, _since(step, rising), self.total_steps - rising, alpha)
+        falling = along_cosine(peak, _since(step, rising), self.total_steps - rising, alpha)
         if not rising:
             return falling
-        raised = cosine_decay(peak / self.div_factor, step, rising, alpha=self.div_factor)
-        return jnp.where(as_scalar("step", step, jnp.float32) < rising, raised, falling)
+        step = as_scalar("step", step, jnp.float32)
+        raised = along_cosine(peak / self.div_factor, step, rising, self.div_factor)
+        return jnp.where(step < rising, raised, falling)
 
 
 @dataclasses.dataclass(frozen=True)
-class Join:
+class Join(LearningRateSchedule):
     """Follow one schedule after the other, each counting its steps from 0.
 
     Args:
@@ -460,7 +467,7 @@ class Join:
 
 
 @dataclasses.dataclass(frozen=True)
-class WarmUpDecay(Schedule):
+class WarmUpDecay(_Checked):
     """Let a decay rate grow from 0 to `decay`, so that an average forgets its start.
 
     βₙ = min(β, n/(n + 1)): as long as n/(n + 1) is smaller, the average weighs all steps alike.

@@ -11,10 +11,11 @@ from jax.core import Tracer
 
 from optimize_loss._checks import FINITE, InvalidType, Rule, check_takes
 from optimize_loss.schedules._arguments import as_plain, as_rate, check_callable, is_real
+from optimize_loss.schedules._config import LearningRateSchedule
 
 
 @dataclasses.dataclass(frozen=True)
-class Decayed:
+class Decayed(LearningRateSchedule):
     """A base rate and a contrib-style function of it: function(learning_rate, step) → rate.
 
     Args:

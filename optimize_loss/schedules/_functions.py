@@ -33,7 +33,7 @@ def exponential_decay(
     Args:
       learning_rate: η, the rate at step 0; at least 0.
       global_step: n, steps, from 0.
-      decay_steps: D, steps; above 0.
+      decay_steps: D, steps; a whole number of at least 1.
       decay_rate: r, a factor; at least 0.
       staircase: keep the rate for `decay_steps` steps, then change it at once.
       name: unused; TF1 named the operations of its graph by it.
@@ -69,7 +69,7 @@ def natural_exp_decay(
     Args:
       learning_rate: η, the rate at step 0; at least 0.
       global_step: n, steps, from 0.
-      decay_steps: D, steps; above 0.
+      decay_steps: D, steps; a whole number of at least 1.
       decay_rate: r, per `decay_steps` steps; at least 0.
       staircase: keep the rate for `decay_steps` steps, then change it at once.
       name: unused; TF1 named the operations of its graph by it.
@@ -107,7 +107,7 @@ def inverse_time_decay(
     Args:
       learning_rate: η, the rate at step 0; at least 0.
       global_step: n, steps, from 0.
-      decay_steps: D, steps; above 0.
+      decay_steps: D, steps; a whole number of at least 1.
       decay_rate: r, per `decay_steps` steps; at least 0.
       staircase: keep the rate for `decay_steps` steps, then change it at once.
       name: unused; TF1 named the operations of its graph by it.
@@ -182,7 +182,7 @@ def polynomial_decay(
     Args:
       learning_rate: η, the rate at step 0; at least 0.
       global_step: n, steps, from 0.
-      decay_steps: D, steps; above 0.
+      decay_steps: D, steps; a whole number of at least 1.
       end_learning_rate: ηₑ, the rate from step D on; at least 0; a number or a traced scalar.
       power: p; at least 0; 1 is a straight line.
       cycle: start again, lower, after each multiple of D.
@@ -225,7 +225,7 @@ def cosine_decay(
     Args:
       learning_rate: η, the rate at step 0; at least 0.
       global_step: n, steps, from 0.
-      decay_steps: D, steps; above 0.
+      decay_steps: D, steps; a whole number of at least 1.
       alpha: α, the final rate as a fraction of the first; at least 0; above 1 the rate rises.
       name: unused; TF1 named the operations of its graph by it.
 
@@ -243,8 +243,7 @@ def cosine_decay(
     """
     decay_steps, alpha = check_all(decay_steps=decay_steps, alpha=alpha)
     rate = as_rate("learning_rate", learning_rate)
-    step = jnp.minimum(as_scalar("global_step", global_step, rate.dtype), decay_steps)
-    return rate * ((1 - alpha) * _half_cosine(step / decay_steps) + alpha)
+    return along_cosine(rate, as_scalar("global_step", global_step, rate.dtype), decay_steps, alpha)
 
 
 def cosine_decay_restarts(
@@ -264,7 +263,7 @@ def cosine_decay_restarts(
     Args:
       learning_rate: η, the rate at step 0; at least 0.
       global_step: n, steps, from 0.
-      first_decay_steps: D, the length of decay 0 in steps; above 0.
+      first_decay_steps: D, the length of decay 0 in steps; a whole number of at least 1.
       t_mul: t, the factor from one length to the next; at least 1.
       m_mul: m, the factor from one height to the next; at least 0.
       alpha: α, the lowest rate as a fraction of the first; at least 0.
@@ -310,7 +309,7 @@ def linear_cosine_decay(
     Args:
       learning_rate: η; at least 0. The rate at step 0 is η · (1 + α + β).
       global_step: n, steps, from 0.
-      decay_steps: D, steps; above 0.
+      decay_steps: D, steps; a whole number of at least 1.
       num_periods: k, waves within `decay_steps`; at least 0.
       alpha: α, a fraction of η; at least 0.
       beta: β, a fraction of η; at least 0.
@@ -368,6 +367,12 @@ def _restart(step: jax.Array, first: float, t_mul: float) -> tuple[jax.Array, ja
     i = jnp.where(starts(i + 1) <= now, i + 1, i)
     i = jnp.where(starts(i) > now, i - 1, i)
     return i, (lengths - starts(i)) / t_mul**i
+
+
+def along_cosine(rate: Any, step: jax.Array, steps: float, alpha: float) -> jax.Array:
+    """Return `cosine_decay`, also where its length is a fraction of a step."""
+    part = jnp.minimum(step, steps) / steps
+    return rate * ((1 - alpha) * _half_cosine(part) + alpha)
 
 
 def _half_cosine(part: jax.Array) -> jax.Array:

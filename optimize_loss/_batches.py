@@ -37,6 +37,9 @@ class Call(NamedTuple):
     parts: tuple[Any, ...]
 
 
+_END = object()
+
+
 class Source:
     """The batches of an iterable, as calls."""
 
@@ -44,7 +47,8 @@ class Source:
         self._iterator = iter(batches)
         self._shardings = (sharding, jax.tree.map(_of_stacked, sharding))
         self._pulled: Batch | None = None  # not given to a call yet
-        self._end: Exception | None = None  # StopIteration, or what went wrong
+        self._ended = False
+        self._error: Exception | None = None  # why it ended, unless there are no more
 
     def gather(self, most: int) -> Call | None:
         """Return a call of at most so many steps; None if there is nothing more to take.
@@ -60,22 +64,31 @@ class Source:
         try:
             return Call(len(batches), self._send(batches)) if batches else None
         except Exception as error:
-            self._end = error
+            self._ended, self._error = True, error
             return None
 
     def raise_error(self) -> None:
         """Raise what ended the batches, if it was not that there are no more."""
-        error, self._end = self._end, StopIteration()
-        if error is not None and not isinstance(error, StopIteration):
-            raise error
+        error, self._error = self._error, None
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error  # it holds this frame, and all that lives there
+
+    def close(self) -> None:
+        """Let go of an error, which holds this object."""
+        self._error = None
 
     def _peek(self) -> Batch | None:
         """Return the next batch, which stays the next; None if there is none."""
-        if self._pulled is None and self._end is None:
+        if self._pulled is None and not self._ended:
             try:
-                self._pulled = _read(next(self._iterator))
+                item = next(self._iterator, _END)
+                self._ended = item is _END
+                self._pulled = None if self._ended else _read(item)
             except Exception as error:
-                self._end = error
+                self._ended, self._error = True, error
         return self._pulled
 
     def _send(self, batches: list[Batch]) -> tuple[Any, ...]:

@@ -41,6 +41,7 @@ FLOORS = {
     "_batches": 5,
     "_rules": 5,
     "_history": 5,
+    "_signals": 5,
     "_search": 7,
     "_new_slots": 6,
     "_lint": 6,

@@ -1,11 +1,13 @@
 """Batches on their way to the device: pulled, gathered into calls, stacked and sent."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from optimize_loss._checks import InvalidType, received
@@ -123,13 +125,51 @@ def _array(leaf: Any) -> Any:
     """
     if isinstance(leaf, jax.Array) or type(leaf) in (bool, int, float, complex):
         return leaf
-    array = np.asarray(leaf).copy()
+    array = np.array(_of_numpy(leaf))
     if array.dtype.kind in "OSUTMm":
         raise InvalidType(
             "`batches` must hold arrays and numbers. "
             f"Received: {leaf!r} of type {type(leaf).__name__}."
         )
     return array
+
+
+_NOT_OF_NUMPY = ("bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
+
+
+@functools.lru_cache(maxsize=64)
+def is_foreign(kind: type) -> bool:
+    """Return whether a class is one of arrays of another library, such as torch's tensors."""
+    ours = (jax.Array, Tracer, np.ndarray, np.generic)
+    return hasattr(kind, "__array__") and not issubclass(kind, ours)
+
+
+def as_arrays(batch: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return a batch with arrays of other libraries as those of numpy."""
+    return jax.tree.map(lambda x: _of_numpy(x) if is_foreign(type(x)) else x, batch)
+
+
+def _of_numpy(leaf: Any) -> np.ndarray:
+    """Return an array of numpy; of a tensor of torch, wherever it is, its value.
+
+    Raises:
+      InvalidType: it does not become one, as a sparse tensor.
+    """
+    try:
+        if not hasattr(leaf, "detach"):
+            return np.asarray(leaf)
+        leaf = leaf.detach().cpu()
+        for name in ("resolve_conj", "resolve_neg"):
+            leaf = getattr(leaf, name, lambda leaf=leaf: leaf)()
+        name = str(leaf.dtype).removeprefix("torch.")
+        if name not in _NOT_OF_NUMPY:
+            return np.asarray(leaf)
+        return np.asarray(leaf.float()).astype(jnp.dtype(name))  # float32 holds each exactly
+    except (TypeError, RuntimeError) as error:
+        raise InvalidType(
+            "`batch` must be arrays and numbers. Received: one of type "
+            f"{type(leaf).__name__} that does not become an array of numpy: {error}"
+        ) from error
 
 
 def _kind(leaf: Any) -> Any:
@@ -192,17 +232,35 @@ def check_sharding(sharding: Any) -> Any:
     return sharding if sharding is None or jax.tree.leaves(sharding) == [sharding] else (sharding,)
 
 
-def check_stacked(batches: tuple[Any, ...]) -> None:
+def ranks(batch: tuple[Any, ...]) -> Any:
+    """Return the structure of a batch and how many axes each of its arrays has."""
+    leaves, structure = jax.tree.flatten(batch)
+    return structure, tuple(map(np.ndim, leaves))
+
+
+def check_stacked(batches: tuple[Any, ...], of_single: Collection[Any] = ()) -> None:
     """Raise unless `batches` are stacked: arrays with one first axis, of at least 1.
 
+    Args:
+      batches: the parts.
+      of_single: the `ranks` of batches that are not stacked.
+
     Raises:
-      ValueError: the arrays differ in the length of their first axis, have none, or no steps.
+      ValueError: the arrays differ in the length of their first axis, have none, or no steps; or
+        they have the ranks of a single batch.
     """
     lengths = {np.shape(x)[:1] for x in jax.tree.leaves(batches)}
     if len(lengths) != 1 or lengths <= {(), (0,)}:
         raise ValueError(
             "`batches` must be arrays with one first axis, of one length: the number of steps, at "
             f"least 1.{_how_to_stack(batches)} "
+            f"Received: shapes {[np.shape(x) for x in jax.tree.leaves(batches)]}."
+        )
+    if ranks(batches) in of_single:
+        raise ValueError(
+            "`batches` must be stacked, with one axis more than a single batch. This step has "
+            "taken a single batch with as many axes: call `step(state, *batch)` for one batch. For "
+            "steps over its examples, make another step with `optimize_loss`. "
             f"Received: shapes {[np.shape(x) for x in jax.tree.leaves(batches)]}."
         )
 
@@ -217,8 +275,15 @@ def _how_to_stack(batches: tuple[Any, ...]) -> str:
     )
 
 
-def refusal(error: TypeError, batch: tuple[Any, ...], stacked: bool) -> InvalidType | None:
+def refusal(
+    error: TypeError | jax.errors.JaxRuntimeError,
+    batch: tuple[Any, ...],
+    stacked: bool,
+    state: Any = None,
+) -> ValueError | None:
     """Return what to raise for an error of a program that was given this batch; None for itself."""
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        return _aliased(batch, stacked, state)
     if strange := [x for x in jax.tree.leaves(batch) if _is_strange(x)]:
         came = getattr(strange[0], "dtype", None)
         return InvalidType(
@@ -238,6 +303,26 @@ def refusal(error: TypeError, batch: tuple[Any, ...], stacked: bool) -> InvalidT
             f"{[_kind_of(part) for part in batch]}, with which it fails: {str(error)[:200]}"
         )
     return None
+
+
+def _aliased(batch: tuple[Any, ...], stacked: bool, state: Any) -> ValueError | None:
+    """Return what to raise if an array of the state is in the batch as well."""
+    mine = _buffers(jax.tree.leaves(state))
+    shared = [x for x in jax.tree.leaves(batch) if mine & _buffers([x])]
+    if not shared:
+        return None
+    return ValueError(
+        f"`{'batches' if stacked else 'batch'}` must not hold an array of the state, whose memory "
+        "goes to the new state. Copy it, as in `jnp.copy(state.params[...])`. "
+        f"Received: {jax.typeof(shared[0]).str_short()}."
+    )
+
+
+def _buffers(leaves: Sequence[Any]) -> set[int]:
+    """Return where the living arrays among these are in memory."""
+    arrays = [x for x in leaves if isinstance(x, jax.Array) and not isinstance(x, Tracer)]
+    shards = [s.data for x in arrays if not x.is_deleted() for s in x.addressable_shards]
+    return {shard.unsafe_buffer_pointer() for shard in shards if shard.size}
 
 
 def _kind_of(value: Any) -> str:

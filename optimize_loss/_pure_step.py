@@ -169,7 +169,7 @@ class PureStep:
                     key = jax.random.fold_in(key, state.links[name]["gathered"])
         trainable = self._trainable(state.params)
         loss, aux, grads = flat_gradients(
-            lambda params: self.loss(params, batch, model_state, key),
+            lambda params: self.loss(params, batch, model_state, _again(key)),
             trainable,
             self.chain.loss_scale(state.links, state.step),
             self.chain.numbers_named("rho", state.links, state.step).get("sam"),
@@ -224,3 +224,8 @@ class PureStep:
         if state.placement is not None:
             state = state.with_packed(state.placement.constrain(state.packed))
         return state, metrics
+
+
+def _again(key: Any) -> Any:
+    """Return a key for one more evaluation of the loss, which uses the same numbers on purpose."""
+    return None if key is None else jax.random.clone(key)

@@ -115,17 +115,19 @@ class Signals:
         first, self._error = self._error is None, error
         if first:
             self._since, self._hurried = time.monotonic(), False
-            threading.Thread(target=self._insist, args=(number,), daemon=True).start()
+            _thread.start_new_thread(self._insist, (number, self._since))  # which does not wait
         elif number == signal.SIGINT and time.monotonic() - self._since > GRACE:
             self._hurried = True
 
-    def _insist(self, number: int) -> None:
+    def _insist(self, number: int, since: float) -> None:
         """Send the signal until its exception is raised; that ends a wait in the system, too."""
         while True:
             time.sleep(GRACE)
             with self._lock:
                 ours = isinstance(signal.getsignal(number), Handler)
-                if self._error is None or not (ours and self._knocks and self.active):
+                if self._error is None or self._since != since:
+                    return  # raised; there may be another one already
+                if not (ours and self._knocks and self.active):
                     return
                 if self._hurried or self._is_safe is not None:
                     self._on_its_way = number
@@ -134,7 +136,8 @@ class Signals:
     def enter(self) -> None:
         """Begin a run, or one within a run."""
         if not self.active:
-            self._runs, self._process, self._error = 0, os.getpid(), None
+            self._runs, self._process = 0, os.getpid()
+            self._error = self._on_its_way = None
         self._runs += 1
         self._is_safe, self._knocks = None, True
         if self._runs == 1:

@@ -9,7 +9,13 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from optimize_loss._batches import check_stacked, refusal
+from optimize_loss._batches import (
+    as_arrays,
+    check_stacked,
+    is_foreign,
+    ranks,
+    refusal,
+)
 from optimize_loss._checks import (
     InvalidType,
     TreeMismatch,
@@ -90,13 +96,18 @@ class TrainStep(PureStep):
           The state after k steps, and the metrics of each, stacked along a first axis.
 
         Raises:
-          ValueError: the arrays differ in the length of their first axis, or have none.
+          ValueError: the arrays differ in the length of their first axis, or have none; or this
+            step has taken a single batch with as many axes before, so that these are one batch.
           InvalidType: what is given is no array; or the loss fails with a list that is a part.
           NonFiniteError: as for a single step, by what came last before this state. A row of
             batches that `skip` left out, and that ended within a call, is in the metric
             `skipped_in_a_row` only, whose maximum tells.
         """
-        check_stacked(batches)
+        check_stacked(batches, self._ranks)
+        return self._many(state, *batches)
+
+    def _many(self, state: TrainState, *batches: Any) -> tuple[TrainState, dict[str, Any]]:
+        """Take k steps with batches that are known to be stacked."""
         return self._dispatch(True, state, batches)
 
     def run(
@@ -160,7 +171,7 @@ class TrainStep(PureStep):
         """
         self._check_state(state)
         plan = check_plan(steps, steps_per_call, hooks, prefetch, sharding, progress)
-        return Run(self, self.many, f"{self.name}loss", plan, state).over(batches)
+        return Run(self, self._many, f"{self.name}loss", plan, state).over(batches)
 
     def explain(
         self, params: Any, *, steps: int | None = None, model_state: Any = None
@@ -326,9 +337,9 @@ class TrainStep(PureStep):
           -1.0
         """
         self._check_state(state)
-        check_stacked(batches)
+        check_stacked(batches, self._ranks)
         points = check_grid(numbers, seeds, init, grid)
-        return self._search.sweep(self._shardings(state), state, batches, points)
+        return self._search.sweep(self._shardings(state), state, as_arrays(batches), points)
 
     @functools.cached_property
     def _search(self) -> Search:
@@ -340,34 +351,60 @@ class TrainStep(PureStep):
         """The compiled programs; they live as long as this object."""
         return {}
 
+    @functools.cached_property
+    def _ranks(self) -> set[Any]:
+        """The structures and ranks of the single batches that a program was traced for."""
+        return set()
+
     def _program(self, many: bool, donate: bool) -> Any:
         """Return the compiled program of one step or of many.
 
         Inside a transformation of the caller's, such as vmap, there is no memory to donate.
         """
         if (many, donate) not in self._programs:
-            function = self._advance_many if many else self._advance
             self._programs[many, donate] = jax.jit(
-                function, static_argnums=0, donate_argnums=1 if donate else ()
+                self._take_many if many else self._take_one,
+                static_argnums=0,
+                donate_argnums=1 if donate else (),
             )
         return self._programs[many, donate]
+
+    def _take_one(self, shardings: Any, state: TrainState, *batch: Any) -> Any:
+        """Take one step, while being traced."""
+        self._ranks.add(ranks(batch))
+        return self._advance(shardings, state, batch)
+
+    def _take_many(self, shardings: Any, state: TrainState, *batches: Any) -> Any:
+        """Take as many steps as the batches have entries, while being traced."""
+        return self._advance_many(shardings, state, batches)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the options, for pickle: compiled programs stay behind."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def lower(self, state: TrainState, *batch: Any) -> jax.stages.Lowered:
-        """Return the program of a single step before compilation, to look at or to compile."""
-        return self._program(False, True).lower(self._shardings(state), state, batch)
+        """Return the program of a single step before compilation, to look at or to compile.
+
+        Compiled, it is called as the step is, and takes the memory of the state as well:
+
+            compiled = step.lower(state, x).compile()
+            state, metrics = compiled(state, x)
+        """
+        self._check_state(state)
+        program = self._program(False, True)
+        return program.lower(self._shardings(state), state, *as_arrays(batch))
 
     def _dispatch(self, many: bool, state: TrainState, batch: tuple[Any, ...]) -> Any:
         self._check_state(state)
         check_ready(state)
-        traced = isinstance(state.packed_optimizer["step"], Tracer)
+        kinds = set(map(type, jax.tree.leaves((state, batch))))
+        if any(map(is_foreign, kinds)):
+            batch = as_arrays(batch)
+        traced = any(issubclass(kind, Tracer) for kind in kinds)
         try:
-            return self._program(many, not traced)(self._shardings(state), state, batch)
-        except TypeError as error:
-            if (refused := refusal(error, batch, stacked=many)) is None:
+            return self._program(many, not traced)(self._shardings(state), state, *batch)
+        except (TypeError, jax.errors.JaxRuntimeError) as error:
+            if (refused := refusal(error, batch, stacked=many, state=state)) is None:
                 raise
             raise refused from error
 

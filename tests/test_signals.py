@@ -103,9 +103,9 @@ def test_a_signal_at_any_moment_leaves_the_state(number, size, steps_per_call):
     before = signal.getsignal(number)
     for i in range(COUNT):
         batches = itertools.repeat(batch) if i % 2 else garbage(batch)
-        with sent(random.Random(i).uniform(0.01, 0.04), number=number):
-            with pytest.raises(kind) as caught:
-                step.run(init(), batches, **options)
+        delay = random.Random(i).uniform(0.001, 0.03)
+        with sent(batches, delay, number=number) as batches, pytest.raises(kind) as caught:
+            step.run(init(), batches, **options)
         state = state_of(caught)
         wanted = init()
         if state.step:

@@ -149,7 +149,9 @@ class Signals:
         with self._lock:
             self._knocks = False
         waited = 0
-        while self._on_its_way is not None and waited < 1000:  # or the user's handler would be called once more
+        while (
+            self._on_its_way is not None and waited < 1000
+        ):  # or the user's handler would be called once more
             time.sleep(0.001)
             waited += 1
         self._runs, self._is_safe, self._knocks = runs, is_safe, runs > 0

@@ -15,6 +15,7 @@ FLOORS = {
     "_checks": 1,
     "_random": 1,
     "_figure": 1,
+    "_interrupted": 1,
     "_names": 2,
     "schedules": 2,
     "_whole_file": 2,

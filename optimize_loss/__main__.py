@@ -144,8 +144,11 @@ def _check_extras(names: list[str]) -> None:
 def _check_device() -> None:
     try:
         jax.devices()
-    except RuntimeError as error:
-        raise Refused(f"JAX finds no device to run on. {error}") from error
+    except (RuntimeError, AssertionError) as error:  # the second one without a word
+        raise Refused(
+            "JAX finds no device: JAX_PLATFORMS must name those that this machine has, such as "
+            f"cpu. Received: JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}. {error}"
+        ) from error
 
 
 def _check_out(folder: str) -> None:

@@ -75,9 +75,11 @@ def test_a_traced_argument_leaves_the_state_alive(name):
 def test_searches_refuse_batches_that_are_traced():
     step = linear()
     state = start(step)
-    with pytest.raises(ol.InvalidType, match="`batches` must not be traced.*`sweep` returns numpy"):
+    with pytest.raises(
+        ol.InvalidType, match=r"`batches` must not be traced.*`sweep` returns numpy"
+    ):
         jax.jit(lambda x: step.sweep(state, x, learning_rate=[1.0]).losses)(jnp.ones((2, 3)))
-    with pytest.raises(ol.InvalidType, match="`batches` must not be traced.*`find_learning_rate`"):
+    with pytest.raises(ol.InvalidType, match=r"`batches` must not be traced.*`find_learning_rate`"):
         jax.jit(lambda x: step.find_learning_rate(state, [x]).losses)(jnp.ones(3))
 
 
@@ -96,12 +98,12 @@ def test_a_compiled_program_is_called_as_the_step_is():
 @pytest.mark.parametrize("call", ["__call__", "many", "run"])
 def test_an_array_of_the_state_is_no_batch(call):
     step = linear(bucket=None)
-    state = step.init({"w": np.ones((3, 3), np.float32)})
+    state = step.init({"w": np.ones(3, np.float32)})
     x = jax.device_put(state.params["w"])
     with pytest.raises(ValueError, match=r"must not hold an array of the state.*`jnp.copy\("):
         getattr(step, call)(state, [x] if call == "run" else x)
     state, _ = step(state, jnp.copy(x))
-    np.testing.assert_array_equal(state.params["w"], np.zeros((3, 3)))
+    np.testing.assert_array_equal(state.params["w"], np.zeros(x.shape))
 
 
 # --- one batch is not a stack of batches
@@ -199,7 +201,7 @@ def test_a_tensor_of_another_device_is_copied():
 def test_a_tensor_that_is_no_array_is_refused():
     sparse = of_torch([1.0, 0.0, 2.0]).to_sparse()
     step = linear()
-    with pytest.raises(ol.InvalidType, match="`batch` must be arrays and numbers.*Tensor"):
+    with pytest.raises(ol.InvalidType, match=r"`batch` must be arrays and numbers.*Tensor"):
         step(start(step), sparse)
 
 

@@ -110,7 +110,7 @@ def test_ctrl_c_leaves_no_traceback_and_whole_files(tmp_path, image):
 
 
 def test_ctrl_c_while_it_imports_is_one_line(tmp_path):
-    (tmp_path / "chex.py").write_text("raise KeyboardInterrupt")  # as if pressed at this moment
+    (tmp_path / "jax.py").write_text("raise KeyboardInterrupt")  # as if pressed at this moment
     path = os.pathsep.join([str(tmp_path), os.path.dirname(os.path.dirname(ol.__file__))])
     for module in ("optimize_loss", "optimize_loss._painting"):
         done = subprocess.run(
@@ -157,7 +157,8 @@ def test_a_device_that_is_not_there_is_one_line(tmp_path, image):
     )
     assert done.returncode == 2
     last = lines(done.stderr)[-1]
-    assert last.startswith("python -m optimize_loss: JAX finds no device to run on. ")
+    assert last.startswith("python -m optimize_loss: JAX finds no device: JAX_PLATFORMS must")
+    assert "JAX_PLATFORMS=cuda." in last
     assert "Traceback" not in done.stderr
 
 

@@ -276,7 +276,7 @@ def _how_to_stack(batches: tuple[Any, ...]) -> str:
 
 
 def refusal(
-    error: TypeError | jax.errors.JaxRuntimeError,
+    error: Exception,
     batch: tuple[Any, ...],
     stacked: bool,
     state: Any = None,

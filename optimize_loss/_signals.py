@@ -198,7 +198,7 @@ def _send(number: int) -> None:
     """Send a signal to the main thread."""
     to_thread = getattr(signal, "pthread_kill", None)
     if to_thread is None:
-        _thread.interrupt_main(number)
+        _thread.interrupt_main(signal.Signals(number))
     else:
         to_thread(threading.main_thread().ident, number)
 

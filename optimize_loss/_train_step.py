@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -68,8 +69,9 @@ class TrainStep(PureStep):
 
         Args:
           state: from `init` or from the step before. Its memory goes to the new state: use the
-            old one no more.
-          *batch: what the loss takes after the parameters.
+            old one no more. Where it or the batch is traced, by vmap, grad or jit, it stays.
+          *batch: what the loss takes after the parameters. Arrays of other libraries, such as
+            torch's tensors, become numpy arrays.
 
         Returns:
           The new state, and metrics: {tag: array}, with the same tags at every step. `loss` is
@@ -130,6 +132,12 @@ class TrainStep(PureStep):
 
         What the iterable, a hook or a step raises is passed on; the state reached is then the
         error's attribute `state`. There is a warning if `batches` ends before `steps`.
+
+        So is what the handler of a signal raises, such as KeyboardInterrupt: between two calls, so
+        that the state is at hand. Batches that were pulled for the next call are then lost. While
+        a batch or a hook takes longer than a tenth of a second, it is raised in there. A second
+        Ctrl-C is raised at once, and may lose the state. All this holds in the main thread, for
+        handlers that are written in Python; Python does not raise elsewhere.
 
         Args:
           state: from `init` or from the step before; its memory is taken, as by a single step.
@@ -397,16 +405,26 @@ class TrainStep(PureStep):
     def _dispatch(self, many: bool, state: TrainState, batch: tuple[Any, ...]) -> Any:
         self._check_state(state)
         check_ready(state)
-        kinds = set(map(type, jax.tree.leaves((state, batch))))
+        last = self._last.get("state")
+        is_last = last is not None and last() is state  # whose leaves need no look
+        kinds = set(map(type, jax.tree.leaves(batch if is_last else (state, batch))))
         if any(map(is_foreign, kinds)):
             batch = as_arrays(batch)
         traced = any(issubclass(kind, Tracer) for kind in kinds)
         try:
-            return self._program(many, not traced)(self._shardings(state), state, *batch)
+            new, metrics = self._program(many, not traced)(self._shardings(state), state, *batch)
         except (TypeError, jax.errors.JaxRuntimeError) as error:
             if (refused := refusal(error, batch, stacked=many, state=state)) is None:
                 raise
             raise refused from error
+        if not traced and not isinstance(new.packed_optimizer["step"], Tracer):
+            self._last["state"] = weakref.ref(new)
+        return new, metrics
+
+    @functools.cached_property
+    def _last(self) -> dict[str, weakref.ref[TrainState]]:
+        """The last state that a call without traced arguments has returned, outside of jit."""
+        return {}
 
     def _check_state(self, state: Any) -> None:
         """Raise unless `state` is one of this step, or of one with equal options, and alive."""

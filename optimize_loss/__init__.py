@@ -1,5 +1,6 @@
 """One call turns a loss and an optimizer into a compiled JAX training step."""
 
+from optimize_loss import _interrupted as _interrupted
 from optimize_loss import optimizers as optimizers
 from optimize_loss import plot as plot
 from optimize_loss import schedules as schedules

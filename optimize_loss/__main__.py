@@ -8,6 +8,7 @@ import sys
 import tempfile
 from typing import NoReturn
 
+import jax
 import numpy as np
 
 import optimize_loss as ol
@@ -21,6 +22,7 @@ from optimize_loss._checks import (
     check_number,
     received,
 )
+from optimize_loss._interrupted import INTERRUPTED
 from optimize_loss._photo import read_photo
 from optimize_loss._picture import save_picture
 
@@ -35,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
     0: done. 1: the painting is not finite, or a run without options missed its target. 2: wrong
-    arguments, or a file or a package that is not there. 130: interrupted.
+    arguments, or a file, a package or a device that is not there. 130: interrupted.
 
     Args:
       argv: the arguments; None for those of the process.
@@ -46,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         print("python -m optimize_loss: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("python -m optimize_loss: interrupted", file=sys.stderr)
+        print(INTERRUPTED, file=sys.stderr)
         return 130
 
 
@@ -99,6 +101,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     _check_extras(["matplotlib", "PIL", "tqdm"] + ["tensorboardX"] * args.tensorboard)
+    _check_device()
     try:
         settings = _painting.settings(
             args.steps,
@@ -136,6 +139,16 @@ def _check_extras(names: list[str]) -> None:
                 f"A package is missing ({error}). Install it with: "
                 "pip install 'optimize_loss[demo]'"
             ) from error
+
+
+def _check_device() -> None:
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the second one without a word
+        raise Refused(
+            "JAX finds no device: JAX_PLATFORMS must name those that this machine has, such as "
+            f"cpu. Received: JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}. {error}"
+        ) from error
 
 
 def _check_out(folder: str) -> None:

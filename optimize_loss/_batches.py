@@ -1,11 +1,13 @@
 """Batches on their way to the device: pulled, gathered into calls, stacked and sent."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from optimize_loss._checks import InvalidType, received
@@ -39,6 +41,9 @@ class Call(NamedTuple):
     parts: tuple[Any, ...]
 
 
+_END = object()
+
+
 class Source:
     """The batches of an iterable, as calls."""
 
@@ -46,7 +51,8 @@ class Source:
         self._iterator = iter(batches)
         self._shardings = (sharding, jax.tree.map(_of_stacked, sharding))
         self._pulled: Batch | None = None  # not given to a call yet
-        self._end: Exception | None = None  # StopIteration, or what went wrong
+        self._ended = False
+        self._error: Exception | None = None  # why it ended, unless there are no more
 
     def gather(self, most: int) -> Call | None:
         """Return a call of at most so many steps; None if there is nothing more to take.
@@ -63,22 +69,31 @@ class Source:
             with asked_for():
                 return Call(len(batches), self._send(batches)) if batches else None
         except Exception as error:
-            self._end = error
+            self._ended, self._error = True, error
             return None
 
     def raise_error(self) -> None:
         """Raise what ended the batches, if it was not that there are no more."""
-        error, self._end = self._end, StopIteration()
-        if error is not None and not isinstance(error, StopIteration):
-            raise error
+        error, self._error = self._error, None
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error  # it holds this frame, and all that lives there
+
+    def close(self) -> None:
+        """Let go of an error, which holds this object."""
+        self._error = None
 
     def _peek(self) -> Batch | None:
         """Return the next batch, which stays the next; None if there is none."""
-        if self._pulled is None and self._end is None:
+        if self._pulled is None and not self._ended:
             try:
-                self._pulled = _read(next(self._iterator))
+                item = next(self._iterator, _END)
+                self._ended = item is _END
+                self._pulled = None if self._ended else _read(item)
             except Exception as error:
-                self._end = error
+                self._ended, self._error = True, error
         return self._pulled
 
     def _send(self, batches: list[Batch]) -> tuple[Any, ...]:
@@ -113,13 +128,51 @@ def _array(leaf: Any) -> Any:
     """
     if isinstance(leaf, jax.Array) or type(leaf) in (bool, int, float, complex):
         return leaf
-    array = np.asarray(leaf).copy()
+    array = np.array(_of_numpy(leaf))
     if array.dtype.kind in "OSUTMm":
         raise InvalidType(
             "`batches` must hold arrays and numbers. "
             f"Received: {leaf!r} of type {type(leaf).__name__}."
         )
     return array
+
+
+_NOT_OF_NUMPY = ("bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
+
+
+@functools.lru_cache(maxsize=64)
+def is_foreign(kind: type) -> bool:
+    """Return whether a class is one of arrays of another library, such as torch's tensors."""
+    ours = (jax.Array, Tracer, np.ndarray, np.generic)
+    return hasattr(kind, "__array__") and not issubclass(kind, ours)
+
+
+def as_arrays(batch: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return a batch with arrays of other libraries as those of numpy."""
+    return jax.tree.map(lambda x: _of_numpy(x) if is_foreign(type(x)) else x, batch)
+
+
+def _of_numpy(leaf: Any) -> np.ndarray:
+    """Return an array of numpy; of a tensor of torch, wherever it is, its value.
+
+    Raises:
+      InvalidType: it does not become one, as a sparse tensor.
+    """
+    try:
+        if not hasattr(leaf, "detach"):
+            return np.asarray(leaf)
+        leaf = leaf.detach().cpu()
+        for name in ("resolve_conj", "resolve_neg"):
+            leaf = getattr(leaf, name, lambda leaf=leaf: leaf)()
+        name = str(leaf.dtype).removeprefix("torch.")
+        if name not in _NOT_OF_NUMPY:
+            return np.asarray(leaf)
+        return np.asarray(leaf.float()).astype(jnp.dtype(name))  # float32 holds each exactly
+    except (TypeError, RuntimeError) as error:
+        raise InvalidType(
+            "`batch` must be arrays and numbers. Received: one of type "
+            f"{type(leaf).__name__} that does not become an array of numpy: {error}"
+        ) from error
 
 
 def _kind(leaf: Any) -> Any:
@@ -182,17 +235,35 @@ def check_sharding(sharding: Any) -> Any:
     return sharding if sharding is None or jax.tree.leaves(sharding) == [sharding] else (sharding,)
 
 
-def check_stacked(batches: tuple[Any, ...]) -> None:
+def ranks(batch: tuple[Any, ...]) -> Any:
+    """Return the structure of a batch and how many axes each of its arrays has."""
+    leaves, structure = jax.tree.flatten(batch)
+    return structure, tuple(map(np.ndim, leaves))
+
+
+def check_stacked(batches: tuple[Any, ...], of_single: Collection[Any] = ()) -> None:
     """Raise unless `batches` are stacked: arrays with one first axis, of at least 1.
 
+    Args:
+      batches: the parts.
+      of_single: the `ranks` of batches that are not stacked.
+
     Raises:
-      ValueError: the arrays differ in the length of their first axis, have none, or no steps.
+      ValueError: the arrays differ in the length of their first axis, have none, or no steps; or
+        they have the ranks of a single batch.
     """
     lengths = {np.shape(x)[:1] for x in flatten(batches)[0]}
     if len(lengths) != 1 or lengths <= {(), (0,)}:
         raise ValueError(
             "`batches` must be arrays with one first axis, of one length: the number of steps, at "
             f"least 1.{_how_to_stack(batches)} "
+            f"Received: shapes {[np.shape(x) for x in jax.tree.leaves(batches)]}."
+        )
+    if ranks(batches) in of_single:
+        raise ValueError(
+            "`batches` must be stacked, with one axis more than a single batch. This step has "
+            "taken a single batch with as many axes: call `step(state, *batch)` for one batch. For "
+            "steps over its examples, make another step with `optimize_loss`. "
             f"Received: shapes {[np.shape(x) for x in jax.tree.leaves(batches)]}."
         )
 
@@ -207,8 +278,15 @@ def _how_to_stack(batches: tuple[Any, ...]) -> str:
     )
 
 
-def refusal(error: TypeError, batch: tuple[Any, ...], stacked: bool) -> InvalidType | None:
+def refusal(
+    error: Exception,
+    batch: tuple[Any, ...],
+    stacked: bool,
+    state: Any = None,
+) -> ValueError | None:
     """Return what to raise for an error of a program that was given this batch; None for itself."""
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        return _aliased(batch, stacked, state)
     if strange := [x for x in flatten(batch)[0] if _is_strange(x)]:
         came = getattr(strange[0], "dtype", None)
         return InvalidType(
@@ -228,6 +306,26 @@ def refusal(error: TypeError, batch: tuple[Any, ...], stacked: bool) -> InvalidT
             f"{[_kind_of(part) for part in batch]}, with which it fails: {str(error)[:200]}"
         )
     return None
+
+
+def _aliased(batch: tuple[Any, ...], stacked: bool, state: Any) -> ValueError | None:
+    """Return what to raise if an array of the state is in the batch as well."""
+    mine = _buffers(jax.tree.leaves(state))
+    shared = [x for x in jax.tree.leaves(batch) if mine & _buffers([x])]
+    if not shared:
+        return None
+    return ValueError(
+        f"`{'batches' if stacked else 'batch'}` must not hold an array of the state, whose memory "
+        "goes to the new state. Copy it, as in `jnp.copy(state.params[...])`. "
+        f"Received: {jax.typeof(shared[0]).str_short()}."
+    )
+
+
+def _buffers(leaves: Sequence[Any]) -> set[int]:
+    """Return where the living arrays among these are in memory."""
+    arrays = [x for x in leaves if isinstance(x, jax.Array) and not isinstance(x, Tracer)]
+    shards = [s.data for x in arrays if not x.is_deleted() for s in x.addressable_shards]
+    return {shard.unsafe_buffer_pointer() for shard in shards if shard.size}
 
 
 def _kind_of(value: Any) -> str:

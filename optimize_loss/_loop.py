@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.core import Tracer
 
-from optimize_loss._batches import Source, check_batches, check_sharding
+from optimize_loss._batches import Call, Source, check_batches, check_sharding
 from optimize_loss._checks import (
     AT_LEAST_1,
     InvalidType,
@@ -20,6 +20,7 @@ from optimize_loss._checks import (
     received,
 )
 from optimize_loss._history import History
+from optimize_loss._signals import Signals, signals
 from optimize_loss._skips import check_metric
 from optimize_loss._state import TrainState
 from optimize_loss._transfers import asked_for
@@ -100,36 +101,48 @@ class Run:
                 "`state` must not be traced by jit or vmap: `run` is a loop in Python. "
                 "`step.many` works there."
             )
-        with _bar(self.plan, self.loss) as show:
-            try:
-                seen = self._watched(show)
-                metrics = self._take(Source(batches, self.plan.sharding), History(seen))
-                if self.plan.steps not in (None, self.taken):
-                    warnings.warn(
-                        f"`batches` ended after {self.taken} of {self.plan.steps} steps.",
-                        stacklevel=3,
-                    )
-                return self.state, metrics
-            except BaseException as error:
-                self._attach_state(error)
-                raise
+        held = signals()
+        with held.held(self._attach_state):
+            metrics = self._take(batches, held)
+            if self.plan.steps not in (None, self.taken):
+                warnings.warn(
+                    f"`batches` ended after {self.taken} of {self.plan.steps} steps.", stacklevel=3
+                )
+            return self.state, metrics
 
-    def _take(self, source: Source, history: History) -> dict[str, Any]:
+    def _take(self, batches: Iterable[Any], held: Signals) -> dict[str, Any]:
+        """Take all steps, and return their metrics."""
+        with (
+            _bar(self.plan, self.loss) as show,
+            contextlib.closing(Source(batches, self.plan.sharding)) as source,
+        ):
+            history = History(self._watched(show))
+            self._advance(source, history, held)
+            source.raise_error()
+            if not self.taken:
+                raise ValueError(
+                    "`batches` must hold a batch: it is empty, or an iterator at its end."
+                )
+            return history.stacked()
+
+    def _advance(self, source: Source, history: History, held: Signals) -> None:
         """Take all steps; the next call is on its way to the device while the last computes."""
-        call = source.gather(self.plan.room(0))
+        call = self._gather(source, held)
+        held.install()  # a loader may have put handlers
         while call is not None:
             history.wait(self.plan.prefetch - 1)
+            held.check()
             advance = self.single if call.steps == 1 else self.many
             with asked_for():
-                self.state, metrics = advance(self.state, *call.parts)
-            self.taken += call.steps
+                state, metrics = advance(self.state, *call.parts)
+            self.state, self.taken = state, self.taken + call.steps
             history.add(call.steps, metrics)
-            self._call_hooks(history)
-            call = source.gather(self.plan.room(self.taken))
-        source.raise_error()
-        if not self.taken:
-            raise ValueError("`batches` must hold a batch: it is empty, or an iterator at its end.")
-        return history.stacked()
+            held.check()
+            held.within(self._is_alive, self._call_hooks, history)
+            call = self._gather(source, held)
+
+    def _gather(self, source: Source, held: Signals) -> Call | None:
+        return held.within(self._is_alive, source.gather, self.plan.room(self.taken))
 
     def _call_hooks(self, history: History) -> None:
         for n, hook in self.plan.hooks.items():
@@ -154,21 +167,28 @@ class Run:
 
         return seen
 
+    def _is_alive(self) -> bool:
+        """Return whether the state reached can be used."""
+        return not any(leaf.is_deleted() for leaf in _arrays(self.state))
+
     def _attach_state(self, error: Any) -> None:
         """Make the state reached an attribute of the error, if it can be used."""
         if isinstance(error, NonFiniteError) and error.state is not None:
             self.state = error.state
-        leaves = [leaf for leaf in jax.tree.leaves(self.state) if isinstance(leaf, jax.Array)]
-        if any(leaf.is_deleted() for leaf in leaves):
+        if not self._is_alive():
             return
         # The device may have failed, or an exception may take no attributes.
         with contextlib.suppress(Exception):
-            jax.block_until_ready(leaves)
+            jax.block_until_ready(_arrays(self.state))
             error.state = self.state
             error.add_note(
                 f"The state after {self.taken} steps of this run is the error's attribute `state`, "
                 "as in `sys.last_value.state`."
             )
+
+
+def _arrays(state: TrainState) -> list[jax.Array]:
+    return [leaf for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array)]
 
 
 @contextlib.contextmanager

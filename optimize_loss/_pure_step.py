@@ -186,7 +186,7 @@ class PureStep:
         trainable = self._trainable(state.params)
         _check_on_device([*trainable.leaves, *jax.tree.leaves(state.packed_optimizer)])
         loss, aux, grads = flat_gradients(
-            lambda params: self.loss(params, batch, model_state, key),
+            lambda params: self.loss(params, batch, model_state, _again(key)),
             trainable,
             self.chain.loss_scale(state.links, state.step),
             radius(self.chain, state.links, state.step),
@@ -265,3 +265,8 @@ def _is_one_key(array: jax.Array) -> bool:
         except TypeError:
             return False
     return not array.shape
+
+
+def _again(key: Any) -> Any:
+    """Return a key for one more evaluation of the loss, which uses the same numbers on purpose."""
+    return None if key is None else jax.random.clone(key)

@@ -44,10 +44,11 @@ class Search:
         self, shardings: Any, state: TrainState, batches: Any, ramp: Ramp
     ) -> LearningRateTest:
         """Return what the losses are while the rate rises."""
-        _check_not_traced(state, "find_learning_rate")
+        _check_not_traced("state", state, "find_learning_rate")
         check_rate(state, ramp)
         rates = ramp.rates
         count, batches = gathered(batches, len(rates))
+        _check_not_traced("batches", batches, "find_learning_rate")
         form = (shardings, ramp.number, count)
         options = (rates.astype(np.float32), float(ramp.smoothing), float(ramp.divergence))
         with asked_for():
@@ -70,7 +71,8 @@ class Search:
         self, shardings: Any, state: TrainState, batches: tuple[Any, ...], grid: Grid
     ) -> Sweep:
         """Return the runs of all points."""
-        _check_not_traced(state, "sweep")
+        _check_not_traced("state", state, "sweep")
+        _check_not_traced("batches", batches, "sweep")
         with asked_for():
             axes, leaves = stacked([jax.tree.leaves(each) for each in starts(state, grid)])
         points, structure = len(grid.points), jax.tree.structure(state)
@@ -132,8 +134,8 @@ class Search:
         return jax.vmap(run, in_axes=(list(axes),), axis_size=points)(leaves)
 
 
-def _check_not_traced(state: TrainState, what: str) -> None:
-    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(state)):
+def _check_not_traced(name: str, tree: Any, caller: str) -> None:
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree)):
         raise InvalidType(
-            f"`state` must not be traced by jit or vmap: `{what}` returns numpy arrays."
+            f"`{name}` must not be traced by jit or vmap: `{caller}` returns numpy arrays."
         )

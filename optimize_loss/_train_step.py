@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -9,7 +10,13 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from optimize_loss._batches import check_stacked, refusal
+from optimize_loss._batches import (
+    as_arrays,
+    check_stacked,
+    is_foreign,
+    ranks,
+    refusal,
+)
 from optimize_loss._checks import (
     InvalidType,
     TreeMismatch,
@@ -65,8 +72,9 @@ class TrainStep(PureStep):
 
         Args:
           state: from `init` or from the step before. Its memory goes to the new state: use the
-            old one no more.
-          *batch: what the loss takes after the parameters.
+            old one no more. Where it or the batch is traced, by vmap, grad or jit, it stays.
+          *batch: what the loss takes after the parameters. Arrays of other libraries, such as
+            torch's tensors, become numpy arrays.
 
         Returns:
           The new state, and metrics: {tag: array}, with the same tags at every step. `loss` is
@@ -93,13 +101,18 @@ class TrainStep(PureStep):
           The state after k steps, and the metrics of each, stacked along a first axis.
 
         Raises:
-          ValueError: the arrays differ in the length of their first axis, or have none.
+          ValueError: the arrays differ in the length of their first axis, or have none; or this
+            step has taken a single batch with as many axes before, so that these are one batch.
           InvalidType: what is given is no array; or the loss fails with a list that is a part.
           NonFiniteError: as for a single step, by what came last before this state. A row of
             batches that `skip` left out, and that ended within a call, is in the metric
             `skipped_in_a_row` only, whose maximum tells.
         """
-        check_stacked(batches)
+        check_stacked(batches, self._ranks)
+        return self._many(state, *batches)
+
+    def _many(self, state: TrainState, *batches: Any) -> tuple[TrainState, dict[str, Any]]:
+        """Take k steps with batches that are known to be stacked."""
         return self._dispatch(True, state, batches)
 
     def run(
@@ -122,6 +135,12 @@ class TrainStep(PureStep):
 
         What the iterable, a hook or a step raises is passed on; the state reached is then the
         error's attribute `state`. There is a warning if `batches` ends before `steps`.
+
+        So is what the handler of a signal raises, such as KeyboardInterrupt: between two calls, so
+        that the state is at hand. Batches that were pulled for the next call are then lost. While
+        a batch or a hook takes longer than a tenth of a second, it is raised in there. A second
+        Ctrl-C is raised at once, and may lose the state. All this holds in the main thread, for
+        handlers that are written in Python; Python does not raise elsewhere.
 
         Args:
           state: from `init` or from the step before; its memory is taken, as by a single step.
@@ -163,7 +182,7 @@ class TrainStep(PureStep):
         """
         self._check_state(state)
         plan = check_plan(steps, steps_per_call, hooks, prefetch, sharding, progress)
-        return Run(self, self.many, f"{self.name}loss", plan, state).over(batches)
+        return Run(self, self._many, f"{self.name}loss", plan, state).over(batches)
 
     @asked_for()
     def explain(
@@ -330,9 +349,9 @@ class TrainStep(PureStep):
           -1.0
         """
         self._check_state(state)
-        check_stacked(batches)
+        check_stacked(batches, self._ranks)
         points = check_grid(numbers, seeds, init, grid)
-        return self._search.sweep(self._shardings(state), state, batches, points)
+        return self._search.sweep(self._shardings(state), state, as_arrays(batches), points)
 
     @functools.cached_property
     def _search(self) -> Search:
@@ -344,41 +363,77 @@ class TrainStep(PureStep):
         """The compiled programs; they live as long as this object."""
         return {}
 
+    @functools.cached_property
+    def _ranks(self) -> set[Any]:
+        """The structures and ranks of the single batches that a program was traced for."""
+        return set()
+
     def _program(self, many: bool, donate: bool) -> Any:
         """Return the compiled program of one step or of many.
 
         Inside a transformation of the caller's, such as vmap, there is no memory to donate.
         """
         if (many, donate) not in self._programs:
-            function = self._advance_many if many else self._advance
             self._programs[many, donate] = jax.jit(
-                function, static_argnums=0, donate_argnums=1 if donate else ()
+                self._take_many if many else self._take_one,
+                static_argnums=0,
+                donate_argnums=1 if donate else (),
             )
         return self._programs[many, donate]
+
+    def _take_one(self, shardings: Any, state: TrainState, *batch: Any) -> Any:
+        """Take one step, while being traced."""
+        self._ranks.add(ranks(batch))
+        return self._advance(shardings, state, batch)
+
+    def _take_many(self, shardings: Any, state: TrainState, *batches: Any) -> Any:
+        """Take as many steps as the batches have entries, while being traced."""
+        return self._advance_many(shardings, state, batches)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the options, for pickle: compiled programs stay behind."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def lower(self, state: TrainState, *batch: Any) -> jax.stages.Lowered:
-        """Return the program of a single step before compilation, to look at or to compile."""
-        return self._program(False, True).lower(self._shardings(state), state, batch)
+        """Return the program of a single step before compilation, to look at or to compile.
+
+        Compiled, it is called as the step is, and takes the memory of the state as well:
+
+            compiled = step.lower(state, x).compile()
+            state, metrics = compiled(state, x)
+        """
+        self._check_state(state)
+        program = self._program(False, True)
+        return program.lower(self._shardings(state), state, *as_arrays(batch))
 
     def _dispatch(self, many: bool, state: TrainState, batch: tuple[Any, ...]) -> Any:
         self._check_state(state)
         if state.chain is not self.chain:  # so that the next state need not be compared
             state = dataclasses.replace(state, chain=self.chain)
         check_ready(state)
-        traced = isinstance(state.packed_optimizer["step"], Tracer)
+        last = self._last.get("state")
+        is_last = last is not None and last() is state  # whose leaves need no look
+        kinds = set(map(type, jax.tree.leaves(batch if is_last else (state, batch))))
+        if any(map(is_foreign, kinds)):
+            batch = as_arrays(batch)
+        traced = any(issubclass(kind, Tracer) for kind in kinds)
         try:
-            return self._program(many, not traced)(self._shardings(state), state, batch)
-        except TypeError as error:
-            if (refused := refusal(error, batch, stacked=many)) is None:
+            new, metrics = self._program(many, not traced)(self._shardings(state), state, *batch)
+        except (TypeError, jax.errors.JaxRuntimeError) as error:
+            if (refused := refusal(error, batch, stacked=many, state=state)) is None:
                 raise
             raise refused from error
         except ValueError:
             check_keys(batch)
             raise
+        if not traced and not isinstance(new.packed_optimizer["step"], Tracer):
+            self._last["state"] = weakref.ref(new)
+        return new, metrics
+
+    @functools.cached_property
+    def _last(self) -> dict[str, weakref.ref[TrainState]]:
+        """The last state that a call without traced arguments has returned, outside of jit."""
+        return {}
 
     def _check_state(self, state: Any) -> None:
         """Raise unless `state` is one of this step, or of one with equal options, and alive."""

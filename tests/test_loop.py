@@ -376,7 +376,7 @@ def traffic(monkeypatch):
         return call
 
     monkeypatch.setattr(_history, "fetch", counted_get)
-    for name in ("__call__", "many"):
+    for name in ("__call__", "_many"):
         monkeypatch.setattr(ol.TrainStep, name, counted(getattr(ol.TrainStep, name), "call"))
     return seen
 
@@ -457,10 +457,10 @@ def on_devices():
                 found[f"{name}-{steps_per_call}-placed"] = same
     seen = []
     single = ol.optimize_loss(lambda p, x: jnp.mean(p["w"] * x), learning_rate=1.0)
-    many = type(single).many
-    type(single).many = lambda self, state, x: seen.append(x.sharding) or many(self, state, x)
+    many = type(single)._many
+    type(single)._many = lambda self, state, x: seen.append(x.sharding) or many(self, state, x)
     single.run(start(single), [np.ones(8, np.float32)] * 4, steps_per_call=2, sharding=rows)
-    type(single).many = many
+    type(single)._many = many
     found["stacked"] = [list(sharding.spec) for sharding in seen]
     uneven = [np.ones(8, np.float32), np.ones(9, np.float32)]
     try:

@@ -109,6 +109,22 @@ def test_ctrl_c_leaves_no_traceback_and_whole_files(tmp_path, image):
     assert len(EventAccumulator(str(log)).Reload().Scalars("loss")) >= 10
 
 
+def test_ctrl_c_while_it_imports_is_one_line(tmp_path):
+    (tmp_path / "jax.py").write_text("raise KeyboardInterrupt")  # as if pressed at this moment
+    path = os.pathsep.join([str(tmp_path), os.path.dirname(os.path.dirname(ol.__file__))])
+    for module in ("optimize_loss", "optimize_loss._painting"):
+        done = subprocess.run(
+            [sys.executable, "-m", module],
+            env=os.environ | {"PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode in (130, -signal.SIGINT)
+        is_command = module == "optimize_loss"
+        assert (done.stderr == "python -m optimize_loss: interrupted\n") == is_command
+        assert ("Traceback" in done.stderr) != is_command
+
+
 # --- what is refused
 
 REFUSED = {
@@ -130,6 +146,20 @@ REFUSED = {
     "out-a-file": (["--out", __file__], "`--out` must be a folder to write to"),
     "out-in-a-file": (["--out", f"{__file__}/out"], "`--out` must be a folder to write to"),
 }
+
+
+def test_a_device_that_is_not_there_is_one_line(tmp_path, image):
+    done = subprocess.run(
+        [sys.executable, "-m", "optimize_loss", image, "--out", str(tmp_path / "out")],
+        env=os.environ | {"JAX_PLATFORMS": "cuda", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    last = lines(done.stderr)[-1]
+    assert last.startswith("python -m optimize_loss: JAX finds no device: JAX_PLATFORMS must")
+    assert "JAX_PLATFORMS=cuda." in last
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(("arguments", "message"), REFUSED.values(), ids=REFUSED)

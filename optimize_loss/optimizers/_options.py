@@ -38,6 +38,7 @@ from optimize_loss.transforms import (
     chain,
 )
 from optimize_loss.transforms._base import number_rules
+from optimize_loss.transforms._transformation import Transformation, made_once
 
 # What a learning rate may be when it is given; read back, it is a `Variable` or a schedule's value.
 Rate = Annotated[Any, NOT_NEGATIVE]
@@ -77,6 +78,27 @@ def check_options(cls: type, given: Iterable[str], known: Iterable[str]) -> None
             )
 
 
+class _Static:
+    """An optimizer in the structure of a tree: equal to itself as long as its chain is."""
+
+    def __init__(self, kept: "Options"):
+        self.kept, self.chain = kept, kept.chain
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Static) and (self.kept, self.chain) == (other.kept, other.chain)
+
+    def __hash__(self) -> int:
+        return id(self.kept)
+
+
+def _flattened(optimizer: Any) -> tuple[tuple[()], Any]:
+    return (), _Static(optimizer)
+
+
+def _unflattened(static: Any, nothing: tuple[()]) -> Any:
+    return static.kept
+
+
 def _told_of_wrong_options(init: Any) -> Any:
     """Return a constructor that names the nearest option where there is none of a name."""
     parameters = inspect.signature(init).parameters
@@ -91,7 +113,7 @@ def _told_of_wrong_options(init: Any) -> Any:
 
 @typing.dataclass_transform(eq_default=False, field_specifiers=(dataclasses.field,))
 @dataclasses.dataclass(eq=False, kw_only=True, init=False, repr=False)
-class Options:
+class Options(Transformation):
     """What every optimizer can be told by keyword. Assigning checks as building does."""
 
     learning_rate: Any
@@ -137,13 +159,20 @@ class Options:
         self.__post_init__()
 
     def __init_subclass__(cls):
-        """Make a dataclass of a subclass that declares options and writes no `__init__`."""
+        """Make a dataclass of a subclass that declares options and writes no `__init__`.
+
+        In a tree, an optimizer is a part of the structure.
+        """
         super().__init_subclass__()
-        if "__init__" in vars(cls) or not inspect.get_annotations(cls):
+        jax.tree_util.register_pytree_node(cls, _flattened, _unflattened)
+        if "__init__" in vars(cls):
+            cls.__init__ = made_once(cls.__init__)
+            return
+        if not inspect.get_annotations(cls):
             return
         dataclasses.dataclass(eq=False, repr=False)(cls)
         cls.__init__.__annotations__ = {}  # their rules are for us, not for `help`
-        cls.__init__ = cls._init_of_fields = _told_of_wrong_options(cls.__init__)
+        cls.__init__ = cls._init_of_fields = made_once(_told_of_wrong_options(cls.__init__))
         if "learning_rate" in vars(cls):
             del cls.learning_rate  # the default, which would hide the descriptor
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from optimize_loss._checks import InvalidType, TreeMismatch, check_single
 from optimize_loss.transforms import _numbers
@@ -27,11 +26,12 @@ from optimize_loss.transforms._places import (
 )
 from optimize_loss.transforms._precision import Precision, check_used, codecs
 from optimize_loss.transforms._run import averaged, decoded, run
+from optimize_loss.transforms._transformation import Transformation, made_once
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class Chain(optax.GradientTransformationExtraArgs):
+class Chain(Transformation):
     """Links in a row, as one optax transformation. Build it with `chain`.
 
     Neighbouring links run in one pass over the parameters. An optax transformation among them, or
@@ -49,21 +49,6 @@ class Chain(optax.GradientTransformationExtraArgs):
 
     links: tuple[tuple[str, Any], ...] = ()
     precision: Precision | None = None
-
-    # optax passes extra arguments, such as the loss, only to instances of its own class. That is
-    # a named tuple of two functions, which here are methods.
-    def __new__(
-        cls, links: tuple[tuple[str, Any], ...] = (), precision: Precision | None = None
-    ) -> "Chain":
-        return tuple.__new__(cls, (None, None))
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter((self.init, self.update))
-
-    __ne__ = object.__ne__  # that of tuples would compare the functions
-
-    def __getnewargs__(self) -> tuple[Any, ...]:
-        return self.links, self.precision
 
     def link(self, name: str) -> Any:
         """Return the link of this name; of one for some parameters, the link itself."""
@@ -309,6 +294,9 @@ class Chain(optax.GradientTransformationExtraArgs):
         for j, result in zip(call.live, results, strict=True):
             outputs[j] = result
         return taken.unflatten(outputs), new_state
+
+
+Chain.__init__ = made_once(Chain.__init__)
 
 
 def chain(*unnamed: Any, **links: Any) -> Chain:

@@ -22,6 +22,7 @@ INTERNAL = frozenset(
     [
         "_building",
         "_excluded",
+        "_from_arrays",
         "_given",
         "_held",
         "_index_dict",

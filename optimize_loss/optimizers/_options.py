@@ -132,6 +132,7 @@ class Options(Transformation):
     axis_name: str | None = None
 
     _init_of_fields: ClassVar[Any] = None
+    _from_arrays = False  # whether an option was, and no state has been made since
 
     @_told_of_wrong_options
     def __init__(
@@ -197,8 +198,14 @@ class Options(Transformation):
             value = self._checked(name, value)
         object.__setattr__(self, name, value)
 
+    def _note_array(self, value: Any) -> None:
+        """Note that an option was given as an array, as `optax.inject_hyperparams` gives all."""
+        if isinstance(value, jax.Array) and not isinstance(value, Tracer):
+            self._from_arrays = True
+
     def _checked(self, name: str, value: Any) -> Any:
         """Return the value of an option, if the option's rule allows it."""
+        self._note_array(value)
         if isinstance(options_of(type(self))[name], bool):
             check_flags(**{name: value})
         rule = number_rules(type(self)).get(name)

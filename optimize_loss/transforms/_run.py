@@ -62,30 +62,41 @@ def _run_passes(passes: list[list[Place]], call: Call, flow: Flow) -> tuple[list
     flow, new = _RUN[first[0].kind](first, call, flow, wanted)
     if wanted != "rest":
         return flow.updates, {**new, **_counted(call)}
-    gate = flow.gate
+    if (gate := flow.gate) is None:
+        outputs, behind = _run_passes(rest, call, flow)
+        return outputs, {**new, **behind}
     seen = _after(gate, call)
+    names = ["step", *(place.name for places in rest for place in places)]
+    old = call.leaves, {name: call.state[name] for name in names}
 
     def go_on() -> tuple[list[Any], State]:
-        return _run_passes(rest, seen, flow)
+        return jax.tree.map(_split_as, _run_passes(rest, seen, flow), old)
 
     def stay() -> tuple[list[Any], State]:
         unchanged = (
             call.leaves if call.wanted == "params" else list(map(jnp.zeros_like, call.leaves))
         )
-        names = ["step", *(place.name for places in rest for place in places)]
-        return unchanged, {name: call.state[name] for name in names}
+        return jax.tree.map(_split_as, (unchanged, old[1]), old)
 
-    outputs, behind = go_on() if gate is None else jax.lax.cond(gate.k["open"], go_on, stay)
+    outputs, behind = jax.lax.cond(gate.k["open"], go_on, stay)
     return outputs, {**new, **behind}
+
+
+def _split_as(new: Any, old: Any) -> Any:
+    """Return an array of the type of `old`, which may say that it is split over devices."""
+    came, wanted = (getattr(jax.typeof(x), "sharding", None) for x in (new, old))
+    if wanted is None or wanted.mesh.empty or came == wanted:
+        return new
+    return jax.sharding.reshard(new, wanted)
 
 
 def _counted(call: Call) -> State:
     return {"step": optax.safe_increment(call.state["step"])}
 
 
-def _after(gate: Gate | None, call: Call) -> Call:
+def _after(gate: Gate, call: Call) -> Call:
     """Return the call as the links behind a gate see it: with the loss that the gate has made."""
-    if gate is None or "loss_behind" not in gate.k:
+    if "loss_behind" not in gate.k:
         return call
     return call._replace(extra={**call.extra, "value": gate.k["loss_behind"]})
 

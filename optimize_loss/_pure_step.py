@@ -14,12 +14,12 @@ from optimize_loss._checks import (
     InvalidType,
     received,
 )
-from optimize_loss._loss import Loss
+from optimize_loss._loss import Aux, Loss
 from optimize_loss._model_state import run_update_ops
 from optimize_loss._names import Pattern
 from optimize_loss._rules import NO_RULES, Rules
 from optimize_loss._state import TrainState
-from optimize_loss._steepest import flat_gradients, told
+from optimize_loss._steepest import flat_gradients, for_line_searches, told
 from optimize_loss._trainable import Trainable, colocated, find_trainable
 from optimize_loss.transforms import (
     Accumulate,
@@ -168,16 +168,19 @@ class PureStep:
                 if isinstance(link, Accumulate):  # calls between two updates
                     key = jax.random.fold_in(key, state.links[name]["gathered"])
         trainable = self._trainable(state.params)
-        loss, aux, grads = flat_gradients(
-            lambda params: self.loss(params, batch, model_state, key),
-            trainable,
-            self.chain.loss_scale(state.links, state.step),
-            self.chain.numbers_named("rho", state.links, state.step).get("sam"),
-        )
+        scale = self.chain.loss_scale(state.links, state.step)
+        rho = self.chain.numbers_named("rho", state.links, state.step).get("sam")
+
+        def loss_of(params: Any) -> tuple[jax.Array, Aux]:
+            return self.loss(params, batch, model_state, key)
+
+        loss, aux, grads = flat_gradients(loss_of, trainable, scale, rho)
         if shardings is not None:
             grads = colocated(grads, shardings)
         extra = told(loss, aux, self.chain)
         if state.placement is None:
+            if rho is None:
+                extra |= for_line_searches(self.chain, trainable, loss_of, grads, scale)
             new = self._updated(state, grads, extra)
         else:
 

@@ -95,10 +95,14 @@ def _counted(call: Call) -> State:
 
 
 def _after(gate: Gate, call: Call) -> Call:
-    """Return the call as the links behind a gate see it: with the loss that the gate has made."""
+    """Return the call as the links behind a gate see it: with the loss that the gate has made.
+
+    The gradient and the loss as a function are those of one batch, and no link behind sees them.
+    """
     if "loss_behind" not in gate.k:
         return call
-    return call._replace(extra={**call.extra, "value": gate.k["loss_behind"]})
+    extra = {name: x for name, x in call.extra.items() if name not in ("grad", "value_fn")}
+    return call._replace(extra={**extra, "value": gate.k["loss_behind"]})
 
 
 def _behind(gate: Gate, places: list[Place], call: Call) -> tuple[list[Place], Call]:

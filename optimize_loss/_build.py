@@ -203,9 +203,11 @@ def optimize_loss(
     inner = options.joined(links, with_rules(own, resolve(optimizer, rate), rate))
     seed = check_integer("seed", seed, SEED)
     kept_as = precision_of(own, check_precision(precision, seed))
+    every = with_precision(chain(**around.links(inner)), kept_as, seed=seed)
+    options.check_known(every)
     return TrainStep(
         loss=Loss(loss),
-        chain=with_precision(chain(**around.links(inner)), kept_as, seed=seed),
+        chain=every,
         variables=options.check_variables(variables),
         update_ops=options.check_functions("update_ops", update_ops),
         summaries=chosen,

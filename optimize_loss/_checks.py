@@ -67,8 +67,13 @@ class Rule:
         return f"Rule({self.words})"
 
     def check(self, name: str, value: Any) -> float:
-        """Return `value` as a Python number if the rule allows it; else raise, naming `name`."""
+        """Return `value` as a Python number if the rule allows it; else raise, naming `name`.
+
+        Of a traced scalar only the kind is checked.
+        """
         whole = self.kind in ("count", "seed")
+        if isinstance(value, Tracer):
+            return _check_traced(name, value, jnp.integer if whole else jnp.floating)
         return check_integer(name, value, self) if whole else check_number(name, value, self)
 
 
@@ -140,6 +145,17 @@ def check_number(name: str, value: Any, rule: Rule = FINITE) -> float:
     return number
 
 
+def _check_traced(name: str, value: Any, kind: Any) -> Any:
+    """Return a traced scalar as it is; where a float is wanted, an integer will do, too."""
+    fits = any(jnp.issubdtype(value.dtype, x) for x in (jnp.integer, kind))
+    if not fits or value.ndim:
+        raise InvalidType(
+            f"`{name}` must be a scalar {'integer' if kind is jnp.integer else 'number'}. "
+            f"Received: a traced value of dtype {value.dtype} and shape {value.shape}."
+        )
+    return value
+
+
 def check_integer(name: str, value: Any, rule: Rule) -> int:
     """Return `value` as a Python int that `rule` allows; floats are refused, even whole ones.
 
@@ -160,8 +176,9 @@ def _scalar(name: str, value: Any) -> Any:
     if isinstance(value, Tracer):
         raise InvalidType(
             f"`{name}` must be known when it is given; a value traced by jit or vmap is not. "
-            f"Build with any valid number, then put the traced one into the state: "
-            f"`state.set({name}=...)`. {received(name, value)}"
+            "Where it is a number in the state, build with any valid one, then put the traced one "
+            f"there: `state.set({name}=...)`. For `optax.inject_hyperparams`, name it in "
+            f"`static_args`. {received(name, value)}"
         )
     if isinstance(value, np.ndarray | jax.Array):
         if jnp.issubdtype(value.dtype, jax.dtypes.extended):

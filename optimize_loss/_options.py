@@ -20,6 +20,7 @@ from optimize_loss.schedules import Decayed, WarmUpDecay
 from optimize_loss.transforms import (
     Accumulate,
     AddNoise,
+    Chain,
     ClipByAdaptiveNorm,
     ClipByFunction,
     ClipByGlobalNorm,
@@ -153,6 +154,13 @@ def joined(links: Links, rule: Links) -> Links:
 
 
 FIRST = (SumOverAxis, Guard, DivideByLossScale, DivideByDynamicLossScale, Accumulate)
+
+
+def check_known(links: Chain) -> None:
+    """Raise an `InvalidType` if a number of a link is traced: a step is compiled without it."""
+    for path in links.traced_numbers:
+        name, number = path.split("/", 1)
+        check_number(number, links.link(name).numbers()[number])
 
 
 def check_variables(variables: Any) -> tuple[Pattern, ...] | None:

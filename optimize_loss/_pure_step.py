@@ -14,13 +14,13 @@ from optimize_loss._checks import (
     InvalidType,
     received,
 )
-from optimize_loss._loss import Loss
+from optimize_loss._loss import Aux, Loss
 from optimize_loss._model_state import run_update_ops
 from optimize_loss._names import Pattern
 from optimize_loss._rules import NO_RULES, Rules
 from optimize_loss._state import TrainState
 from optimize_loss._state_dict import register_with_flax
-from optimize_loss._steepest import flat_gradients, radius, told
+from optimize_loss._steepest import flat_gradients, for_line_searches, radius, told
 from optimize_loss._trainable import Trainable, colocated, find_trainable
 from optimize_loss._transfers import asked_for
 from optimize_loss.transforms import (
@@ -185,16 +185,19 @@ class PureStep:
                     key = jax.random.fold_in(key, state.links[name]["gathered"])
         trainable = self._trainable(state.params)
         _check_on_device([*trainable.leaves, *jax.tree.leaves(state.packed_optimizer)])
-        loss, aux, grads = flat_gradients(
-            lambda params: self.loss(params, batch, model_state, _again(key)),
-            trainable,
-            self.chain.loss_scale(state.links, state.step),
-            radius(self.chain, state.links, state.step),
-        )
+        scale = self.chain.loss_scale(state.links, state.step)
+
+        def loss_of(params: Any) -> tuple[jax.Array, Aux]:
+            return self.loss(params, batch, model_state, _again(key))
+
+        rho = radius(self.chain, state.links, state.step)
+        loss, aux, grads = flat_gradients(loss_of, trainable, scale, rho)
         if shardings is not None:
             grads = colocated(grads, shardings)
         extra = told(loss, aux, self.chain)
         if state.placement is None:
+            if rho is None:
+                extra |= for_line_searches(self.chain, trainable, loss_of, grads, scale)
             new = self._updated(state, grads, extra)
         else:
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from optimize_loss._loss import Aux
 from optimize_loss._trainable import Trainable, derivatives, gradients
@@ -64,6 +65,40 @@ def told(loss: jax.Array, aux: Aux, chain: Chain) -> dict[str, Any]:
     for axes in [link.axis_name for link in links if isinstance(link, SumOverAxis)]:
         numbers = {name: averaged_over(x, axes) for name, x in numbers.items()}
     return numbers
+
+
+def for_line_searches(
+    chain: Chain,
+    trainable: Trainable,
+    loss: Callable[[Any], tuple[jax.Array, Aux]],
+    grads: Sequence[Any],
+    scale: jax.Array | None,
+) -> dict[str, Any]:
+    """Return the gradient, and the loss of given parameters, by optax's keywords.
+
+    Only for a chain with a transformation of optax that may take them. They are those of this
+    batch, and so are left out where gradients are summed over devices. A chain leaves them out
+    behind an `Accumulate`.
+
+    Args:
+      chain: the chain.
+      trainable: the parameters, and which are trained.
+      loss: as for `gradients`.
+      grads: its gradients, each multiplied by the scale; None where there is none.
+      scale: the loss scale, or None.
+    """
+    links = [link for _, link in chain.links]
+    takes = any(isinstance(link, optax.GradientTransformationExtraArgs) for link in links)
+    if not takes or any(isinstance(link, SumOverAxis) for link in links):
+        return {}
+    known = [
+        jnp.zeros_like(p) if g is None else g for p, g in zip(trainable.leaves, grads, strict=True)
+    ]
+    known = known if scale is None else [g / scale.astype(g.dtype) for g in known]
+    return {
+        "grad": trainable.tree(known),
+        "value_fn": lambda params: loss(trainable.replace(jax.tree.leaves(params)))[0],
+    }
 
 
 def _check_scale(links: Sequence[Any], dtype: Any) -> None:

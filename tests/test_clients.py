@@ -570,6 +570,13 @@ def test_constraints_hold_after_every_update():
     assert all(kernel.min() >= 0 for kernel in model.get_weights()[::2])
 
 
+@pytest.mark.parametrize("optimizer", [optim.Adam(0.1), Momentum(0.1), FIRST_STAYS["multiplier"]])
+def test_a_keras_model_keeps_an_optimizer_as_it_is(optimizer):
+    model = keras_model()
+    model.mine = optimizer
+    assert model.mine is optimizer
+
+
 def variables():
     return [keras.Variable(jnp.array([1.0, 2.0]), name=name) for name in ("one", "two")]
 

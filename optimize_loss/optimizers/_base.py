@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from optimize_loss._checks import InvalidType, check_options, received
 from optimize_loss._names import flatten, same_leaves
@@ -23,7 +24,13 @@ from optimize_loss.optimizers._variable import (
     value_of,
 )
 from optimize_loss.transforms._accumulate import summed
-from optimize_loss.transforms._params import as_array, is_inexact, take_apart
+from optimize_loss.transforms._params import (
+    as_array,
+    is_inexact,
+    take_apart,
+    with_strangers,
+    without_strangers,
+)
 
 
 class Optimizer(Stateful):
@@ -220,6 +227,7 @@ class Optimizer(Stateful):
         Args:
           params: the parameters, a tree of arrays and numbers.
         """
+        self._from_arrays = False
         state = self.chain.init(params)
         for path, box in self._rates().items():
             link, _, number = path.rpartition("/")
@@ -238,8 +246,39 @@ class Optimizer(Stateful):
           state: from `init`, or from the update before.
           params: the parameters. May be left out if no link reads them.
           **extra: `value`, the loss, for links that take it.
+
+        The numbers are those of the state, but for traced values that the optimizer was built
+        with: each update takes these. So it does, outside of `jit`, with arrays that an optimizer
+        was built with which has made no state itself, as `optax.inject_hyperparams` builds one for
+        each update.
         """
+        if self._from_arrays and not isinstance(state["step"], Tracer):
+            state = self.chain.with_own_numbers(state)
         return self.chain.update(updates, state, params, **extra)
+
+    def set(self, state: dict[str, Any], **values: Any) -> dict[str, Any]:
+        """Return a state of `init` or `update` with other hyperparameters: `Chain.set`.
+
+        The optimizer itself, and the state that it keeps for `minimize` and `apply`, stay as they
+        are: these go by options that are assigned to.
+
+        Args:
+          state: a state of this optimizer.
+          **values: number by name, or by `link/number` where several links have that name. None
+            gives back what the optimizer was built with, such as its schedule.
+
+        Raises:
+          ValueError: no link, or more than one, has such a number; or its rule does not hold.
+
+        Example:
+          >>> import optimize_loss as ol
+          >>> opt = ol.optimizers.SGD(0.5)
+          >>> state = opt.set(opt.init({"w": 1.0}), learning_rate=0.25)
+          >>> updates, state = opt.update({"w": 1.0}, state)
+          >>> print(updates["w"], opt.learning_rate)
+          -0.25 0.5
+        """
+        return self.chain.set(state, **values)
 
     # The way of pytrees: the optimizer keeps the state, the caller the parameters.
 
@@ -270,7 +309,8 @@ class Optimizer(Stateful):
 
     def _apply_tree(self, grads: Any, params: Any, aggregates: bool) -> Any:
         """Return the new parameters, a tree like the old ones; integers stay as they are."""
-        taken = take_apart(params)
+        known = without_strangers(grads, params)
+        taken = take_apart(known)
         same_leaves("grads", grads, "params", taken.tree)
         pairs = zip(taken.check_updates(grads), taken.leaves, strict=True)
         summed = self.aggregate_gradients(pairs) if aggregates else pairs
@@ -283,7 +323,8 @@ class Optimizer(Stateful):
                 self._forget_variables()  # the caller keeps the values
             new, state = self._advance({name: g for name, (g, _) in trained.items()}, values)
         self._hold().keep(state)
-        return taken.unflatten([new.get(name, p) for name, (_, p) in named.items()])
+        result = taken.unflatten([new.get(name, p) for name, (_, p) in named.items()])
+        return result if known is params else with_strangers(result, params)
 
     # The imperative way: variables are updated in place.
 

@@ -23,6 +23,7 @@ INTERNAL = frozenset(
         "_building",
         "_complete",
         "_excluded",
+        "_from_arrays",
         "_given",
         "_held",
         "_index_dict",
@@ -87,7 +88,8 @@ class Recipe:
 
     def worker(self, step: jax.Array, rate: Any) -> Any:
         """Return a fresh optimizer that is at this step and has this rate, if any."""
-        made = object.__new__(self.cls)
+        cls: Any = self.cls
+        made = cls.__new__(cls)
         made._start()
         made._is_worker = True
         for name, value in duplicate(self.attributes, {}).items():

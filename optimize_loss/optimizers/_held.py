@@ -228,7 +228,9 @@ def on_mesh(state: Any, mesh: jax.sharding.Mesh | None) -> Any:
         return state
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
-    def put(x: jax.Array) -> jax.Array:
+    def put(x: Any) -> Any:
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or everywhere)
         there = isinstance(x.sharding, jax.sharding.NamedSharding) and x.sharding.mesh == mesh
         return x if there else jax.device_put(x, everywhere)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from optimize_loss._checks import (
     InvalidType,
@@ -69,6 +70,8 @@ class Holding(Options):
         if settled_elsewhere or name == "learning_rate" or "_held" not in own or self._building:
             super().__setattr__(name, value)
             return
+        if isinstance(value, Tracer):
+            self._check_trace([value])
         if self.built and name == "mesh" and value != self.mesh:
             raise ValueError("`mesh` must be set before the optimizer is built.")
         if self.built and has_variables(own.get(name)):

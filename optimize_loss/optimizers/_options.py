@@ -38,6 +38,7 @@ from optimize_loss.transforms import (
 )
 from optimize_loss.transforms._base import number_rules
 from optimize_loss.transforms._places import merged
+from optimize_loss.transforms._transformation import Transformation, made_once
 
 # What a learning rate may be when it is given; read back, it is a `Variable` or a schedule's value.
 Rate = Annotated[Any, NOT_NEGATIVE]
@@ -62,6 +63,27 @@ class _LearningRate:
 
     def __set__(self, optimizer: Any, value: Any) -> None:
         optimizer._set_learning_rate(value)
+
+
+class _Static:
+    """An optimizer in the structure of a tree: equal to itself as long as its chain is."""
+
+    def __init__(self, kept: "Options"):
+        self.kept, self.chain = kept, kept.chain
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Static) and (self.kept, self.chain) == (other.kept, other.chain)
+
+    def __hash__(self) -> int:
+        return id(self.kept)
+
+
+def _flattened(optimizer: Any) -> tuple[tuple[()], Any]:
+    return (), _Static(optimizer)
+
+
+def _unflattened(static: Any, nothing: tuple[()]) -> Any:
+    return static.kept
 
 
 def _told_of_wrong_options(init: Any) -> Any:
@@ -92,7 +114,7 @@ def _completing(init: Any) -> Any:
 
 @typing.dataclass_transform(eq_default=False, field_specifiers=(dataclasses.field,))
 @dataclasses.dataclass(eq=False, kw_only=True, init=False, repr=False)
-class Options:
+class Options(Transformation):
     """What every optimizer can be told by keyword. Assigning checks as building does."""
 
     learning_rate: Any
@@ -113,6 +135,7 @@ class Options:
     _init_of_fields: ClassVar[Any] = None
     _given_at_first: ClassVar[tuple[str, ...]] = ()
     """Options that must stay as they were given to the constructor."""
+    _from_arrays = False  # whether an option was, and no state has been made since
 
     @_completing
     @_told_of_wrong_options
@@ -141,16 +164,21 @@ class Options:
         self.__post_init__()
 
     def __init_subclass__(cls):
-        """Make a dataclass of a subclass that declares options and writes no `__init__`."""
+        """Make a dataclass of a subclass that declares options and writes no `__init__`.
+
+        In a tree, an optimizer is a part of the structure.
+        """
         super().__init_subclass__()
+        jax.tree_util.register_pytree_node(cls, _flattened, _unflattened)
         if "__init__" in vars(cls):
-            cls.__init__ = _completing(cls.__init__)
+            cls.__init__ = made_once(_completing(cls.__init__))
             return
         if not inspect.get_annotations(cls):
             return
         dataclasses.dataclass(eq=False, repr=False)(cls)
         cls.__init__.__annotations__ = {}  # their rules are for us, not for `help`
-        cls.__init__ = cls._init_of_fields = _completing(_told_of_wrong_options(cls.__init__))
+        init = _told_of_wrong_options(cls.__init__)
+        cls.__init__ = cls._init_of_fields = made_once(_completing(init))
         if "learning_rate" in vars(cls):
             del cls.learning_rate  # the default, which would hide the descriptor
 
@@ -175,8 +203,14 @@ class Options:
             value = self._checked(name, value)
         object.__setattr__(self, name, value)
 
+    def _note_array(self, value: Any) -> None:
+        """Note that an option was given as an array, as `optax.inject_hyperparams` gives all."""
+        if isinstance(value, jax.Array) and not isinstance(value, Tracer):
+            self._from_arrays = True
+
     def _checked(self, name: str, value: Any) -> Any:
         """Return the value of an option, if the option's rule allows it."""
+        self._note_array(value)
         if isinstance(options_of(type(self))[name], bool):
             check_flags(**{name: value})
         rule = number_rules(type(self)).get(name)

@@ -15,7 +15,6 @@ from optimize_loss._checks import (
     InvalidType,
     TreeMismatch,
     check_integer,
-    check_number,
     received,
 )
 from optimize_loss._names import check_patterns
@@ -105,9 +104,10 @@ class Stateful(Holding):
         """Return a variable for a number, and a schedule as it is."""
         if callable(learning_rate) and not isinstance(learning_rate, Variable):
             return learning_rate
+        self._note_array(learning_rate)
         value, dtype = value_of(learning_rate), jnp.result_type(float)
+        value = NOT_NEGATIVE.check("learning_rate", value)
         if not isinstance(value, Tracer):
-            value = check_number("learning_rate", value, NOT_NEGATIVE)
             with jax.ensure_compile_time_eval():
                 value = to_array("learning_rate", value, NOT_NEGATIVE, dtype)
         return Variable(value, "learning_rate", dtype)

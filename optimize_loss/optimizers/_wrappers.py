@@ -114,6 +114,7 @@ class LossScaleOptimizer(Optimizer):
         _check_inner(self.inner_optimizer, "inner_optimizer", ("loss_scale_factor",))
         _refuse_options(self, "inner_optimizer")
         super().__post_init__()
+        self._from_arrays = self._from_arrays or self.inner_optimizer._from_arrays
         self._iterations = self.inner_optimizer._iterations
 
     def links(self):
@@ -254,6 +255,7 @@ class MultiOptimizer(Optimizer):
         super().__post_init__()
         for _, inner in self._inner().values():
             inner._iterations = self._iterations
+            self._from_arrays = self._from_arrays or inner._from_arrays
 
     def _inner(self) -> dict[str, tuple[Group, Optimizer]]:
         """Return the optimizers with their parameters, by a name for their links."""

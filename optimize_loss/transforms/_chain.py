@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
+from jax.core import Tracer
 
 from optimize_loss._checks import InvalidType, TreeMismatch, check_single
 from optimize_loss._equal import same, structural_hash
@@ -19,22 +19,32 @@ from optimize_loss.transforms._chain_numbers import ChainNumbers
 from optimize_loss.transforms._for_parameters import ForParameters
 from optimize_loss.transforms._init import init_link
 from optimize_loss.transforms._leaf import Wanted
-from optimize_loss.transforms._params import Params, distinct, is_inexact, placed_like, take_apart
+from optimize_loss.transforms._params import (
+    Params,
+    distinct,
+    is_inexact,
+    placed_like,
+    take_apart,
+    with_strangers,
+    without_strangers,
+)
 from optimize_loss.transforms._pass import Call, Place, State
 from optimize_loss.transforms._places import (
     check_last,
     check_order,
     linked,
+    settled,
     structure,
     takes,
 )
 from optimize_loss.transforms._precision import Precision, check_used, codecs
 from optimize_loss.transforms._run import averaged, decoded, run
+from optimize_loss.transforms._transformation import Transformation, made_once
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class Chain(optax.GradientTransformationExtraArgs):
+class Chain(Transformation):
     """Links in a row, as one optax transformation. Build it with `chain`.
 
     Neighbouring links run in one pass over the parameters. An optax transformation among them, or
@@ -53,29 +63,14 @@ class Chain(optax.GradientTransformationExtraArgs):
     links: tuple[tuple[str, Any], ...] = ()
     precision: Precision | None = None
 
-    # optax passes extra arguments, such as the loss, only to instances of its own class. That is
-    # a named tuple of two functions, which here are methods.
-    def __new__(
-        cls, links: tuple[tuple[str, Any], ...] = (), precision: Precision | None = None
-    ) -> "Chain":
-        return tuple.__new__(cls, (None, None))
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter((self.init, self.update))
-
     def __eq__(self, other: object) -> bool:
         if self is other or not isinstance(other, Chain):
             return self is other
         mine, theirs = ((x.links, x.precision) for x in (self, other))
         return type(self) is type(other) and same(mine, theirs)
 
-    __ne__ = object.__ne__  # that of tuples would compare the functions
-
     def __hash__(self) -> int:
         return structural_hash((self.links, self.precision))
-
-    def __getnewargs__(self) -> tuple[Any, ...]:
-        return self.links, self.precision
 
     def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
         """Return what treescope, which shows this in notebooks, asks for."""
@@ -104,7 +99,9 @@ class Chain(optax.GradientTransformationExtraArgs):
         check_used(self.precision, places)
         for place in places:
             ours = isinstance(place.link, Link)
-            state[place.name] = init_link(place, taken) if ours else place.link.init(params)
+            state[place.name] = (
+                init_link(place, taken, self.precision) if ours else place.link.init(params)
+            )
         return placed_like(params, distinct(state))
 
     def kinds(self, params: Any) -> list[Any]:
@@ -197,6 +194,15 @@ class Chain(optax.GradientTransformationExtraArgs):
         """
         return self._numbers.replaced(state, values)
 
+    def with_own_numbers(self, state: State) -> State:
+        """Return the state with all numbers as the links were built with them."""
+        return self._numbers.given(state, ["/".join(pair) for pair in self.all_numbers()])
+
+    @property
+    def traced_numbers(self) -> list[str]:
+        """The numbers that are traced values, as `link/number`."""
+        return self._numbers.traced()
+
     def all_numbers(self) -> Iterator[tuple[str, str]]:
         """Return the link and the name of every hyperparameter."""
         return self._numbers.all()
@@ -269,16 +275,14 @@ class Chain(optax.GradientTransformationExtraArgs):
             )
         retraced = False
         for (name, old), (_, new) in zip(self.links, other.links, strict=True):
-            if same(old, new):
-                continue
             if not same(structure(old), structure(new)):
                 raise ValueError(
                     f"The link {name!r} must stay {old!r} but for its numbers. Received: {new!r}."
                 )
-            link, numbers = other.link(name), self.link(name).numbers()
-            for number, value in link.numbers().items():
+            link, numbers = other.link(name), _numbers_of(self.link(name))
+            for number, value in _numbers_of(link).items():
                 before = numbers[number]
-                if not same(value, before):
+                if _differ(value, before):
                     retraced = retraced or callable(value) or callable(before)
                     changed = _numbers.replaced(
                         number, None, value, link.rule(number), state[name][number]
@@ -296,8 +300,9 @@ class Chain(optax.GradientTransformationExtraArgs):
     def _places(self, params: Params) -> list[Place]:
         """Return the links with the parameters that they are for."""
         marks = [is_inexact(p) for p in params.leaves]
+        entries = dict(self.links)
         places = [
-            Place(name, link, takes(name, dict(self.links)[name], params, marks))
+            Place(name, link, takes(name, entries[name], params, marks))
             for name, link in self._linked()
         ]
         if self.precision is None:
@@ -316,12 +321,13 @@ class Chain(optax.GradientTransformationExtraArgs):
         **extra: Any,
     ) -> tuple[Any, State]:
         _check_state(self, state)
-        if params is None:
-            for name, link in self._linked():
-                if isinstance(link, Link) and (link.reads_params or link.moves):
-                    raise ValueError(f"`params` must be given: the link {name!r} reads them.")
+        if traced := self.traced_numbers:
+            state = self._numbers.given(state, traced)
+        are_given = params is not None
+        if not are_given:
             params = jax.tree.map(_unknown, updates)
-        taken = take_apart(params)
+        known = without_strangers(updates, params)
+        taken = take_apart(known)
         flat = taken.check_updates(updates)
         numbers, outlook = self._numbers.at_step(state, _step(state, schedule_step))
         call = Call(
@@ -335,11 +341,20 @@ class Chain(optax.GradientTransformationExtraArgs):
             extra=extra,
             seed=(self.precision and self.precision.seed) or 0,
         )
-        results, new_state = run(self._places(taken), call, [flat[j] for j in call.live])
+        places = [place._replace(link=settled(place.link)) for place in self._places(taken)]
+        if not are_given:
+            _check_not_read(places)
+        results, new_state = run(places, call, [flat[j] for j in call.live])
         outputs = list(taken.leaves if wanted == "params" else flat)
         for j, result in zip(call.live, results, strict=True):
             outputs[j] = result
-        return taken.unflatten(outputs), new_state
+        result = taken.unflatten(outputs)
+        if known is not params and wanted == "params":
+            result = with_strangers(result, params)
+        return result, new_state
+
+
+Chain.__init__ = made_once(Chain.__init__)
 
 
 def chain(*unnamed: Any, **links: Any) -> Chain:
@@ -385,9 +400,26 @@ def chain(*unnamed: Any, **links: Any) -> Chain:
     return Chain(tuple(with_losses(links).items()))
 
 
+def _numbers_of(link: Any) -> dict[str, Any]:
+    return link.numbers() if isinstance(link, Link) else {}
+
+
+def _differ(one: Any, other: Any) -> bool:
+    is_traced = isinstance(one, Tracer) or isinstance(other, Tracer)
+    return one is not other and (is_traced or not same(one, other))
+
+
 def _step(state: State, schedule_step: Any) -> Any:
     """Return the step that schedules see."""
     return state["step"] if schedule_step is None else schedule_step
+
+
+def _check_not_read(places: list[Place]) -> None:
+    """Raise a `ValueError` if a link reads parameters that were not given."""
+    for place in places:
+        reads = isinstance(place.link, Link) and (place.link.reads_params or place.link.moves)
+        if reads and any(place.takes):
+            raise ValueError(f"`params` must be given: the link {place.name!r} reads them.")
 
 
 def _unknown(update: Any) -> Any:

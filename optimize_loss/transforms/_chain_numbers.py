@@ -2,11 +2,12 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from optimize_loss._checks import nearest
 from optimize_loss.transforms import _numbers
@@ -62,11 +63,28 @@ class ChainNumbers:
         for name, value in values.items():
             owner, number = self.find(name)
             link, mine = self.links[owner], state[owner]
-            new = _numbers.replaced(
-                name, value, link.numbers()[number], link.rule(number), mine[number]
-            )
+            field = link.numbers()[number]
+            if value is not None and isinstance(field, Tracer):
+                raise ValueError(
+                    f"`{name}` cannot be set: the link was built with a traced value of it, which "
+                    "each update takes. Build with a number, and set that in the state."
+                )
+            new = _numbers.replaced(name, value, field, link.rule(number), mine[number])
             state[owner] = {**mine, number: new}
         return state
+
+    def traced(self) -> list[str]:
+        """Return which numbers the links were given as traced values, as `link/number`."""
+        return [
+            f"{name}/{number}"
+            for name, link in self.links.items()
+            for number, value in link.numbers().items()
+            if isinstance(value, Tracer)
+        ]
+
+    def given(self, state: State, names: Iterable[str]) -> State:
+        """Return the state with the values that the links were given for some numbers."""
+        return self.replaced(state, dict.fromkeys(names))
 
     def named(self, name: str, state: State, step: Any) -> State:
         """Return the hyperparameter `name` of every link that has it, at this step, by link."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 
 from optimize_loss import _checks
-from optimize_loss._checks import InvalidType, check_number, received
+from optimize_loss._checks import InvalidType, received
 from optimize_loss._names import Pattern, check_pattern, first_matches, pattern_text
 from optimize_loss.transforms._base import Link, Number
 
@@ -53,7 +53,7 @@ class MultiplyGradients(Link):
         for pattern, value in dict(self.multipliers).items():
             text = pattern_text(check_pattern("gradient_multipliers", pattern))
             name = f"gradient_multipliers[{text!r}]"
-            pairs.append((pattern, value if callable(value) else check_number(name, value)))
+            pairs.append((pattern, value if callable(value) else _checks.FINITE.check(name, value)))
         texts = [pattern_text(pattern) for pattern, _ in pairs]
         if len(set(texts)) < len(texts):
             raise ValueError(f"`gradient_multipliers` must have different keys. Received: {texts}.")

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from optimize_loss import _checks
 from optimize_loss._checks import Rule, received
 from optimize_loss.schedules import Decayed, evaluate
 from optimize_loss.transforms._arrays import from_host
@@ -31,11 +30,11 @@ def to_array(name: str, value: Any, rule: Rule, dtype: Any) -> jax.Array:
         value = value.learning_rate
     elif callable(value):
         return from_host([FOLLOW_SCHEDULE] * 2 if rule.kind == "decay" else FOLLOW_SCHEDULE, dtype)
+    dtype = DTYPES.get(rule.kind, dtype)
     if isinstance(value, Tracer):
         # A copy, since the next step takes the memory of the state, not of the caller's array.
         value = jnp.copy(value).astype(dtype)
         return jnp.stack([value, 1 - value]) if rule.kind == "decay" else value
-    dtype = DTYPES.get(rule.kind, dtype)
     with np.errstate(over="ignore", under="ignore"):
         pair = np.array([value, 1 - value] if rule.kind == "decay" else value).astype(dtype)
     stored = pair.flat[0]
@@ -92,13 +91,7 @@ def replaced(name: str, value: Any, field: Any, rule: Rule, number: jax.Array) -
       rule: the field's rule.
       number: the array now in the state.
     """
-    if value is None:
-        value = field
-    elif isinstance(value, Tracer):
-        if value.ndim:
-            raise _checks.InvalidType(f"`{name}` must be a scalar. Received: shape {value.shape}.")
-    else:
-        value = rule.check(name, value)
+    value = field if value is None else rule.check(name, value)
     new = to_array(name, value, rule, number.dtype)
     if isinstance(number, Tracer) or isinstance(new, Tracer):
         return new

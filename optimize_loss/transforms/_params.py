@@ -32,6 +32,16 @@ class Params(NamedTuple):
         return jnp.dtype(jnp.float64 if wide else jnp.float32)
 
     @property
+    def are_unknown(self) -> bool:
+        """Whether the tree is a node of another's own that stands for any parameters.
+
+        `optax.tree_map_params` gives such a one to `init`.
+        """
+        structure = jax.tree.structure(self.tree)
+        is_plain = isinstance(self.tree, dict | list | tuple | None)
+        return structure.num_nodes == 1 and not self.leaves and not is_plain
+
+    @property
     def members(self) -> list[tuple[str, ...]]:
         """For each leaf, the names of the parameters in it."""
         pairs = zip(self.names, self.buckets, strict=True)
@@ -130,6 +140,35 @@ def check_on_device(names: Sequence[str], leaves: Sequence[Any]) -> None:
                 "`jax.device_put(params, jax.memory.Space.Device)`; a state can be there between "
                 "steps."
             )
+
+
+def without_strangers(updates: Any, params: Any) -> Any:
+    """Return the parameters with None for what is no array and has an update of None.
+
+    So a model of Equinox has functions among its arrays, and its gradients None in their place.
+    """
+    leaves, structure = jax.tree.flatten(params)
+    if all(map(_is_number, leaves)):
+        return params
+    flat = same_leaves("updates", updates, "params", params)
+    pairs = zip(leaves, flat, strict=True)
+    return structure.unflatten(p if _is_number(p) or u is not None else None for p, u in pairs)
+
+
+def with_strangers(params: Any, before: Any) -> Any:
+    """Return new parameters with what `without_strangers` has taken out of those of before."""
+    strangers = jax.tree.map(lambda x: None if _is_number(x) else x, before)
+    return jax.tree.map(
+        lambda new, old: old if new is None else new, params, strangers, is_leaf=_is_none
+    )
+
+
+def _is_none(leaf: Any) -> bool:
+    return leaf is None
+
+
+def _is_number(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") or isinstance(leaf, bool | int | float | complex)
 
 
 def copied(what: str, tree: Any) -> Any:

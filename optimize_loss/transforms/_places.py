@@ -1,9 +1,12 @@
 """Which links are for which parameters, in which order, and with which numbers of others."""
 
+import copy
 import dataclasses
 import operator
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+from jax.core import Tracer
 
 from optimize_loss._checks import InvalidType
 from optimize_loss.transforms._base import Link, TreeLink, number_rules
@@ -39,6 +42,8 @@ def has_rate(link: Any) -> bool:
 
 def takes(name: str, entry: Any, params: Params, marks: list[bool]) -> tuple[bool, ...]:
     """Return for each parameter whether a link is for it; integers are no link's."""
+    if params.are_unknown:
+        return ()
     link = entry.link if isinstance(entry, ForParameters) else entry
     if isinstance(link, Link):
         marks = [m and link.suits(p) for m, p in zip(marks, params.leaves, strict=True)]
@@ -146,6 +151,32 @@ def structure(entry: Any) -> Any:
     inside = [value for name, value in numbers.items() if name not in rules]
     rest = {n: _without(inside, x) for n, x in _fields(entry).items() if n not in numbers}
     return type(entry), rest, [*numbers]
+
+
+def settled(link: Any) -> Any:
+    """Return a link as its functions may see it: with 1 for the numbers that are traced.
+
+    They read them from the state, and a link that is hashed has no traced ones.
+    """
+    if not isinstance(link, Link):
+        return link
+    changed = {n: x for n, old in _fields(link).items() if (x := _known(old)) is not old}
+    if not changed:
+        return link
+    new = copy.copy(link)
+    for name, value in changed.items():
+        object.__setattr__(new, name, value)
+    return new
+
+
+def _known(field: Any) -> Any:
+    """Return a field with 1 for what is traced in it; the same one where nothing is."""
+    if isinstance(field, Tracer):
+        return 1.0
+    if type(field) is tuple:
+        parts = tuple(map(_known, field))
+        return parts if any(map(operator.is_not, parts, field)) else field
+    return field
 
 
 def _fields(value: Any) -> dict[str, Any]:

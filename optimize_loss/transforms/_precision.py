@@ -320,8 +320,10 @@ class Encoded:
 
 
 @functools.lru_cache(maxsize=1024)
-def _codec_for(link: Link, form: str, shape: tuple[int, ...], dtype: Any) -> Codec | None:
+def codec_for(link: Link, form: str, shape: tuple[int, ...], dtype: Any) -> Codec | None:
     """Return the codec for the moments of a link that are float32 like the parameter."""
+    if form not in _CODECS:
+        return None
     slots = jax.eval_shape(link.slots, jax.ShapeDtypeStruct(shape, dtype))
     found = [
         (name, name in link.squares)
@@ -339,7 +341,7 @@ def codecs(
     if isinstance(link, TreeLink) or not isinstance(link, Link):
         return (None,) * len(takes)
     return tuple(
-        _codec_for(link, form, x.shape, x.dtype) if mine and form != "float32" else None
+        codec_for(link, form, x.shape, x.dtype) if mine and form != "float32" else None
         for x, mine, form in zip(params.leaves, takes, formats, strict=True)
     )
 

@@ -62,33 +62,50 @@ def _run_passes(passes: list[list[Place]], call: Call, flow: Flow) -> tuple[list
     flow, new = _RUN[first[0].kind](first, call, flow, wanted)
     if wanted != "rest":
         return flow.updates, {**new, **_counted(call)}
-    gate = flow.gate
+    if (gate := flow.gate) is None:
+        outputs, behind = _run_passes(rest, call, flow)
+        return outputs, {**new, **behind}
     seen = _after(gate, call)
+    names = ["step", *(place.name for places in rest for place in places)]
+    old = call.leaves, {name: call.state[name] for name in names}
 
     def go_on() -> tuple[list[Any], State]:
-        return _run_passes(rest, seen, flow)
+        return jax.tree.map(_split_as, _run_passes(rest, seen, flow), old)
 
     def stay() -> tuple[list[Any], State]:
         unchanged = (
             call.leaves if call.wanted == "params" else list(map(jnp.zeros_like, call.leaves))
         )
-        names = ["step", *(place.name for places in rest for place in places)]
-        return unchanged, {name: call.state[name] for name in names}
+        return jax.tree.map(_split_as, (unchanged, old[1]), old)
 
-    outputs, behind = go_on() if gate is None else jax.lax.cond(gate.k["open"], go_on, stay)
+    outputs, behind = jax.lax.cond(gate.k["open"], go_on, stay)
     return outputs, {**new, **behind}
+
+
+def _split_as(new: Any, old: Any) -> Any:
+    """Return an array of the type of `old`, which may say that it is split over devices."""
+    came, wanted = (getattr(jax.typeof(x), "sharding", None) for x in (new, old))
+    if wanted is None or wanted.mesh.empty or came == wanted:
+        return new
+    return jax.sharding.reshard(new, wanted)
 
 
 def _counted(call: Call) -> State:
     return {"step": optax.safe_increment(call.state["step"])}
 
 
-def _after(gate: Gate | None, call: Call) -> Call:
-    """Return the call as the links behind a gate see it: with the loss that the gate has made."""
-    if gate is None or gate.link.needs != "loss_and_weight":
+def _after(gate: Gate, call: Call) -> Call:
+    """Return the call as the links behind a gate see it: with the loss that the gate has made.
+
+    The gradient and the loss as a function are those of one batch, and no link behind sees them.
+    """
+    if gate.link.needs != "loss_and_weight":
         return call
-    loss = {"value": gate.k["loss_behind"]} if "loss_behind" in gate.k else {}
-    return call._replace(extra={**call.extra, **loss}, empty=gate.k.get("empty_behind"))
+    extra, empty = call.extra, gate.k.get("empty_behind")
+    if "loss_behind" in gate.k:
+        extra = {name: x for name, x in extra.items() if name not in ("grad", "value_fn")}
+        extra["value"] = gate.k["loss_behind"]
+    return call._replace(extra=extra, empty=empty)
 
 
 def _behind(gate: Gate, places: list[Place], call: Call) -> tuple[list[Place], Call]:

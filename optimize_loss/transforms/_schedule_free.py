@@ -5,7 +5,7 @@ from typing import Annotated
 
 import jax.numpy as jnp
 
-from optimize_loss._checks import INNER_DECAY, STEP, check_number
+from optimize_loss._checks import INNER_DECAY, STEP
 from optimize_loss.transforms._base import (
     Decay,
     Link,
@@ -71,7 +71,7 @@ class StepByScheduleFree(Link):
     squares = ("v",)
 
     def __post_init__(self):
-        check_number("beta_1", self.beta_1, INNER_DECAY)  # no schedule: see `averaged`
+        INNER_DECAY.check("beta_1", self.beta_1)  # no schedule: see `averaged`
         super().__post_init__()
 
     def slots(self, param):

@@ -84,7 +84,16 @@ def run_optax(places: list[Place], call: Call, flow: Flow, wanted: Wanted) -> tu
         updates[j], params[j] = update.astype(dtype), param.astype(dtype)
     trees = call.params.unflatten(updates), call.params.unflatten(params)
     update = optax.with_extra_args_support(place.link).update
-    tree, new = update(trees[0], call.state[place.name], trees[1], **call.extra)
+    try:
+        tree, new = update(trees[0], call.state[place.name], trees[1], **call.extra)
+    except TypeError as error:
+        error.add_note(
+            f"The link {place.name!r} was given the extra arguments {sorted(call.extra)}. For "
+            "`grad` and `value_fn`, as a line search needs, pass them to `update`; "
+            "`optimize_loss` passes both, but not with `accumulate`, `sam`, `shard_state` or sums "
+            "over mapped devices, where an update is made of more than one batch or place."
+        )
+        raise
     flat = same_leaves(f"the updates from {place.name}", tree, "params", call.params.tree)
     results = [flat[j] for j in call.live]
     flow = flow._replace(updates=results, squares={})

@@ -102,7 +102,7 @@ class Run:
                 "`step.many` works there."
             )
         held = signals()
-        with held.held(self._attach_state):
+        with held.during_run(self._attach_state):
             metrics = self._take(batches, held)
             if self.plan.steps not in (None, self.taken):
                 warnings.warn(

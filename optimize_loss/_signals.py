@@ -162,7 +162,7 @@ class Signals:
             self._put.clear()
 
     @contextlib.contextmanager
-    def held(self, leaves: Callable[[BaseException], Any]) -> Iterator[None]:
+    def during_run(self, leaves: Callable[[BaseException], Any]) -> Iterator[None]:
         """Keep exceptions of handlers during a run; raise the one that is kept at its end.
 
         Args:

@@ -164,7 +164,7 @@ CLIPS = {
 def direction(size, dtype="float32"):
     """Return a vector of this norm, and its norm as rounding has left it."""
     g = jnp.array([0.6 * size, 0.8 * size], dtype)
-    return g, np.linalg.norm(np.asarray(g, np.float64))
+    return g, float(np.linalg.norm(np.asarray(g, np.float64)))
 
 
 @of_all_magnitudes
@@ -177,7 +177,7 @@ def test_clipped_to_1(clip, dtype, size):
     wanted = np.asarray(g, np.float64) / max(norm, 1.0)
     np.testing.assert_allclose(np.float64(update), wanted, PRECISION[dtype])
     found = [state[name]["norm"] for name in ("before", "after", "each")]
-    np.testing.assert_allclose(found, [norm, min(norm, 1), min(norm, 1)], 2e-6)
+    np.testing.assert_allclose(found, [norm, min(norm, 1.0), min(norm, 1.0)], 2e-6)
 
 
 def test_clips_of_clips_do_not_lose_what_is_left():

@@ -76,13 +76,13 @@ def test_steps_are_those_of_optax(name):
     np.testing.assert_allclose(by_steps(step, params()), wanted, rtol=1e-4)
     _, metrics = step.many(step.init(params()), BATCHES)
     np.testing.assert_allclose(metrics["loss"], wanted, rtol=1e-4)
-    _, metrics = step.run(step.init(params()), BATCHES)
+    _, metrics = step.run(step.init(params()), list(BATCHES))
     np.testing.assert_allclose(metrics["loss"], wanted, rtol=1e-4)
 
 
 def test_lbfgs_as_it_comes():
     step = ol.optimize_loss(lambda p: jnp.sum((p["w"] - 1.0) ** 2), optimizer=optax.lbfgs())
-    state, _ = step(step.init(params()))
+    state, _ = step(step.init({"w": jnp.zeros(3)}))
     state, _ = step(state)
     np.testing.assert_allclose(state.params["w"], 1.0, atol=1e-5)
 

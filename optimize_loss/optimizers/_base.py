@@ -16,6 +16,7 @@ from optimize_loss.optimizers._config import plain, serialize
 from optimize_loss.optimizers._custom import undone_if_it_fails
 from optimize_loss.optimizers._held import on_mesh, placed
 from optimize_loss.optimizers._options import options_of
+from optimize_loss.optimizers._pairs import check_pairs, constrained, gradient_of, paired
 from optimize_loss.optimizers._stateful import Stateful
 from optimize_loss.optimizers._variable import (
     Variable,
@@ -25,7 +26,6 @@ from optimize_loss.optimizers._variable import (
 )
 from optimize_loss.transforms._accumulate import summed
 from optimize_loss.transforms._params import (
-    as_array,
     is_inexact,
     take_apart,
     with_strangers,
@@ -304,7 +304,7 @@ class Optimizer(Stateful):
                     "`params` must be given unless the optimizer was built with variables."
                 )
         if any(map(is_variable, flatten(params, is_variable)[0])):
-            return self.apply_gradients(_paired(grads, params))
+            return self.apply_gradients(paired(grads, params))
         return self._apply_tree(grads, params, aggregates=True)
 
     def _apply_tree(self, grads: Any, params: Any, aggregates: bool) -> Any:
@@ -429,7 +429,7 @@ class Optimizer(Stateful):
           ValueError: there is no gradient at all, or a variable is not one of those that the
             optimizer was built with.
         """
-        pairs = _check_pairs(grads_and_vars)
+        pairs = check_pairs(grads_and_vars)
         aggregates = experimental_aggregate_gradients and not skip_gradients_aggregation
         if not pairs:
             return self.iterations
@@ -439,10 +439,10 @@ class Optimizer(Stateful):
             self.build(check_variables([v for _, v in pairs]))
             if aggregates:
                 pairs = list(self.aggregate_gradients(pairs))
-            named = {self._name_of(v): (_gradient(g, v), v) for g, v in pairs}
+            named = {self._name_of(v): (gradient_of(g, v), v) for g, v in pairs}
             values = {self._name_of(v): v.value for v in self._given}
             new, state = self._advance({name: g for name, (g, _) in named.items()}, values)
-            moved = [(v, _constrained(v, new[n])) for n, (g, v) in named.items() if g is not None]
+            moved = [(v, constrained(v, new[n])) for n, (g, v) in named.items() if g is not None]
         self._hold().keep(state)
         for v, value in moved:
             v.assign(value)
@@ -581,49 +581,3 @@ class Optimizer(Stateful):
 
 def _takes_any(parameters: Mapping[str, inspect.Parameter]) -> bool:
     return any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-
-
-def _paired(grads: Any, params: Any) -> list[tuple[Any, Variable]]:
-    """Return pairs of a gradient and a variable, of two trees or two sequences."""
-    if isinstance(params, list | tuple):
-        grads, params = list(grads), list(params)
-    values = jax.tree.map(value_of, params, is_leaf=is_variable)
-    variables = jax.tree.leaves(params, is_leaf=is_variable)
-    return list(zip(same_leaves("grads", grads, "params", values), variables, strict=True))
-
-
-def _gradient(gradient: Any, variable: Variable) -> Any:
-    """Return a gradient as an array, or None."""
-    value = value_of(gradient)
-    return None if value is None else as_array("The gradient of", variable.name, value)
-
-
-def _constrained(variable: Variable, value: jax.Array) -> jax.Array:
-    """Return a new value as the constraint of the variable makes it."""
-    if variable.constraint is None:
-        return value
-    return Variable(value, variable.name).assign(variable.constraint(value)).value
-
-
-def _check_pairs(grads_and_vars: Any) -> list[tuple[Any, Any]]:
-    """Return a list of pairs of a gradient and a variable or an array."""
-    try:
-        pairs = list(grads_and_vars)
-        firsts, seconds = [g for g, _ in pairs], [v for _, v in pairs]
-    except (TypeError, ValueError) as error:
-        raise InvalidType(
-            "`grads_and_vars` must be pairs of a gradient and a variable, as in "
-            f"`zip(grads, variables)`. {received('grads_and_vars', grads_and_vars)}"
-        ) from error
-    if any(isinstance(x, Variable) for x in firsts) and not any(map(is_variable, seconds)):
-        raise InvalidType(
-            "`grads_and_vars` must be pairs (gradient, variable), and not the other way round. "
-            f"{received('grads_and_vars', pairs)}"
-        )
-    if strange := [v for v in seconds if type(v).__module__.startswith("keras.")]:
-        raise InvalidType(
-            "`grads_and_vars` must have variables of `optimize_loss.Variable`. A Keras model is "
-            "trained with `optimize_loss.keras.KerasOptimizer`. "
-            f"Received: {strange[0]!r}."
-        )
-    return pairs

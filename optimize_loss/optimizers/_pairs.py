@@ -1,0 +1,56 @@
+"""Pairs of a gradient and a variable, as Keras' methods take them."""
+
+from typing import Any
+
+import jax
+
+from optimize_loss._checks import InvalidType, received
+from optimize_loss._names import same_leaves
+from optimize_loss.optimizers._variable import Variable, is_variable, value_of
+from optimize_loss.transforms._params import as_array
+
+
+def paired(grads: Any, params: Any) -> list[tuple[Any, Variable]]:
+    """Return pairs of a gradient and a variable, of two trees or two sequences."""
+    if isinstance(params, list | tuple):
+        grads, params = list(grads), list(params)
+    values = jax.tree.map(value_of, params, is_leaf=is_variable)
+    variables = jax.tree.leaves(params, is_leaf=is_variable)
+    return list(zip(same_leaves("grads", grads, "params", values), variables, strict=True))
+
+
+def gradient_of(gradient: Any, variable: Variable) -> Any:
+    """Return a gradient as an array, or None."""
+    value = value_of(gradient)
+    return None if value is None else as_array("The gradient of", variable.name, value)
+
+
+def constrained(variable: Variable, value: jax.Array) -> jax.Array:
+    """Return a new value as the constraint of the variable makes it."""
+    if variable.constraint is None:
+        return value
+    return Variable(value, variable.name).assign(variable.constraint(value)).value
+
+
+def check_pairs(grads_and_vars: Any) -> list[tuple[Any, Any]]:
+    """Return a list of pairs of a gradient and a variable or an array."""
+    try:
+        pairs = list(grads_and_vars)
+        firsts, seconds = [g for g, _ in pairs], [v for _, v in pairs]
+    except (TypeError, ValueError) as error:
+        raise InvalidType(
+            "`grads_and_vars` must be pairs of a gradient and a variable, as in "
+            f"`zip(grads, variables)`. {received('grads_and_vars', grads_and_vars)}"
+        ) from error
+    if any(isinstance(x, Variable) for x in firsts) and not any(map(is_variable, seconds)):
+        raise InvalidType(
+            "`grads_and_vars` must be pairs (gradient, variable), and not the other way round. "
+            f"{received('grads_and_vars', pairs)}"
+        )
+    if strange := [v for v in seconds if type(v).__module__.startswith("keras.")]:
+        raise InvalidType(
+            "`grads_and_vars` must have variables of `optimize_loss.Variable`. A Keras model is "
+            "trained with `optimize_loss.keras.KerasOptimizer`. "
+            f"Received: {strange[0]!r}."
+        )
+    return pairs

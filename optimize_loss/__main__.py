@@ -12,7 +12,6 @@ import jax
 import numpy as np
 
 import optimize_loss as ol
-from optimize_loss import _painting
 from optimize_loss._checks import (
     COUNT,
     NOT_NEGATIVE,
@@ -22,9 +21,10 @@ from optimize_loss._checks import (
     check_number,
     received,
 )
-from optimize_loss._interrupted import INTERRUPTED
-from optimize_loss._photo import read_photo
-from optimize_loss._picture import save_picture
+from optimize_loss._demo import paint
+from optimize_loss._demo.interrupted import INTERRUPTED
+from optimize_loss._demo.paint import save_picture
+from optimize_loss._demo.photo import read_photo
 
 TARGET = 28.0  # dB, which a run without options reaches
 
@@ -66,10 +66,10 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = _Parser("python -m optimize_loss", description=__doc__)
     add, default = parser.add_argument, "; default: %(default)s"
     add("image", nargs="?", metavar="IMAGE", help="the photograph; default: a sample")
-    add("--steps", type=int, default=_painting.STEPS, metavar="N", help="how many" + default)
+    add("--steps", type=int, default=paint.STEPS, metavar="N", help="how many" + default)
     add("--optimizer", default="Adam", metavar="NAME", help="which one" + default)
     add("--learning-rate", type=float, metavar="X", help="default: one that suits the optimizer")
-    add("--clip", type=float, default=_painting.CLIP, metavar="X", help=_CLIP + default)
+    add("--clip", type=float, default=paint.CLIP, metavar="X", help=_CLIP + default)
     add("--noise", type=float, default=0.0, metavar="X", help=_NOISE + default)
     add("--out", default="painting", metavar="FOLDER", help="for the picture" + default)
     add("--seed", type=int, default=0, metavar="N", help="of the net and the batches" + default)
@@ -103,7 +103,7 @@ def _run(args: argparse.Namespace) -> int:
     _check_extras(["matplotlib", "PIL", "tqdm"] + ["tensorboardX"] * args.tensorboard)
     _check_device()
     try:
-        settings = _painting.settings(
+        settings = paint.settings(
             args.steps,
             args.optimizer,
             args.learning_rate,
@@ -119,8 +119,8 @@ def _run(args: argparse.Namespace) -> int:
     runs = []
     try:
         for setting in settings:
-            log = _painting.run_folder(args.out, setting) if args.tensorboard else None
-            runs.append(_painting.train(setting, photo, args.steps, args.seed, log))
+            log = paint.run_folder(args.out, setting) if args.tensorboard else None
+            runs.append(paint.train(setting, photo, args.steps, args.seed, log))
         save_picture(path, photo, runs)
     except OSError as error:
         raise Refused(f"The results cannot be written: {error}") from error
@@ -160,7 +160,7 @@ def _check_out(folder: str) -> None:
         raise Refused(f"`--out` must be a folder to write to. {error}") from error
 
 
-def _judge(run: _painting.Run, plain: bool) -> int:
+def _judge(run: paint.Run, plain: bool) -> int:
     last = run.frames[-1]
     if math.isnan(last.psnr):
         why = f"The loss is not finite after step {last.step}: a lower --learning-rate may help."
@@ -172,7 +172,7 @@ def _judge(run: _painting.Run, plain: bool) -> int:
     return 1
 
 
-def _print_summary(runs: list[_painting.Run]) -> None:
+def _print_summary(runs: list[paint.Run]) -> None:
     wide = max(len(run.setting.label) for run in runs)
     print(f"{'setting':{wide}}  final PSNR  seconds")
     for run in runs:

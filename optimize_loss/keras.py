@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 
 from optimize_loss._checks import NOT_NEGATIVE, InvalidType, Rule, received
-from optimize_loss._keras_parts import Shown, as_keras_3, inside, rates
+from optimize_loss._engine.trees import distinct
 from optimize_loss._names import leaf_names
 from optimize_loss.optimizers import Optimizer, serialize
 from optimize_loss.optimizers._config import plain
+from optimize_loss.optimizers._keras_view import Shown, as_keras_3, inside, rates
 from optimize_loss.optimizers._resolve import instance, resolve
 from optimize_loss.optimizers._variable import different_names
 from optimize_loss.transforms import Chain, Link, chain
-from optimize_loss.transforms._params import distinct
 
 try:
     import keras

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from optimize_loss._checks import AT_LEAST_1, InvalidType, check_integer, received
-from optimize_loss._figure import COLOURS, finish, panels, scale, styled, whole_ticks
-from optimize_loss._ratios import find_ratios
+from optimize_loss._report.figure import COLOURS, finish, panels, scale, styled, whole_ticks
+from optimize_loss._report.ratios import find_ratios
 from optimize_loss.schedules import evaluate
 
 __all__ = ["learning_rate", "metrics", "schedule", "sweep", "update_ratios"]

@@ -20,12 +20,7 @@ import pytest
 from optimize_loss import optimizers as optim
 from optimize_loss import schedules
 from optimize_loss import transforms as T
-from optimize_loss.transforms._by_rule import (
-    AddDecayByRule,
-    ByRule,
-    MultiplySteps,
-    ShrinkByRule,
-)
+from optimize_loss.transforms._by_rule import AddDecayByRule, ByRule, MultiplySteps, ShrinkByRule
 
 LOSS = np.float32(2.0)  # what links that read the loss are given
 SHAPES = {"encoder": {"layer_0": {"bias": (2,), "kernel": (8, 2)}}, "scale": ()}

@@ -16,9 +16,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optimize_loss as ol
+from optimize_loss._engine.bucket import Bucket
+from optimize_loss._engine.members import Members
 from optimize_loss._names import leaf_names
-from optimize_loss.transforms._bucket import Bucket
-from optimize_loss.transforms._members import Members
 from tests.cases import on_eight_devices, random_like, rows
 
 T = ol.transforms

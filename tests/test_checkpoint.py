@@ -17,9 +17,9 @@ import pytest
 import safetensors.numpy
 
 import optimize_loss
-from optimize_loss import _safetensors
 from optimize_loss import optimizers as optim
-from optimize_loss._named_state import on_host
+from optimize_loss._files.named import on_host
+from optimize_loss._files.safetensors import FORMAT
 from tests.cases import SubtractMean, on_eight_devices, random_like
 
 # Untyped, since what some of these tests pass is wrong on purpose.
@@ -782,7 +782,7 @@ def write_golden(path):
     return state
 
 
-@pytest.mark.parametrize("version", range(1, _safetensors.FORMAT + 1))
+@pytest.mark.parametrize("version", range(1, FORMAT + 1))
 def test_files_of_every_version_are_read(path, version):
     step, like, x = every_kind(1)
     state, report = ol.restore(GOLDEN / f"format_{version}.safetensors", like, strict=True)

@@ -19,8 +19,8 @@ import pytest
 import safetensors.numpy
 
 import optimize_loss
-from optimize_loss._named_state import on_host
-from optimize_loss.transforms._bucket import Bucket
+from optimize_loss._engine.bucket import Bucket
+from optimize_loss._files.named import on_host
 
 ROOT = pathlib.Path(__file__).parent.parent
 

@@ -15,7 +15,7 @@ import pytest
 
 import optimize_loss as ol
 from optimize_loss import transforms as T
-from optimize_loss._equal import same, structural_hash
+from optimize_loss._engine.equal import same, structural_hash
 from tests.cases import CASES
 
 PARAMS = {"w": jnp.ones(3), "b": jnp.ones(2)}

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 import optimize_loss as ol
-from optimize_loss.transforms._bucket import Bucket
+from optimize_loss._engine.bucket import Bucket
 from tests.cases import on_eight_devices
 
 T = ol.transforms
@@ -185,7 +185,7 @@ def test_a_step_that_colocates_gradients_does_not_wait_for_the_one_before(bucket
         squares, learning_rate=0.1, colocate_gradients_with_ops=True, bucket=bucket
     )
     state = step.init(params())
-    monkeypatch.setattr("optimize_loss.transforms._members.fetched", None)
+    monkeypatch.setattr("optimize_loss._engine.members.fetched", None)
     state, _ = step(*step(state)[:1])
     assert state.outline["large"].sharding == state.packed_params["large"].sharding
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import optimize_loss as ol
+from optimize_loss._engine.health import mark
 from optimize_loss._names import leaf_names
-from optimize_loss._skips import check_ready
-from optimize_loss.transforms._health import mark
+from optimize_loss._state.skips import check_ready
 
 T: Any = ol.transforms
 NAN, INF = np.nan, np.inf

@@ -20,7 +20,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import optimize_loss
-from optimize_loss import _history
+from optimize_loss._step import run as run_module
 from tests.cases import on_eight_devices
 
 ol: Any = optimize_loss  # untyped, since some of what these tests pass is wrong on purpose
@@ -261,7 +261,7 @@ def test_memory_may_be_used_again_by_who_made_the_batches():
 
 
 def test_long_runs_are_joined_on_the_way(monkeypatch):
-    monkeypatch.setattr(_history, "COMPACTED", 4)
+    monkeypatch.setattr(run_module, "COMPACTED", 4)
     step, sums = linear(), []
     _, metrics = step.run(
         start(step, 0.0),
@@ -358,7 +358,7 @@ class Traffic:
 @pytest.fixture
 def traffic(monkeypatch):
     seen = Traffic([])
-    get = _history.fetch
+    get = run_module.fetch
 
     def counted_get(tree):
         seen.events.append("fetch")
@@ -375,7 +375,7 @@ def traffic(monkeypatch):
 
         return call
 
-    monkeypatch.setattr(_history, "fetch", counted_get)
+    monkeypatch.setattr(run_module, "fetch", counted_get)
     for name in ("__call__", "_many"):
         monkeypatch.setattr(ol.TrainStep, name, counted(getattr(ol.TrainStep, name), "call"))
     return seen

@@ -14,10 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import optimize_loss as ol
 from optimize_loss import __main__ as command
-from optimize_loss import _painting
-from optimize_loss._painting import Frame, Run, init_net, settings
-from optimize_loss._photo import PIXELS, Photo, decibels, read_photo
-from optimize_loss._picture import WIDTH, save_picture
+from optimize_loss._demo import paint
+from optimize_loss._demo.paint import WIDTH, Frame, Run, init_net, save_picture, settings
+from optimize_loss._demo.photo import PIXELS, Photo, decibels, read_photo
 
 
 @pytest.fixture(name="image")
@@ -64,7 +63,7 @@ def test_a_run_leaves_a_picture_and_a_log(tmp_path, image, capsys):
 
 
 def test_a_run_without_options_must_reach_its_target(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(_painting, "STEPS", 2)
+    monkeypatch.setattr(paint, "STEPS", 2)
     assert command.main(["--out", str(tmp_path)]) == 1
     printed, progress = capsys.readouterr()
     assert re.search(r"The painting has \d+\.\d dB; .* must reach 28 dB", lines(progress)[-1])
@@ -112,7 +111,7 @@ def test_ctrl_c_leaves_no_traceback_and_whole_files(tmp_path, image):
 def test_ctrl_c_while_it_imports_is_one_line(tmp_path):
     (tmp_path / "jax.py").write_text("raise KeyboardInterrupt")  # as if pressed at this moment
     path = os.pathsep.join([str(tmp_path), os.path.dirname(os.path.dirname(ol.__file__))])
-    for module in ("optimize_loss", "optimize_loss._painting"):
+    for module in ("optimize_loss", "optimize_loss._demo.paint"):
         done = subprocess.run(
             [sys.executable, "-m", module],
             env=os.environ | {"PYTHONPATH": path},
@@ -203,7 +202,7 @@ def test_help_and_import_need_no_extra():
 
 def test_a_picture_that_cannot_be_saved_is_refused(tmp_path, image, monkeypatch, capsys):
     (tmp_path / "painting.png").mkdir()  # where the picture would go
-    monkeypatch.setattr(_painting, "train", lambda setting, *rest: drawn(setting))
+    monkeypatch.setattr(paint, "train", lambda setting, *rest: drawn(setting))
     assert command.main([image, "--out", str(tmp_path)]) == 2
     (refusal,) = lines(capsys.readouterr().err)
     assert "The results cannot be written" in refusal
@@ -219,7 +218,7 @@ PHOTO = Photo(
 )
 
 
-def drawn(setting: _painting.Setting, steps: int = 7) -> Run:
+def drawn(setting: paint.Setting, steps: int = 7) -> Run:
     """A run that nobody trained, for a photograph of the size of `PHOTO`."""
     curve = np.linspace(1.0, 0.1, steps)
     tags = ("loss", "global_norm/gradient_norm", "learning_rate")
@@ -304,8 +303,7 @@ def test_every_setting_starts_from_one_net_and_sees_one_batch():
     np.testing.assert_array_equal(first["frequencies"], again["frequencies"])
     assert not np.array_equal(first["frequencies"], other["frequencies"])
     runs = [
-        _painting.train(setting, PHOTO, 1, 0, None)
-        for setting in settings(1, "SGD", 1e-30, 0.0, 0.0)
+        paint.train(setting, PHOTO, 1, 0, None) for setting in settings(1, "SGD", 1e-30, 0.0, 0.0)
     ]
     assert len({run.metrics["loss"][0] for run in runs}) == 1
 

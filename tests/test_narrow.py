@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import optimize_loss as ol
-from optimize_loss.transforms import _codec
+from optimize_loss._engine.bits import round_to
 
 optim = ol.optimizers
 AIM = 0.3  # no number of these dtypes
@@ -140,7 +140,7 @@ def test_rounding_is_to_a_neighbour_and_unbiased(dtype):
     tiny = float(jnp.finfo(dtype).smallest_normal)
     bits = jax.random.bits(jax.random.key(0), (40_000,))
     for x in (0.3, -0.7, 1.03, 0.37 * tiny, 2.6 * tiny):
-        found = _codec.round_to(jnp.full(bits.shape, x, jnp.float32), jnp.dtype(dtype), bits)
+        found = round_to(jnp.full(bits.shape, x, jnp.float32), jnp.dtype(dtype), bits)
         np.testing.assert_array_equal(found, found.astype(dtype).astype(jnp.float32))
         low, high = float(found.min()), float(found.max())
         assert low < x < high
@@ -153,10 +153,10 @@ def test_every_number_of_8_bits_rounds_to_itself_and_the_largest_do_not_wrap(dty
     every = jax.lax.bitcast_convert_type(jnp.arange(256, dtype=jnp.uint8), dtype)
     for random in (0, 2**32 - 1):
         bits = jnp.full(256, random, jnp.uint32)
-        found = _codec.round_to(every.astype(jnp.float32), jnp.dtype(dtype), bits)
+        found = round_to(every.astype(jnp.float32), jnp.dtype(dtype), bits)
         np.testing.assert_array_equal(found, every.astype(jnp.float32))
         large = jnp.full(256, float(info.max) * 1.01, jnp.float32)
-        found = _codec.round_to(large, jnp.dtype(dtype), bits).astype(dtype)
+        found = round_to(large, jnp.dtype(dtype), bits).astype(dtype)
         np.testing.assert_array_equal(found, large.astype(dtype))
 
 

@@ -14,7 +14,7 @@ import pytest
 from matplotlib.figure import Figure
 
 import optimize_loss
-from optimize_loss._found import LearningRateTest, Sweep
+from optimize_loss._search.results import LearningRateTest, Sweep
 
 ol: Any = optimize_loss  # untyped, since some of what these tests pass is wrong on purpose
 plot = ol.plot

@@ -14,10 +14,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optimize_loss as ol
+from optimize_loss._engine.bits import HALF, from_e4m3, round_to, to_bfloat16, to_e4m3
+from optimize_loss._engine.precision import Float8
 from optimize_loss._names import leaf_names
 from optimize_loss._random import quick_bits, streams
-from optimize_loss.transforms import _codec
-from optimize_loss.transforms._precision import Float8
 from tests.cases import on_eight_devices, random_like
 
 T = ol.transforms
@@ -72,7 +72,7 @@ def test_e4m3_is_bit_equal_to_the_cast_of_ml_dtypes():
     with np.errstate(invalid="ignore", over="ignore"):
         native = values.astype(ml_dtypes.float8_e4m3fn)
     want = native.view(np.uint8)
-    got = np.asarray(jax.jit(_codec.to_e4m3)(values))
+    got = np.asarray(jax.jit(to_e4m3)(values))
     not_nan = ~np.isnan(native.astype(np.float32))
     np.testing.assert_array_equal(got[not_nan], want[not_nan])
     assert (got[~not_nan] & 0x7F == 0x7F).all()
@@ -81,23 +81,23 @@ def test_e4m3_is_bit_equal_to_the_cast_of_ml_dtypes():
 def test_all_numbers_of_8_bits_come_back():
     codes = np.arange(256, dtype=np.uint32)
     want = codes.astype(np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
-    np.testing.assert_array_equal(np.asarray(_codec.from_e4m3(jnp.asarray(codes))), want)
+    np.testing.assert_array_equal(np.asarray(from_e4m3(jnp.asarray(codes))), want)
 
 
-@pytest.mark.parametrize("random", [0, 1, _codec.HALF, 0xFFFF])
+@pytest.mark.parametrize("random", [0, 1, HALF, 0xFFFF])
 def test_every_bfloat16_rounds_to_itself(random):
     """Infinities, subnormal numbers, -0.0 and the largest: whatever the random bits are."""
-    got = np.asarray(_codec.to_bfloat16(jnp.asarray(EVERY_BFLOAT16), jnp.uint32(random)))
+    got = np.asarray(to_bfloat16(jnp.asarray(EVERY_BFLOAT16), jnp.uint32(random)))
     number = ~np.isnan(EVERY_BFLOAT16)
     want = EVERY_BFLOAT16.view(np.uint32)
     np.testing.assert_array_equal(got[number] & 0xFFFF0000, want[number])
     assert np.isnan((got[~number] & 0xFFFF0000).view(np.float32)).all()
 
 
-@pytest.mark.parametrize("random", [0, _codec.HALF, 0xFFFF])
+@pytest.mark.parametrize("random", [0, HALF, 0xFFFF])
 def test_nothing_finite_becomes_infinite_and_no_nan_a_number(random):
     bits = np.array([0x7F7FFFFF, 0xFF7FFFFF, 0x7F800001, 0xFFFFFFFF, 0x7FC00000], np.uint32)
-    got = _codec.to_bfloat16(jnp.asarray(bits.view(np.float32)), jnp.uint32(random))
+    got = to_bfloat16(jnp.asarray(bits.view(np.float32)), jnp.uint32(random))
     values = (np.asarray(got) & 0xFFFF0000).view(np.float32)
     largest = float(jnp.finfo(jnp.bfloat16).max)
     np.testing.assert_array_equal(values, [largest, -largest, np.nan, np.nan, np.nan])
@@ -114,7 +114,7 @@ def test_edges_survive_rounding(dtype):
     x = np.array(EDGES[dtype], np.float32)
     want = np.asarray(jnp.asarray(x).astype(dtype).astype(jnp.float32))
     for random in (0, 0xFFFFFFFF):
-        got = _codec.round_to(jnp.asarray(x), jnp.dtype(dtype), jnp.uint32(random))
+        got = round_to(jnp.asarray(x), jnp.dtype(dtype), jnp.uint32(random))
         got = np.asarray(got.astype(dtype).astype(jnp.float32))
         np.testing.assert_array_equal(got, want)
         assert (np.signbit(got) == np.signbit(want))[~np.isnan(want)].all()
@@ -130,7 +130,7 @@ def bits(count, name="w", step=0):
 def test_rounding_is_unbiased_and_to_a_neighbour(dtype, x):
     """Of 2**18 entries so many go up that the mean is right to six of its standard deviations."""
     count = 2**18
-    got = np.asarray(_codec.round_to(jnp.full(count, x), jnp.dtype(dtype), bits(count)))
+    got = np.asarray(round_to(jnp.full(count, x), jnp.dtype(dtype), bits(count)))
     values = np.unique(got).astype(np.float64)
     stored = np.asarray(jnp.asarray(values, jnp.float32).astype(dtype).astype(jnp.float32))
     np.testing.assert_array_equal(stored, values.astype(np.float32))

@@ -15,8 +15,8 @@ import pytest
 import safetensors.numpy
 
 from optimize_loss import CheckpointCorrupt, CheckpointVersion, InvalidType
-from optimize_loss import _safetensors as layout
-from optimize_loss import _whole_file as whole_file
+from optimize_loss._files import atomic as whole_file
+from optimize_loss._files import safetensors as layout
 
 ROOT = pathlib.Path(__file__).parent.parent
 DTYPES = [*layout._CODES, *layout._STORED_AS]

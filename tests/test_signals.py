@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 import optimize_loss
-from optimize_loss import _signals
+from optimize_loss._step.signals import GRACE
 
 # Where a machine is slow, an exception is raised in an iterator, and in a callback of the collector
 # Python prints it as ignored; it is raised again.
@@ -205,7 +205,7 @@ def test_a_hook_that_took_the_state_is_not_left():
     def hook(state, metrics):
         state, _ = step(state, 1.0)
         os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(3 * _signals.GRACE)
+        time.sleep(3 * GRACE)
         return state
 
     step, state = scalar()

@@ -1,6 +1,5 @@
 """Optimizers by class: options that become a chain of links."""
 
-from optimize_loss.optimizers._base import Optimizer as Optimizer
 from optimize_loss.optimizers._config import deserialize as deserialize
 from optimize_loss.optimizers._config import serialize as serialize
 from optimize_loss.optimizers._get import get as get
@@ -18,7 +17,10 @@ from optimize_loss.optimizers._keras import Lion as Lion
 from optimize_loss.optimizers._keras import Nadam as Nadam
 from optimize_loss.optimizers._keras import RMSprop as RMSprop
 from optimize_loss.optimizers._keras import ScheduleFreeAdamW as ScheduleFreeAdamW
+from optimize_loss.optimizers._multi import LossScaleOptimizer as LossScaleOptimizer
+from optimize_loss.optimizers._multi import MultiOptimizer as MultiOptimizer
 from optimize_loss.optimizers._muon import Muon as Muon
+from optimize_loss.optimizers._optimizer import Optimizer as Optimizer
 from optimize_loss.optimizers._tf1 import AdadeltaOptimizer as AdadeltaOptimizer
 from optimize_loss.optimizers._tf1 import AdagradDAOptimizer as AdagradDAOptimizer
 from optimize_loss.optimizers._tf1 import AdagradOptimizer as AdagradOptimizer
@@ -31,8 +33,6 @@ from optimize_loss.optimizers._tf1 import (
     ProximalGradientDescentOptimizer as ProximalGradientDescentOptimizer,
 )
 from optimize_loss.optimizers._tf1 import RMSPropOptimizer as RMSPropOptimizer
-from optimize_loss.optimizers._wrappers import LossScaleOptimizer as LossScaleOptimizer
-from optimize_loss.optimizers._wrappers import MultiOptimizer as MultiOptimizer
 
 __all__ = [
     "SGD",

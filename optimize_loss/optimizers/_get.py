@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from optimize_loss._checks import InvalidType, nearest, received
-from optimize_loss.optimizers import _keras, _muon, _tf1, _wrappers
-from optimize_loss.optimizers._base import Optimizer
+from optimize_loss.optimizers import _keras, _multi, _muon, _tf1
 from optimize_loss.optimizers._config import deserialize
+from optimize_loss.optimizers._optimizer import Optimizer
 from optimize_loss.optimizers._options import CLASSES
 
-for _module in (_keras, _muon, _tf1, _wrappers):
+for _module in (_keras, _muon, _tf1, _multi):
     for _name, _made in vars(_module).items():
         if isinstance(_made, type) and issubclass(_made, Optimizer) and _made is not Optimizer:
             CLASSES[_name] = _made

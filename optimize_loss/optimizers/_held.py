@@ -12,7 +12,7 @@ from jax.core import Tracer
 
 from optimize_loss._checks import CheckpointMismatch, InvalidType, nearest, received
 from optimize_loss._names import leaf_names
-from optimize_loss.optimizers._custom import UpdateStep
+from optimize_loss.optimizers._update_step import UpdateStep
 from optimize_loss.optimizers._variable import Variable
 from optimize_loss.transforms import Chain, ForParameters, Link
 

@@ -8,14 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from optimize_loss._checks import (
-    InvalidType,
-    nearest,
-    nearest_option,
-    received,
-)
+from optimize_loss._checks import InvalidType, nearest, nearest_option, received
 from optimize_loss._names import Pattern
-from optimize_loss.optimizers._custom import (
+from optimize_loss.optimizers._held import Held
+from optimize_loss.optimizers._options import Options, options_of
+from optimize_loss.optimizers._update_step import (
     INTERNAL,
     Recipe,
     UpdateStep,
@@ -23,13 +20,7 @@ from optimize_loss.optimizers._custom import (
     has_variables,
     tracked,
 )
-from optimize_loss.optimizers._held import Held
-from optimize_loss.optimizers._options import Options, options_of
-from optimize_loss.optimizers._variable import (
-    Variable,
-    check_variables,
-    different_names,
-)
+from optimize_loss.optimizers._variable import Variable, check_variables, different_names
 from optimize_loss.transforms import Chain, Link
 
 

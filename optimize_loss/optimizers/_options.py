@@ -18,6 +18,9 @@ from optimize_loss._checks import (
     check_options,
     received,
 )
+from optimize_loss._engine.link import number_rules
+from optimize_loss._engine.plan import merged
+from optimize_loss._engine.transformation import Transformation, made_once
 from optimize_loss._names import Pattern
 from optimize_loss.optimizers._variable import Variable
 from optimize_loss.transforms import (
@@ -36,9 +39,6 @@ from optimize_loss.transforms import (
     SumOverAxis,
     chain,
 )
-from optimize_loss.transforms._base import number_rules
-from optimize_loss.transforms._places import merged
-from optimize_loss.transforms._transformation import Transformation, made_once
 
 # What a learning rate may be when it is given; read back, it is a `Variable` or a schedule's value.
 Rate = Annotated[Any, NOT_NEGATIVE]

@@ -5,9 +5,9 @@ from typing import Any
 import jax
 
 from optimize_loss._checks import InvalidType, received
+from optimize_loss._engine.trees import as_array
 from optimize_loss._names import same_leaves
 from optimize_loss.optimizers._variable import Variable, is_variable, value_of
-from optimize_loss.transforms._params import as_array
 
 
 def paired(grads: Any, params: Any) -> list[tuple[Any, Variable]]:

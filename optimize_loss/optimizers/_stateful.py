@@ -17,6 +17,8 @@ from optimize_loss._checks import (
     check_integer,
     received,
 )
+from optimize_loss._engine.loss_scale import LossScale
+from optimize_loss._engine.numbers import to_array
 from optimize_loss._names import check_patterns
 from optimize_loss.optimizers._held import placed
 from optimize_loss.optimizers._holding import Holding
@@ -29,8 +31,6 @@ from optimize_loss.optimizers._variable import (
 )
 from optimize_loss.schedules import evaluate
 from optimize_loss.transforms import chain
-from optimize_loss.transforms._loss_scale import LossScale
-from optimize_loss.transforms._numbers import to_array
 
 INITIALIZERS = {"zeros": jnp.zeros, "ones": jnp.ones}
 

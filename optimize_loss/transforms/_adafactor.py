@@ -5,16 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from optimize_loss.transforms._base import (
-    Link,
-    NotNegative,
-    NotPositive,
-    Positive,
-    abs_squared,
-    count,
-    full,
-    sqrt,
-)
+from optimize_loss._engine.arrays import abs_squared, count, full, sqrt
+from optimize_loss._engine.link import Link, NotNegative, NotPositive, Positive
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from optimize_loss.transforms._base import Link, NotNegative, Start, abs_squared, full
+from optimize_loss._engine.arrays import abs_squared, full
+from optimize_loss._engine.link import Link, NotNegative, Start
 
 
 @dataclasses.dataclass(frozen=True)

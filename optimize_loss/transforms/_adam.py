@@ -4,16 +4,8 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from optimize_loss.transforms._base import (
-    Decay,
-    Link,
-    Positive,
-    abs_squared,
-    count,
-    full,
-    sqrt,
-    zeros,
-)
+from optimize_loss._engine.arrays import abs_squared, count, full, sqrt, zeros
+from optimize_loss._engine.link import Decay, Link, Positive
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,8 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from optimize_loss.transforms._base import Decay, Link, Positive, count, full, zeros
+from optimize_loss._engine.arrays import count, full, zeros
+from optimize_loss._engine.link import Decay, Link, Positive
 
 
 @dataclasses.dataclass(frozen=True)

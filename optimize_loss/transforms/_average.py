@@ -5,7 +5,8 @@ import dataclasses
 import jax.numpy as jnp
 
 from optimize_loss._checks import DECAY
-from optimize_loss.transforms._base import Count, Decay, FullDecay, Link, compute_dtype, count
+from optimize_loss._engine.arrays import compute_dtype, count
+from optimize_loss._engine.link import Count, Decay, FullDecay, Link
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,9 +7,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from optimize_loss import _checks
+from optimize_loss._engine.link import Link, Seed
+from optimize_loss._engine.selection import told
 from optimize_loss._names import Pattern, first_index, pattern_text
-from optimize_loss.transforms._base import Link, Seed
-from optimize_loss.transforms._for_parameters import told
 from optimize_loss.transforms._noise import AddNoise
 
 

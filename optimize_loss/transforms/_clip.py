@@ -8,17 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from optimize_loss._checks import InvalidType, TreeMismatch, check_takes
-from optimize_loss.transforms._base import (
-    Decay,
-    Link,
-    NotNegative,
-    Positive,
-    multiplied,
-    norm,
-    power_of_two,
-    sqrt,
-)
-from optimize_loss.transforms._params import take_apart
+from optimize_loss._engine.arrays import multiplied, norm, power_of_two, sqrt
+from optimize_loss._engine.link import Decay, Link, NotNegative, Positive
+from optimize_loss._engine.trees import take_apart
 
 
 def shrink(norm: jax.Array, max_norm: jax.Array) -> tuple[jax.Array, jax.Array]:

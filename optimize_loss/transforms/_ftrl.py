@@ -4,16 +4,8 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from optimize_loss.transforms._base import (
-    Link,
-    NotNegative,
-    NotPositive,
-    Positive,
-    Start,
-    abs_squared,
-    full,
-    zeros,
-)
+from optimize_loss._engine.arrays import abs_squared, full, zeros
+from optimize_loss._engine.link import Link, NotNegative, NotPositive, Positive, Start
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import optax
 
 from optimize_loss._checks import AT_LEAST_1, STEP
-from optimize_loss.transforms._base import Decay, Link, NotNegative, Numbers, Positive, sqrt
-from optimize_loss.transforms._health import A_SCHEDULE, NOBODY, THE_LOSS, THE_NORM, Health
-from optimize_loss.transforms._loss_scale import DivideByDynamicLossScale
+from optimize_loss._engine.arrays import sqrt
+from optimize_loss._engine.health import A_SCHEDULE, NOBODY, THE_LOSS, THE_NORM, Health
+from optimize_loss._engine.link import Decay, Link, NotNegative, Numbers, Positive
+from optimize_loss._engine.loss_scale import DivideByDynamicLossScale
 
 Most = Annotated[int, dataclasses.replace(AT_LEAST_1, initial=True)]
 

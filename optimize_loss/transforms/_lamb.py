@@ -4,10 +4,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from optimize_loss.transforms._base import (
-    Decay,
-    Link,
-    Positive,
+from optimize_loss._engine.arrays import (
     abs_squared,
     count,
     full,
@@ -17,6 +14,7 @@ from optimize_loss.transforms._base import (
     sqrt,
     zeros,
 )
+from optimize_loss._engine.link import Decay, Link, Positive
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,14 +4,8 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from optimize_loss.transforms._base import (
-    Count,
-    Fraction,
-    Link,
-    copy,
-    is_narrow,
-    stored_as,
-)
+from optimize_loss._engine.arrays import copy, is_narrow, stored_as
+from optimize_loss._engine.link import Count, Fraction, Link
 
 
 @dataclasses.dataclass(frozen=True)

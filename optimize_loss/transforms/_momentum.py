@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from optimize_loss.transforms._base import Fraction, Link, zeros
+from optimize_loss._engine.arrays import zeros
+from optimize_loss._engine.link import Fraction, Link
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from optimize_loss import _checks
 from optimize_loss._checks import InvalidType, received
+from optimize_loss._engine.link import Link, Number
 from optimize_loss._names import Pattern, check_pattern, first_matches, pattern_text
-from optimize_loss.transforms._base import Link, Number
 
 
 @dataclasses.dataclass(frozen=True)

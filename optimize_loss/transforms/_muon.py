@@ -10,16 +10,8 @@ import jax
 from jax.sharding import AxisType
 
 from optimize_loss._checks import COUNT, check_integer
-from optimize_loss.transforms._base import (
-    Finite,
-    Fraction,
-    Link,
-    NotNegative,
-    sqrt,
-    sum_of_squares,
-    unit_of,
-    zeros,
-)
+from optimize_loss._engine.arrays import sqrt, sum_of_squares, unit_of, zeros
+from optimize_loss._engine.link import Finite, Fraction, Link, NotNegative
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,16 +2,8 @@
 
 import dataclasses
 
-from optimize_loss.transforms._base import (
-    Decay,
-    Link,
-    Positive,
-    abs_squared,
-    count,
-    full,
-    sqrt,
-    zeros,
-)
+from optimize_loss._engine.arrays import abs_squared, count, full, sqrt, zeros
+from optimize_loss._engine.link import Decay, Link, Positive
 
 
 @dataclasses.dataclass(frozen=True)

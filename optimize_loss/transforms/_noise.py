@@ -3,8 +3,8 @@
 import dataclasses
 import math
 
+from optimize_loss._engine.link import Link, NotNegative, Seed
 from optimize_loss._random import normal, stream
-from optimize_loss.transforms._base import Link, NotNegative, Seed
 
 
 @dataclasses.dataclass(frozen=True)

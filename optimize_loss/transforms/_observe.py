@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from optimize_loss._checks import COUNT, check_integer
+from optimize_loss._engine.arrays import compute_dtype, norm, real_dtype
+from optimize_loss._engine.link import Link
 from optimize_loss._names import leaf_names
-from optimize_loss.transforms._base import Link, compute_dtype, norm, real_dtype
 
 
 @dataclasses.dataclass(frozen=True)

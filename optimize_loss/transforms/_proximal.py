@@ -5,16 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from optimize_loss.transforms._base import (
-    Link,
-    NotNegative,
-    Numbers,
-    PositiveStart,
-    abs_squared,
-    count,
-    full,
-    zeros,
-)
+from optimize_loss._engine.arrays import abs_squared, count, full, zeros
+from optimize_loss._engine.link import Link, NotNegative, Numbers, PositiveStart
 
 
 def soft_threshold(x: jax.Array, threshold: jax.Array) -> jax.Array:

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from optimize_loss.transforms._base import Link, NotNegative
+from optimize_loss._engine.link import Link, NotNegative
 
 
 @dataclasses.dataclass(frozen=True)

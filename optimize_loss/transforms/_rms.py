@@ -5,15 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from optimize_loss.transforms._base import (
-    Decay,
-    Link,
-    Positive,
-    Start,
-    abs_squared,
-    full,
-    zeros,
-)
+from optimize_loss._engine.arrays import abs_squared, full, zeros
+from optimize_loss._engine.link import Decay, Link, Positive, Start
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,12 +5,13 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from optimize_loss._engine.arrays import is_narrow
+from optimize_loss._engine.bits import round_to
+from optimize_loss._engine.chain import Chain, chain
+from optimize_loss._engine.link import Link, Seed
+from optimize_loss._engine.plan import linked
+from optimize_loss._engine.precision import Precision, check_precision
 from optimize_loss._random import quick_bits
-from optimize_loss.transforms._base import Link, Seed, is_narrow
-from optimize_loss.transforms._chain import Chain, chain
-from optimize_loss.transforms._codec import round_to
-from optimize_loss.transforms._places import linked
-from optimize_loss.transforms._precision import Precision, check_precision
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optimize_loss.transforms._base import TreeLink, compute_dtype
+from optimize_loss._engine.arrays import compute_dtype
+from optimize_loss._engine.link import TreeLink
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,19 +6,8 @@ from typing import Annotated
 import jax.numpy as jnp
 
 from optimize_loss._checks import INNER_DECAY, STEP
-from optimize_loss.transforms._base import (
-    Decay,
-    Link,
-    NotNegative,
-    Positive,
-    abs_squared,
-    copy,
-    count,
-    full,
-    is_narrow,
-    sqrt,
-    stored_as,
-)
+from optimize_loss._engine.arrays import abs_squared, copy, count, full, is_narrow, sqrt, stored_as
+from optimize_loss._engine.link import Decay, Link, NotNegative, Positive
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optimize_loss.transforms._base import Link, NotNegative, compute_dtype, multiplied, norm, ratio
+from optimize_loss._engine.arrays import compute_dtype, multiplied, norm, ratio
+from optimize_loss._engine.link import Link, NotNegative
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,8 +4,8 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from optimize_loss._engine.link import Link, NotNegative
 from optimize_loss._names import Pattern, any_matches, check_patterns
-from optimize_loss.transforms._base import Link, NotNegative
 
 
 @dataclasses.dataclass(frozen=True)

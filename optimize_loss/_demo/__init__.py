@@ -1,0 +1,1 @@
+"""The demonstration that `python -m optimize_loss` runs."""

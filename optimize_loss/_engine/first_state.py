@@ -1,0 +1,110 @@
+"""The state of a link before the first update."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.interpreters import partial_eval
+
+from optimize_loss._engine.device import from_host
+from optimize_loss._engine.flow import Place, State
+from optimize_loss._engine.link import Link, TreeLink
+from optimize_loss._engine.numbers import to_array
+from optimize_loss._engine.precision import Precision, codec_for
+from optimize_loss._engine.trees import Params
+
+
+def init_link(place: Place, params: Params, precision: Precision | None) -> State:
+    """Return the numbers, the memory and the slots of a link.
+
+    Of parameters that are not known, each slot that there may be is the tree that stands for them.
+
+    Raises:
+      ValueError: a pattern of the link matches no parameter, or two of these have one name.
+    """
+    link = place.link
+    names = [n for n, takes in zip(params.names, place.takes, strict=True) if takes]
+    if not params.are_unknown:
+        link.check_names(place.names(params))
+    arrays = {
+        name: to_array(name, value, link.rule(name), params.dtype)
+        for name, value in link.numbers().items()
+    }
+    memory = {name: _memory(value, params.dtype) for name, value in link.memory().items()}
+    pairs = list(zip(params.leaves, place.takes, strict=True))
+    if isinstance(link, TreeLink):
+        own = dict(zip(names, (p for p, takes in pairs if takes), strict=True))
+        trees = made_from(link.init, own)
+        if params.are_unknown:
+            trees = {n: x if jax.tree.leaves(x) else params.tree for n, x in trees.items()}
+    else:
+        slots = [made_from(link.slots, p) if takes else {} for p, takes in pairs]
+        slots = [
+            own if (codec := place.codec(j)) is None else codec.encoded(own)
+            for j, own in enumerate(slots)
+        ]
+        if params.are_unknown:
+            slots = possible_slots(link, precision)
+        kinds = dict.fromkeys(name for own in slots for name in own)
+        leaves = [[] if params.are_unknown else [own.get(n) for own in slots] for n in kinds]
+        trees = dict(zip(kinds, map(params.unflatten, leaves), strict=True))
+    if len({**arrays, **memory, **trees}) < len(arrays) + len(memory) + len(trees):
+        raise ValueError(
+            f"Numbers, memory and slots of a link must have different names: {link!r}."
+        )
+    return {**arrays, **memory, **trees}
+
+
+def made_from(function: Callable[[Any], Any], params: Any) -> Any:
+    """Return what a function returns for parameters, or for shapes that stand for some.
+
+    Of shapes, what would depend on the parameters' values is a shape, too; all else has values.
+    """
+    shapes = [x for x in jax.tree.leaves(params) if isinstance(x, jax.ShapeDtypeStruct)]
+    if not shapes:
+        return function(params)
+    jaxpr = jax.make_jaxpr(function)(params).jaxpr
+    marks = [[i == j for j in range(len(jaxpr.outvars))] for i in range(len(jaxpr.outvars))]
+    depends = [any(partial_eval.dce_jaxpr(jaxpr, mark)[1]) for mark in marks]
+    values, structure = jax.tree.flatten(function(jax.tree.map(_zeros, params)))
+    placed = any(x.sharding is not None for x in shapes)
+    return structure.unflatten(
+        _shape(x, placed) if of_values else x for x, of_values in zip(values, depends, strict=True)
+    )
+
+
+def _zeros(leaf: Any) -> Any:
+    is_shape = isinstance(leaf, jax.ShapeDtypeStruct)
+    return jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding) if is_shape else leaf
+
+
+def _shape(value: jax.Array, placed: bool) -> jax.ShapeDtypeStruct:
+    sharding = value.sharding if placed else None
+    return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
+
+
+def possible_slots(link: Link, precision: Precision | None) -> list[Any]:
+    """Return the slots, without values, of float32 parameters of any rank and precision."""
+    forms = {"float32"}
+    if precision is not None:
+        forms = {precision.rest} if not isinstance(precision.state, str) else set()
+        forms |= {name for _, name in precision.by_pattern}
+    forms |= {"bfloat16"} if "float8" in forms else set()
+    found = []
+    for rank in range(4):
+        param = jax.ShapeDtypeStruct((1,) * rank, jnp.float32)
+        if not link.suits(param):
+            continue
+        try:
+            slots = jax.eval_shape(link.slots, param)
+        except ValueError:  # it is not for this rank
+            continue
+        for form in forms:
+            codec = codec_for(link, form, param.shape, param.dtype)
+            found.append(slots if codec is None else jax.eval_shape(codec.encoded, slots))
+    return found
+
+
+def _memory(value: float, dtype: Any) -> jax.Array:
+    return from_host(value, jnp.int32 if isinstance(value, int) else dtype)

@@ -1,0 +1,255 @@
+"""Hyperparameters as state: of a link and of a chain, as arrays and at a step."""
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from optimize_loss._checks import Rule, nearest, received
+from optimize_loss._engine.device import from_host
+from optimize_loss._engine.flow import State
+from optimize_loss._engine.health import Outlook
+from optimize_loss._engine.link import Link, Numbers, number_rules
+from optimize_loss._engine.loss_scale import DivideByDynamicLossScale, LossScale
+from optimize_loss._engine.plan import has_rate, lender, linked
+from optimize_loss._engine.plateau import ReduceOnPlateau
+from optimize_loss.schedules import Decayed, evaluate
+
+# Stands in the state where a schedule drives the number. It is finite, so that tools which look
+# for NaN and infinities stay quiet, and no hyperparameter is that large.
+FOLLOW_SCHEDULE = float(np.finfo(np.float32).max)
+
+DTYPES = {"count": jnp.int32, "seed": jnp.uint32}
+
+
+def to_array(name: str, value: Any, rule: Rule, dtype: Any) -> jax.Array:
+    """Return a hyperparameter as it enters the state; β as the pair (β, 1-β), each rounded once.
+
+    Raises:
+      ValueError: the rule holds for the number, but not for what `dtype` makes of it.
+    """
+    if isinstance(value, Decayed):
+        value = value.learning_rate
+    elif callable(value):
+        return from_host([FOLLOW_SCHEDULE] * 2 if rule.kind == "decay" else FOLLOW_SCHEDULE, dtype)
+    dtype = DTYPES.get(rule.kind, dtype)
+    if isinstance(value, Tracer):
+        # A copy, since the next step takes the memory of the state, not of the caller's array.
+        value = jnp.copy(value).astype(dtype)
+        return jnp.stack([value, 1 - value]) if rule.kind == "decay" else value
+    with np.errstate(over="ignore", under="ignore"):
+        pair = np.array([value, 1 - value] if rule.kind == "decay" else value).astype(dtype)
+    stored = pair.flat[0]
+    if not np.isfinite(stored) or not rule.holds(stored):
+        raise ValueError(
+            f"`{name}` must be {rule.words} as {np.dtype(dtype).name}, which makes it {stored}. "
+            f"{received(name, value)}"
+        )
+    return from_host(pair, dtype)
+
+
+def at_step(name: str, value: Any, rule: Rule, number: jax.Array, step: jax.Array) -> jax.Array:
+    """Return a hyperparameter at this step.
+
+    A schedule's value that breaks the rule raises where it is known, and becomes NaN where it is
+    traced: the step then shows it in the loss, and does not climb or freeze in silence. A decay
+    rate from a schedule gives the pair (β, 1-β) in the dtype of the state.
+
+    Args:
+      name: its name, for messages.
+      value: the link's field: a number, a schedule, or a `Decayed`.
+      rule: the field's rule.
+      number: what the state holds: the value, or that the schedule is to be followed.
+      step: the step that schedules see, an int32.
+    """
+    if isinstance(value, Decayed):
+        return evaluate(name, value, step, number.dtype, number, rule)
+    if not callable(value):
+        return number
+    now = evaluate(name, value, step, number.dtype, None, rule)
+    if rule.kind == "decay":
+        now = jnp.stack([now, 1 - now])
+    return jnp.where(number == FOLLOW_SCHEDULE, now, number)
+
+
+def all_at_step(
+    owner: str, link: Link, state: Mapping[str, Any], step: jax.Array
+) -> dict[str, jax.Array]:
+    """Return all hyperparameters of the link called `owner` at this step, by name."""
+    return {
+        name: at_step(f"{name}` of the link `{owner}", value, link.rule(name), state[name], step)
+        for name, value in link.numbers().items()
+    }
+
+
+def replaced(name: str, value: Any, field: Any, rule: Rule, number: jax.Array) -> jax.Array:
+    """Return the array that takes the place of `number` in the state, of the same kind.
+
+    Args:
+      name: the hyperparameter's name, for messages.
+      value: a scalar, checked as the link checks it (a traced one goes unchecked), or None for
+        what the link was built with.
+      field: the link's field.
+      rule: the field's rule.
+      number: the array now in the state.
+    """
+    value = field if value is None else rule.check(name, value)
+    new = to_array(name, value, rule, number.dtype)
+    if isinstance(number, Tracer) or isinstance(new, Tracer):
+        return new
+    # An array that was put somewhere compiles another program than one that was not.
+    return jax.device_put(new, number.sharding) if number.committed else new
+
+
+@dataclasses.dataclass(frozen=True)
+class ChainNumbers:
+    """The hyperparameters of links.
+
+    Attributes:
+      entries: the links by name, those for some parameters with which these are.
+    """
+
+    entries: dict[str, Any]
+
+    @property
+    def links(self) -> dict[str, Link]:
+        """The links of ours, by name."""
+        return {name: link for name, link in linked(self.entries) if isinstance(link, Link)}
+
+    def all(self) -> Iterator[tuple[str, str]]:
+        """Yield the link and the name of every hyperparameter."""
+        for name, link in self.links.items():
+            yield from ((name, number) for number in link.numbers())
+
+    def find(self, name: str) -> tuple[str, str]:
+        """Return the link and the number that `name`, or `link/number`, stands for.
+
+        Raises:
+          ValueError: there is none, or more than one.
+        """
+        known = list(self.all())
+        found = [p for p in known if name == "/".join(p) or (name == p[1] and self._declared(*p))]
+        if len(found) == 1:
+            return found[0]
+        full = ["/".join(pair) for pair in found or known]
+        if found:
+            raise ValueError(f"`{name}` is a number of several links: name one of {full}.")
+        if not known:
+            raise ValueError(f"No link has a number `{name}`: those of optax are fixed when built.")
+        near = nearest(name, [*full, *(number for _, number in known)])
+        raise ValueError(f"No link has a number `{name}`. Nearest: {near}. All: {full}.")
+
+    def replaced(self, state: State, values: dict[str, Any]) -> State:
+        """Return the state with other values, by name; None gives back that of the link."""
+        state = dict(state)
+        for name, value in values.items():
+            owner, number = self.find(name)
+            link, mine = self.links[owner], state[owner]
+            field = link.numbers()[number]
+            if value is not None and isinstance(field, Tracer):
+                raise ValueError(
+                    f"`{name}` cannot be set: the link was built with a traced value of it, which "
+                    "each update takes. Build with a number, and set that in the state."
+                )
+            new = replaced(name, value, field, link.rule(number), mine[number])
+            state[owner] = {**mine, number: new}
+        return state
+
+    def traced(self) -> list[str]:
+        """Return which numbers the links were given as traced values, as `link/number`."""
+        return [
+            f"{name}/{number}"
+            for name, link in self.links.items()
+            for number, value in link.numbers().items()
+            if isinstance(value, Tracer)
+        ]
+
+    def given(self, state: State, names: Iterable[str]) -> State:
+        """Return the state with the values that the links were given for some numbers."""
+        return self.replaced(state, dict.fromkeys(names))
+
+    def named(self, name: str, state: State, step: Any) -> State:
+        """Return the hyperparameter `name` of every link that has it, at this step, by link."""
+        owners = [owner for owner, n in self.all() if n == name and self._declared(owner, n)]
+        own = self._own(state, step, owners)
+        return {owner: own[owner][name] for owner in owners}
+
+    def at_step(self, state: State, step: Any) -> tuple[dict[str, Numbers], Outlook]:
+        """Return for each link its numbers at this step, with those of others that it borrows.
+
+        The second result is what guards are told beside these.
+        """
+        own = self._own(state, step, self.links)
+
+        def borrowed(name: str, link: Link) -> Numbers:
+            lenders = {number: lender(self.entries, name, number) for number in link.borrows}
+            return {number: own[owner][number] for number, owner in lenders.items()}
+
+        judged = any(link.needs == "health" for link in self.links.values())
+        outlook = self._outlook(state, own) if judged else Outlook()
+        return {n: {**own[n], **borrowed(n, x)} for n, x in self.links.items()}, outlook
+
+    def loss_scale(self, state: State, step: Any) -> jax.Array | None:
+        """Return what the loss must be multiplied by before its gradients come here, or None."""
+        scaling = [name for name, link in self.links.items() if isinstance(link, LossScale)]
+        return self._loss_scale(state, self._own(state, step, scaling))
+
+    def dynamic_loss_scale(self, state: State) -> jax.Array | None:
+        """Return the product of the loss scales that change by themselves, or None."""
+        scales = list(self._scales(DivideByDynamicLossScale, state, {}))
+        return functools.reduce(jnp.multiply, scales) if scales else None
+
+    def _declared(self, owner: str, number: str) -> bool:
+        """Return whether a number is a field of its link, and not named after a parameter."""
+        return number in number_rules(type(self.links[owner]))
+
+    def _own(self, state: State, step: Any, owners: Any) -> dict[str, Numbers]:
+        """Return the numbers of links at this step, by link, the rates lowered by plateaus."""
+        links = self.links
+        scales = [
+            link.scale(state[name])
+            for name, link in links.items()
+            if isinstance(link, ReduceOnPlateau)
+        ]
+        own = {n: all_at_step(n, links[n], state[n], step) for n in owners}
+        return {n: _lowered(x, scales) if has_rate(links[n]) else x for n, x in own.items()}
+
+    def _scales(self, kind: type[LossScale], state: State, own: Any) -> Iterator[jax.Array]:
+        """Yield the loss scale of each link of a kind, from the numbers of links at this step."""
+        for name, link in self.links.items():
+            if isinstance(link, kind):
+                yield link.factor_of_loss(own.get(name, {}), state[name])
+
+    def _loss_scale(self, state: State, own: dict[str, Numbers]) -> jax.Array | None:
+        """Return the product of all loss scales, from the numbers of links at this step."""
+        scales = list(self._scales(LossScale, state, own))
+        return functools.reduce(jnp.multiply, scales) if scales else None
+
+    def _outlook(self, state: State, own: dict[str, Numbers]) -> Outlook:
+        """Return what guards are told, from the numbers of links at this step."""
+        dynamic = [x > 1 for x in self._scales(DivideByDynamicLossScale, state, own)]
+        scheduled = [
+            jnp.all(jnp.isfinite(own[name][number]))
+            for name, link in self.links.items()
+            for number, value in link.numbers().items()
+            if callable(value)
+        ]
+        outlook = Outlook(self._loss_scale(state, own))
+        if dynamic:
+            outlook = outlook._replace(scale_shrinks=functools.reduce(jnp.logical_or, dynamic))
+        if scheduled:
+            outlook = outlook._replace(schedules_hold=jnp.all(jnp.stack(scheduled)))
+        return outlook
+
+
+def _lowered(numbers: Numbers, scales: list[jax.Array]) -> Numbers:
+    """Return the numbers of a link, its learning rate multiplied by what lowers it."""
+    rate = numbers["learning_rate"]
+    for scale in scales:
+        rate = rate * scale.astype(rate.dtype)
+    return {**numbers, "learning_rate": rate}

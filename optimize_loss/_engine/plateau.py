@@ -1,0 +1,108 @@
+"""Lower the learning rate where the loss no longer falls."""
+
+import dataclasses
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optimize_loss._checks import STEP
+from optimize_loss._engine.link import Count, Fraction, Link, NotNegative, Numbers
+
+
+@dataclasses.dataclass(frozen=True)
+class ReduceOnPlateau(Link):
+    """Multiply the learning rate by a factor when the loss has not improved for a while.
+
+        improved:  mean loss < best - threshold · |best|   (- threshold, if not `relative`)
+        after more than `patience` means without, outside of a cooldown:  scale ← multiplier · scale
+
+    `scale` starts at 1, is kept in the state, and multiplies the `learning_rate` of all links,
+    whatever that is: a number, a schedule, or the part of a rule. The loss of an update counts
+    from the next one on; behind an `Accumulate` it is that of all batches of the update. A mean
+    over several updates, `every`, is less noisy. A loss that is not finite is no improvement.
+
+    Args:
+      multiplier: in [0, 1].
+      patience: how many means in a row may be no improvement, an integer of at least 0.
+      threshold: the least improvement, at least 0: a share of the best, or a difference.
+      cooldown: for how many means after a reduction none is counted, an integer of at least 0.
+      min_scale: the least `scale`, in [0, 1].
+      every: of how many losses each mean is, an integer of at least 1.
+      relative: whether the threshold is a share of the size of the best, whatever its sign.
+
+    Example:
+      The second loss is no better than the first, so the third update has half the rate:
+
+      >>> import optimize_loss as ol
+      >>> tx = ol.transforms.chain(rate=ol.transforms.ScaleByLearningRate(1.0),
+      ...     plateau=ol.transforms.ReduceOnPlateau(0.5, patience=0))
+      >>> state = tx.init({"w": 0.0})
+      >>> for loss in (-3.0, -3.0, -4.0):
+      ...     updates, state = tx.update({"w": 1.0}, state, value=loss)
+      >>> print(updates["w"], state["plateau"]["scale"], state["plateau"]["best"])
+      -0.5 0.5 -4.0
+
+    References:
+      `torch.optim.lr_scheduler.ReduceLROnPlateau`, whose relative threshold, best · (1 - t), and
+      that of `optax.contrib.reduce_on_plateau` ask a negative loss for less than no improvement.
+    """
+
+    multiplier: Fraction = 0.1
+    patience: Annotated[int, STEP] = 10
+    threshold: NotNegative = 1e-4
+    cooldown: Annotated[int, STEP] = 0
+    min_scale: Fraction = 0.0
+    every: Count = 1
+    relative: bool = True
+    needs = "loss"
+    observes = True
+    elementwise = True
+
+    def report(self, name, parts):
+        """Return the scale."""
+        return {"plateau_scale": parts["scale"]}
+
+    def scale(self, memory: Numbers) -> jax.Array:
+        """Return by what all learning rates are multiplied."""
+        return memory["scale"]
+
+    def memory(self):
+        """Return the scale, the best mean, the sum for the next one, and what is counted."""
+        counts = {"means": 0, "without": 0, "cooling": 0, "gathered": 0}
+        return {"scale": 1.0, "best": 0.0, "sum": 0.0, **counts}
+
+    def scalars(self, numbers, memory, total, step):
+        """Add one loss to the mean, and judge it when it is complete."""
+        gathered = memory["gathered"] + 1
+        summed = memory["sum"] + total
+        judged = gathered >= numbers["every"]
+        after = self._judged(numbers, memory, summed / gathered.astype(summed.dtype))
+        new = {name: jnp.where(judged, after[name], memory[name]) for name in after}
+        new["gathered"] = jnp.where(judged, 0, gathered)
+        new["sum"] = jnp.where(judged, 0, summed)
+        return {}, new
+
+    def _judged(self, numbers, memory, loss):
+        """Return the memory after a mean."""
+        best, threshold = memory["best"], numbers["threshold"]
+        least = threshold * jnp.abs(best) if self.relative else threshold
+        is_first = memory["means"] == 0
+        improved = jnp.isfinite(loss) & (is_first | (loss < best - least))
+        cooling = memory["cooling"] > 0
+        without = jnp.where(improved | cooling, 0, memory["without"] + 1)
+        reduces = without > numbers["patience"]
+        lowered = jnp.maximum(memory["scale"] * numbers["multiplier"], numbers["min_scale"])
+        seen = improved | ~is_first
+        # A `min_scale` above the scale does not lift it.
+        scale = jnp.where(reduces, jnp.minimum(lowered, memory["scale"]), memory["scale"])
+        return {
+            "scale": scale + 0 * threshold,  # NaN if that is, which compares to nothing
+            "best": jnp.where(improved, loss, best),
+            "means": jnp.where(seen, optax.safe_increment(memory["means"]), memory["means"]),
+            "without": jnp.where(reduces, 0, without),
+            "cooling": jnp.where(
+                reduces, numbers["cooldown"], jnp.maximum(memory["cooling"] - 1, 0)
+            ),
+        }

@@ -1,0 +1,82 @@
+"""A link for some of the parameters."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+
+from optimize_loss._checks import InvalidType, received
+from optimize_loss._engine.link import Link
+from optimize_loss._engine.loss_scale import LossScale
+from optimize_loss._names import Pattern, check_patterns, first_matches
+
+
+@runtime_checkable
+class Selection(Protocol):
+    """A value that tells some of the parameters, knowing all of them."""
+
+    def takes(self, names: Sequence[str], leaves: Sequence[Any]) -> list[bool]:
+        """Return for each parameter whether it is meant."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ForParameters:
+    """A link that acts only on the parameters that `where` tells; it has no slots for the others.
+
+    What the link counts over the whole tree, such as a global norm, it counts over these. All
+    others pass as if the link were not there, in the same pass over the parameters.
+
+    Args:
+      where: a pattern or several, of which each must match a parameter; or a function of a
+        parameter's name and the parameter that returns a bool, such as one that tells matrices;
+        or a value with a method `takes` of all names and parameters that returns a list of bools.
+      link: a `Link` that is no gate and has no loss scale: these are for all parameters.
+      optional: whether there may be no such parameter.
+
+    Raises:
+      InvalidType: `where` is no pattern and no function, or `link` is no such link.
+      ValueError: at `init`, where no parameter is meant.
+
+    Example:
+      Two rates in one chain:
+
+      >>> import optimize_loss as ol
+      >>> from optimize_loss.transforms import ForParameters, ScaleByLearningRate, chain
+      >>> tx = chain(body=ForParameters("body/**", ScaleByLearningRate(0.5)),
+      ...            head=ForParameters("head/**", ScaleByLearningRate(0.25)))
+      >>> params = {"body": {"w": 1.0}, "head": {"w": 1.0}}
+      >>> updates, _ = tx.update({"body": {"w": 2.0}, "head": {"w": 2.0}}, tx.init(params))
+      >>> print(updates["body"]["w"], updates["head"]["w"])
+      -1.0 -0.5
+    """
+
+    where: Pattern | tuple[Pattern, ...] | Callable[[str, Any], bool] | Selection
+    link: Link
+    optional: bool = False
+
+    def __post_init__(self):
+        if not isinstance(self.link, Link) or self.link.gates:
+            raise InvalidType(f"`link` must be a `Link` and no gate. {received('link', self.link)}")
+        if isinstance(self.link, LossScale):
+            raise InvalidType(
+                "`link` must have no loss scale: the loss has one for all parameters. "
+                f"{received('link', self.link)}"
+            )
+        if not (callable(self.where) or isinstance(self.where, Selection)):
+            object.__setattr__(self, "where", check_patterns("where", self.where))
+
+    def takes(self, names: Sequence[str], leaves: Sequence[jax.Array]) -> list[bool]:
+        """Return for each parameter whether the link acts on it."""
+        return told(self.where, names, leaves)
+
+
+def told(where: Any, names: Sequence[str], leaves: Sequence[Any]) -> list[bool]:
+    """Return for each parameter whether the `where` of a `ForParameters` means it."""
+    if isinstance(where, Selection):
+        return where.takes(names, leaves)
+    if callable(where):
+        return [bool(where(*each)) for each in zip(names, leaves, strict=True)]
+    patterns = check_patterns("where", where)
+    return [chosen is not None for chosen in first_matches("where", patterns, names)]

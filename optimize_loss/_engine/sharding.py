@@ -1,0 +1,208 @@
+"""Slots spread over the devices of a mesh axis, beside parameters that every device has whole.
+
+Each device keeps and updates its part of the slots, and the new parameters are gathered (ZeRO-1:
+Rajbhandari et al., 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models",
+section 5.1).
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import jax
+from jax.core import Tracer
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from optimize_loss._checks import InvalidType, received
+from optimize_loss._engine.chain import Chain
+from optimize_loss._engine.link import Link, TreeLink
+from optimize_loss._engine.members import Static
+
+State = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Placement(Static):
+    """Where the leaves of a tree lie; None for those that lie where they happen to."""
+
+    shardings: tuple[NamedSharding | None, ...]
+
+    def _key(self) -> Any:
+        return self.shardings
+
+    def __reduce__(self) -> Any:
+        return Placement, ((None,) * len(self.shardings),)  # other processes have other devices
+
+    def constrain(self, tree: Any) -> Any:
+        """Return a tree of these leaves, which are to lie there in a compiled program."""
+        leaves, treedef = jax.tree.flatten(tree)
+        pairs = zip(leaves, self.shardings, strict=True)
+        return treedef.unflatten([x if s is None else _put(x, s) for x, s in pairs])
+
+    def run(self, function: Callable[..., Any], like: Any, *arguments: Any) -> Any:
+        """Return what a function returns, a tree as `like`, whose leaves are to lie there.
+
+        Where types tell how arrays are spread over an axis, those that are spread otherwise do not
+        mix: inside of the function, they do not tell.
+        """
+        placed = [x for x in self.shardings if x is not None]
+        if len(placed) < len(self.shardings) or not any(_explicit(x.mesh) for x in placed):
+            return self.constrain(function(*arguments))
+        there = jax.tree.structure(like).unflatten([_over(x, _explicit(x.mesh)) for x in placed])
+        return self.constrain(jax.sharding.auto_axes(function, out_sharding=there)(*arguments))
+
+
+def _put(leaf: Any, sharding: NamedSharding) -> Any:
+    """Return a leaf that is to lie there: over explicit axes by its type, over others for XLA."""
+    explicit = _explicit(sharding.mesh)
+    if explicit:
+        leaf = jax.sharding.reshard(leaf, _over(sharding, explicit))
+    if set(sharding.mesh.axis_names) - explicit:
+        rest = _over(sharding, set(sharding.mesh.axis_names) - explicit)
+        leaf = jax.lax.with_sharding_constraint(leaf, rest)
+    return leaf
+
+
+def _over(sharding: NamedSharding, names: Collection[str]) -> NamedSharding:
+    """Return a sharding without the axes that have other names."""
+    parts = (tuple(name for name in _axes(part) if name in names) for part in sharding.spec)
+    return NamedSharding(sharding.mesh, PartitionSpec(*map(_part, parts)))
+
+
+def placement_of(tree: Any) -> Placement:
+    """Return where the leaves of a tree lie now."""
+    shardings = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree))
+    return Placement(tuple(x if isinstance(x, NamedSharding) else None for x in shardings))
+
+
+def check_axis(axis: Any) -> str | None:
+    """Return the option `shard_state`.
+
+    Raises:
+      InvalidType: it is neither None nor text.
+      ValueError: it is empty.
+    """
+    if axis is not None and not isinstance(axis, str):
+        raise InvalidType(
+            f"`shard_state` must be the name of an axis of a mesh. {received('shard_state', axis)}"
+        )
+    if axis == "":
+        raise ValueError("`shard_state` must be the name of an axis of a mesh. Received: ''.")
+    return axis
+
+
+def check_on_mesh(axis: str, names: Sequence[str], leaves: Sequence[Any]) -> None:
+    """Raise unless all parameters are on a mesh with this axis.
+
+    Raises:
+      InvalidType: the parameters are traced, so that it is not known where they are.
+      ValueError: a parameter is on no mesh, or on one without this axis.
+    """
+    for name, leaf in zip(names, leaves, strict=True):
+        if isinstance(leaf, Tracer):
+            raise InvalidType(
+                "`params` must be arrays, not traced, where `shard_state` is given: it is not "
+                f"known where the parameter {name!r} will be."
+            )
+        if axis not in _mesh_axes(leaf):
+            raise ValueError(
+                "`shard_state` must be an axis of the mesh that the parameters are on. "
+                f"Received: shard_state={axis!r}, and {name!r} on {leaf.sharding}. Put them on "
+                "one, as in `jax.device_put(params, NamedSharding(mesh, PartitionSpec()))`."
+            )
+
+
+def devices_along(axis: str, leaf: Any) -> int:
+    """Return the number of devices along an axis of the mesh of a leaf; 1 where it has none."""
+    return _mesh_axes(leaf).get(axis, 1)
+
+
+def _mesh_axes(leaf: Any) -> dict[str, int]:
+    sharding = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
+    return dict(sharding.mesh.shape) if isinstance(sharding, NamedSharding) else {}
+
+
+def init_spread(chain: Chain, params: Any, axis: str) -> State:
+    """Return what `chain.init` does, with the slots made where they will lie.
+
+    Args:
+      chain: the links.
+      params: the parameters, all on one mesh with this axis.
+      axis: its name.
+    """
+    made = jax.eval_shape(chain.init, params)
+    mesh = jax.tree.leaves(params)[0].sharding.mesh
+    whole = NamedSharding(mesh, PartitionSpec())
+    shardings = jax.tree.map(lambda _: whole, made)
+    for name, _ in chain.links:
+        shardings[name] = _of_link(chain.link(name), made[name], params, _Spread(mesh, axis))
+    return jax.jit(chain.init, out_shardings=shardings)(params)
+
+
+def _of_link(link: Any, state: Any, params: Any, spread: "_Spread") -> Any:
+    """Return where what a link keeps will lie: numbers whole everywhere, all else in parts."""
+    if not isinstance(link, Link):
+        return jax.tree.map(spread.one, state)
+    numbers = {*link.numbers(), *link.memory()}
+    like = {name: None if isinstance(link, TreeLink) else params for name in state}
+    return {
+        name: spread.whole if name in numbers else spread.tree(slots, like[name])
+        for name, slots in state.items()
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Spread:
+    """Says where arrays lie that are spread over one more axis of a mesh."""
+
+    mesh: Mesh
+    axis: str
+
+    @property
+    def whole(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    def tree(self, slots: Any, params: Any) -> Any:
+        """Return where slots lie: as their parameters of the same shape, and over the axis."""
+        if params is None:
+            return jax.tree.map(self.one, slots)
+        leaves, treedef = jax.tree.flatten(slots, is_leaf=_is_none)
+        pairs = zip(leaves, jax.tree.leaves(params, is_leaf=_is_none), strict=True)
+        return treedef.unflatten([s if s is None else self.one(s, p) for s, p in pairs])
+
+    def one(self, slot: Any, param: Any = None) -> NamedSharding:
+        """Return where one array lies: over the axis along the first dimension that can be."""
+        like = param if param is not None and param.shape == slot.shape else None
+        spec = () if like is None else like.sharding.spec
+        axes = [_axes(part) for part in (*spec, *[None] * (slot.ndim - len(spec)))]
+        if like is not None and any(self.axis in part for part in axes):
+            return like.sharding
+        for i in sorted(range(slot.ndim), key=lambda i: len(axes[i])):
+            parts = math.prod(self.mesh.shape[name] for name in (*axes[i], self.axis))
+            if slot.size and slot.shape[i] % parts == 0:
+                axes[i] = (*axes[i], self.axis)
+                break
+        while axes and not axes[-1] and _explicit(self.mesh) < {*self.mesh.axis_names}:
+            axes.pop()  # as results are written: what differs is compiled again
+        return NamedSharding(self.mesh, PartitionSpec(*(_part(part) for part in axes)))
+
+
+def _explicit(mesh: Mesh | AbstractMesh) -> set[str]:
+    """Return the axes of which types tell how arrays are spread over them."""
+    pairs = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return {name for name, kind in pairs if kind == AxisType.Explicit}
+
+
+def _part(axes: tuple[str, ...]) -> Any:
+    """Return an entry of a `PartitionSpec`, as XLA writes it."""
+    return axes[0] if len(axes) == 1 else axes or None
+
+
+def _is_none(x: Any) -> bool:
+    return x is None
+
+
+def _axes(part: Any) -> tuple[str, ...]:
+    """Return the axes of a mesh over which a dimension is spread."""
+    return () if part is None else part if isinstance(part, tuple) else (part,)

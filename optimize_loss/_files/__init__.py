@@ -1,0 +1,1 @@
+"""Saving and restoring states: names, files, folders of checkpoints."""

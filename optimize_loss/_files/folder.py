@@ -1,0 +1,192 @@
+"""A folder of checkpoints: the newest few, and the newest that is whole."""
+
+import os
+import pathlib
+import re
+import warnings
+from typing import Any
+
+from optimize_loss._checks import (
+    AT_LEAST_1,
+    CheckpointCorrupt,
+    CheckpointVersion,
+    InvalidType,
+    check_integer,
+    received,
+)
+from optimize_loss._files.atomic import sweep
+from optimize_loss._files.checkpoint import RestoreReport, restore, save
+from optimize_loss._files.match import Rename
+from optimize_loss._files.named import check_state, first_process
+from optimize_loss._files.safetensors import Reader
+from optimize_loss._state.train_state import TrainState
+
+_NAME = re.compile(r"step_(0|[1-9]\d*)\.safetensors")
+
+
+class Checkpoints:
+    """Keep the newest checkpoints of a run in a folder, and continue from the newest whole one.
+
+    The files are `step_<n>.safetensors`, n the global step; where it does not advance, the number
+    of updates. No other file is touched, and none of such a name whose header is not whole or that
+    something else wrote is deleted. A hook of `TrainStep.run` that saves every so many steps:
+    `step.run(state, batches, hooks={100: checkpoints})`.
+
+    Args:
+      folder: where the files are; made if it is not there.
+      keep: how many of the newest files stay, at least 1.
+      every: called as a hook, it saves where the step has passed a multiple of this since the last
+        file, an integer of at least 1, in steps.
+
+    Raises:
+      InvalidType: an argument is of the wrong kind.
+      OSError: the folder cannot be made.
+      ValueError: an argument is out of range.
+
+    Example:
+      >>> import optimize_loss as ol, tempfile
+      >>> step = ol.optimize_loss(lambda p, x: p["w"] * x, learning_rate=1.0, optimizer="SGD")
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     checkpoints = ol.Checkpoints(folder, keep=2, every=2)
+      ...     state, _ = step.run(step.init({"w": 9.0}), [1.0] * 7, hooks={1: checkpoints})
+      ...     state, report = checkpoints.newest(like=step.init({"w": 0.0}))
+      ...     steps = checkpoints.steps
+      >>> print(steps, state.step, state.params["w"])
+      (4, 6) 6 3.0
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], keep: int = 3, every: int = 1000):
+        if not isinstance(folder, str | os.PathLike):
+            raise InvalidType(
+                f"`folder` must be the path of a folder. {received('folder', folder)}"
+            )
+        self.keep = check_integer("keep", keep, AT_LEAST_1)
+        self.every = check_integer("every", every, AT_LEAST_1)
+        self.folder = pathlib.Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._done: int | None = None  # the step saved or restored last
+
+    def __repr__(self) -> str:
+        return f"Checkpoints({str(self.folder)!r}, keep={self.keep}, every={self.every})"
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The steps of which there is a file, in order; it may be damaged."""
+        found = ((_NAME.fullmatch(entry.name), entry) for entry in os.scandir(self.folder))
+        return tuple(sorted(int(m[1]) for m, x in found if m and x.is_file(follow_symlinks=False)))
+
+    def path(self, step: int) -> pathlib.Path:
+        """Return where the file of a step is, or would be.
+
+        Args:
+          step: the global step.
+        """
+        return self.folder / f"step_{step}.safetensors"
+
+    def save(self, state: TrainState) -> pathlib.Path:
+        """Write a file for this step, then delete all but the newest ones.
+
+        The file just written stays. There is a warning if files of later steps do, as `newest`
+        would return those.
+
+        Args:
+          state: what to write; its step is in the name of the file.
+
+        Returns:
+          The path of the file, which is on the disk.
+
+        Raises:
+          As `optimize_loss.save`; nothing is deleted then.
+        """
+        step = _step(check_state("state", state))
+        path = self.path(step)
+        save(path, state)
+        self._done = step
+        if first_process():
+            self._clean(step)
+        return path
+
+    def _clean(self, step: int) -> None:
+        sweep(self.folder, "step_*.safetensors")
+        steps = self.steps
+        if later := [n for n in steps if n > step]:
+            warnings.warn(
+                f"There are files of later steps than {step} in {str(self.folder)!r}: {later}. "
+                "`newest` returns the last of them. Delete them, or use another folder.",
+                stacklevel=3,
+            )
+        for old in steps[: -self.keep]:
+            if old != step and _is_ours(self.path(old)):
+                self.path(old).unlink(missing_ok=True)
+
+    def newest(
+        self, like: TrainState, *, rename: Rename | None = None, strict: bool = False
+    ) -> tuple[TrainState, RestoreReport] | None:
+        """Restore the newest whole file; None if the folder has none at all.
+
+        A damaged file is passed over with a warning that names it; as in `optimize_loss.restore`,
+        there is one if the file has other hyperparameters than `like`, and these are taken. With
+        several processes all must see the same folder.
+
+        Args:
+          like: as for `optimize_loss.restore`.
+          rename: as there.
+          strict: as there; a damaged file is then an error as well.
+
+        Raises:
+          CheckpointCorrupt: there are files, and all are damaged; with `strict`, the newest is.
+          As `optimize_loss.restore`.
+        """
+        steps = self.steps
+        for step in reversed(steps):
+            try:
+                found = restore(self.path(step), like, rename=rename, strict=strict)
+            except FileNotFoundError:  # the run that writes has newer ones by now
+                return self.newest(like, rename=rename, strict=strict)
+            except CheckpointCorrupt as error:
+                if strict:
+                    raise
+                warnings.warn(f"A checkpoint is passed over. {error}", stacklevel=2)
+                continue
+            self._done = step
+            return found
+        if steps:
+            raise CheckpointCorrupt(
+                f"`folder` must have a whole checkpoint: those of the steps {[*steps]} are "
+                f"damaged. Move them away to begin anew. Received: folder={str(self.folder)!r}."
+            )
+        return None
+
+    def __call__(self, state: TrainState, metrics: Any = None) -> None:
+        """Save if the step has passed a multiple of `every` since the last file.
+
+        Args:
+          state: as for `save`.
+          metrics: not used; hooks are given them.
+
+        Raises:
+          As `save`.
+        """
+        step = _step(check_state("state", state))
+        if step == self._done:
+            return
+        # A file of this very step may be one that was passed over. Processes that do not see the
+        # folder of the first one go by what they have done.
+        before = (n for n in (*self.steps, self._done or 0) if n < step)
+        last = max(before, default=0)
+        if step // self.every > last // self.every:
+            self.save(state)
+
+
+def _is_ours(path: pathlib.Path) -> bool:
+    """Return whether `save` wrote a file, as its header tells."""
+    try:
+        with Reader(path):
+            return True
+    except (CheckpointCorrupt, CheckpointVersion, OSError):
+        return False
+
+
+def _step(state: TrainState) -> int:
+    """Return the number in the name of a file: the global step, or the updates made."""
+    return int(state.step if state.increment_step else state.packed_optimizer["step"])

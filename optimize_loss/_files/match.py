@@ -1,0 +1,207 @@
+"""New names for what is in a file, proven to fit."""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optimize_loss._checks import InvalidType, TreeMismatch, nearest, received
+from optimize_loss._engine.plan import linked
+from optimize_loss._engine.reset import made_of, owners_of
+from optimize_loss._files.named import Frame, is_key
+from optimize_loss._names import leaf_names
+from optimize_loss._state.train_state import TrainState
+from optimize_loss.transforms import Chain, Link, TreeLink
+
+Rename = Mapping[str, str] | Callable[[str], str]
+
+
+def renamed(
+    found: Mapping[str, Any], wanted: Sequence[str], rename: Rename | None, chain: Chain
+) -> dict[str, str]:
+    """Return the new key of each key of a file.
+
+    Names stand behind `params/` and `model_state/`; those of parameters also at the end of
+    `optimizer/<link>/<slot>/…`. Numbers of links stay as they are called.
+
+    Args:
+      found: what is in the file by key: whatever has a `shape` and a `dtype`.
+      wanted: the keys of the state that the file is for.
+      rename: new names by name, or by the first parts of names; or a function of a name.
+      chain: the links of the state that the file is for.
+
+    Raises:
+      InvalidType: `rename` is neither, or gives no text.
+      ValueError: a name is not in the file, or its new name not in the state; nothing is renamed;
+        or two keys become one.
+
+    Example:
+      >>> import numpy as np
+      >>> from optimize_loss.transforms import ScaleByAdam, chain
+      >>> found = dict.fromkeys(["params/a/w", "optimizer/adam/m/a/w"], np.zeros(2))
+      >>> renamed(found, ["params/b/w"], {"a": "b"}, chain(adam=ScaleByAdam()))
+      {'params/a/w': 'params/b/w', 'optimizer/adam/m/a/w': 'optimizer/adam/m/b/w'}
+    """
+    if rename is None:
+        return {key: key for key in found}
+    _check(rename)
+    numbers = _numbers(chain)
+    tails = _names_in(found, numbers, chain)
+    new = _new_names(sorted({*tails.values()}), {*_names_of(wanted).values()}, rename)
+    result = {key: key for key in found}
+    for key, tail in tails.items():
+        other = key.removesuffix(tail) + new[tail]
+        result[key] = key if other in numbers else other
+    came: dict[str, str] = {}
+    for key, other in result.items():
+        if came.setdefault(other, key) != key:
+            raise ValueError(
+                f"`rename` must give different names. Received: {other!r} for {came[other]!r} "
+                f"and {key!r}."
+            )
+    return result
+
+
+def _check(rename: Any) -> None:
+    pairs = rename.items() if isinstance(rename, Mapping) else ()
+    if not callable(rename) and not isinstance(rename, Mapping):
+        raise InvalidType(
+            "`rename` must be {name: new name}, or a function of a name. "
+            f"{received('rename', rename)}"
+        )
+    if not all(isinstance(x, str) for pair in pairs for x in pair):
+        raise InvalidType(f"`rename` must map texts to texts. {received('rename', rename)}")
+
+
+def _names_of(keys: Iterable[str]) -> dict[str, str]:
+    """Return the names at the end of the keys of parameters and of the model state, by key."""
+    pairs = ((key, key.partition("/")) for key in keys)
+    return {
+        key: name for key, (kind, _, name) in pairs if name and kind in ("params", "model_state")
+    }
+
+
+def _names_in(found: Mapping[str, Any], numbers: set[str], chain: Chain) -> dict[str, str]:
+    """Return the name at the end of each key that has one."""
+    names = _names_of(found)
+    parameters = {name for key, name in names.items() if key.startswith("params/")}
+    of_links: dict[str, dict[str, Any]] = {}
+    for key, x in found.items():
+        kind, _, rest = key.partition("/")
+        link_name, _, slot = rest.partition("/")
+        if kind == "optimizer" and slot and key not in numbers:
+            of_links.setdefault(link_name, {})[key] = x
+    leafwise = {name for name, x in linked(dict(chain.links)) if _is_leafwise(x)}
+    for link_name, own in of_links.items():
+        owned = _of_slots(own) if link_name in leafwise else _of_whole(own, parameters)
+        names |= {key: name for key, name in owned if name in parameters}
+    return names
+
+
+def _numbers(chain: Chain) -> set[str]:
+    """Return the keys of numbers and of memories for the whole tree."""
+    links = ((name, x) for name, x in linked(dict(chain.links)) if isinstance(x, Link))
+    return {f"optimizer/{n}/{key}" for n, x in links for key in (*x.numbers(), *x.memory())}
+
+
+def _is_leafwise(link: Any) -> bool:
+    return isinstance(link, Link) and not isinstance(link, TreeLink)
+
+
+def _of_slots(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield what stands behind `optimizer/<link>/<slot>/`, with the key."""
+    return ((key, parts[3]) for key in found if len(parts := key.split("/", 3)) == 4)
+
+
+def _of_whole(found: Mapping[str, Any], parameters: set[str]) -> Iterator[tuple[str, str]]:
+    """Yield the parameter whose slot it is by key, as its place among others tells."""
+    shapes = {key: jax.ShapeDtypeStruct(x.shape, x.dtype) for key, x in found.items()}
+    owners = zip(sorted(shapes), owners_of(shapes, parameters), strict=True)  # as jax sorts them
+    return ((key, name) for key, name in owners if name is not None)
+
+
+def _new_names(names: Sequence[str], wanted: set[str], rename: Rename) -> dict[str, str]:
+    if not isinstance(rename, Mapping):
+        new = {name: rename(name) for name in names}
+        if strange := [x for x in new.values() if not isinstance(x, str)]:
+            raise InvalidType(f"`rename` must return a text. Received: {strange[0]!r}.")
+        if all(name == other for name, other in new.items()):
+            raise ValueError(f"`rename` must change a name. {received('rename', rename)}")
+        return new
+    chosen = {name: next((old for old in rename if _fits(old, name)), None) for name in names}
+    new = {n: n if old is None else rename[old] + n[len(old) :] for n, old in chosen.items()}
+    for old in rename:
+        became = [new[name] for name in names if chosen[name] == old]
+        if not became:
+            raise ValueError(
+                f"`rename` must name what is in the file. Received: {old!r}. "
+                f"Nearest: {nearest(old, names)}."
+            )
+        if wanted.isdisjoint(became):
+            raise ValueError(
+                f"`rename` must give names that `like` has. Received: {became[0]!r}, for {old!r}. "
+                f"Nearest: {nearest(became[0], wanted)}."
+            )
+    return new
+
+
+def _fits(old: str, name: str) -> bool:
+    return name == old or name.startswith(f"{old}/")
+
+
+def begun(state: TrainState, frame: Frame, names: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Yield leaves as the links make them of the parameters that are in a frame now.
+
+    Those that no link makes of parameters, such as numbers, are left out. There is a warning if a
+    link cannot be told to begin anew.
+
+    Args:
+      state: of which the frame is; it tells the links.
+      frame: the parameters.
+      names: of the leaves wanted, as in `frame.outline`.
+    """
+    by_link: dict[str, list[str]] = {}
+    for name in names:
+        kind, _, rest = name.partition("/")
+        link_name, _, slot = rest.partition("/")
+        if kind == "optimizer" and slot:
+            by_link.setdefault(link_name, []).append(name)
+    for link_name, own in by_link.items():
+        link = state.chain.link(link_name)
+        if isinstance(link, Link) and not isinstance(link, TreeLink):
+            yield from _of_link(link, frame, own)
+        else:
+            yield from _of_tree(link_name, link, state, frame, own)
+
+
+def _of_link(link: Link, frame: Frame, names: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    for name in names:
+        slot, _, parameter = name.split("/", 2)[2].partition("/")
+        parameter = f"params/{parameter}" if parameter else "params"
+        if slot in {*link.numbers(), *link.memory()} or parameter not in frame.outline:
+            continue
+        made = link.slots(jnp.asarray(frame.get(parameter))).get(slot)
+        if made is not None:
+            yield name, made
+
+
+def _of_tree(
+    link_name: str, link: Any, state: TrainState, frame: Frame, names: Sequence[str]
+) -> Iterator[tuple[str, Any]]:
+    leaves = [jnp.asarray(frame.get(name)) for name in leaf_names({"params": state.params})]
+    params = jax.tree.unflatten(jax.tree.structure(state.params), leaves)
+    try:
+        slots = made_of(link_name, link, state.optimizer[link_name], params)
+    except TreeMismatch as error:
+        warnings.warn(
+            f"What the file lacks of the link {link_name!r} stays as in `like`, and does not begin "
+            f"from the restored parameters: {[*names]}. {error}",
+            stacklevel=2,
+        )
+        return
+    tree = {"optimizer": {link_name: slots}}
+    for name, leaf in zip(leaf_names(tree), jax.tree.leaves(tree), strict=True):
+        if name in names and not is_key(frame.outline[name]):
+            yield name, jnp.asarray(leaf).astype(frame.outline[name].dtype)

@@ -1,0 +1,1 @@
+"""Reports before and after training: `explain`, its warnings, and figures."""

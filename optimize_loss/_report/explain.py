@@ -1,0 +1,336 @@
+"""What a step will do with each parameter, before anything is allocated."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.sharding import NamedSharding
+
+from optimize_loss._engine.bucket import Layout, shown_name
+from optimize_loss._engine.link import TreeLink, number_rules
+from optimize_loss._engine.plan import linked, takes
+from optimize_loss._engine.reset import owners_of
+from optimize_loss._engine.trees import PARAMETER, as_array, take_apart
+from optimize_loss._names import any_matches, first_index, leaf_names
+from optimize_loss._report.lint import Horizon, Row, lint
+from optimize_loss._state.gradients import Trainable
+from optimize_loss._state.rules import Rules
+from optimize_loss.schedules import evaluate
+from optimize_loss.transforms import Accumulate, AddWeightDecay, Chain, Link, ShrinkParams
+from optimize_loss.transforms._by_rule import (
+    AddDecayByRule,
+    MultiplyLayers,
+    MultiplySteps,
+    ShrinkByRule,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What a step will do; `print` shows it as a table.
+
+    Attributes:
+      rows: what holds for each parameter.
+      links: in the order in which gradients pass them, the name of each and what it is.
+      warnings: what looks like a mistake.
+      parameters: the number of entries of all parameters.
+      trained: of those that are trained.
+      param_bytes: of all parameters.
+      state_bytes: of the optimizer's state, with its numbers.
+      total_bytes: of all arrays in the `TrainState`.
+    """
+
+    rows: tuple[Row, ...]
+    links: tuple[tuple[str, str], ...]
+    warnings: tuple[str, ...]
+    parameters: int
+    trained: int
+    param_bytes: int
+    state_bytes: int
+    total_bytes: int
+
+    def __str__(self) -> str:
+        heads = (
+            "parameter", "shape", "dtype", "rule", "moved by", "rate", "decay", "state", "place",
+        )  # fmt: skip
+        table = [heads, *map(_cells, self.rows)]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
+            for cells in table
+        ]
+        lines += ["", "links, in order:", *(f"  {name}: {text}" for name, text in self.links), ""]
+        lines += [
+            f"{self.parameters:,} parameters, {self.trained:,} trained; bytes: "
+            f"{self.param_bytes:,} parameters + {self.state_bytes:,} optimizer, "
+            f"{self.total_bytes:,} in all"
+        ]
+        return "\n".join([*lines, *(f"warning: {text}" for text in self.warnings)])
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    """Return a row of the table."""
+    rate = "?" if row.learning_rate is None else f"{row.learning_rate:.3g}"
+    if isinstance(row.multiplier, tuple):
+        rate += f" × {min(row.multiplier):.3g} … {max(row.multiplier):.3g}"
+    elif row.multiplier != 1:
+        rate += f" × {row.multiplier:.3g}"
+    shape = " × ".join(map(str, row.shape)) or "scalar"
+    rest = (rate, f"{row.weight_decay:.3g}") if row.trained else ("not trained", "")
+    first = row.name, shape, row.dtype, row.rule or "", ", ".join(row.moved_by)
+    return *first, *rest, f"{row.state_bytes:,}", row.place
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a step is, as far as it is told here.
+
+    Attributes:
+      chain: the links.
+      rules: the rules.
+      trainable: marks the parameters that are trained.
+      layout: from these, how small parameters share arrays.
+      horizon: what the schedules will see.
+      spread: the axis of the mesh over which slots are spread; None for none.
+      rest: the arrays in a state besides parameters and what the chain keeps.
+    """
+
+    chain: Chain
+    rules: Rules
+    trainable: Callable[[Any], Trainable]
+    layout: Callable[[Trainable], Layout | None]
+    horizon: Horizon
+    spread: str | None
+    rest: Any
+
+
+class _Made(NamedTuple):
+    """What `init` would make, as shapes."""
+
+    trainable: Trainable
+    layout: Layout | None
+    state: dict[str, Any]
+
+
+def explain(setup: Setup, params: Any) -> Explanation:
+    """Return what a step will do with these parameters, with values or without."""
+    made = _made(setup, params)
+    has_slots = _has_slots(setup.chain, made.state)
+    links = [(n, link, has_slots[n] or _has_rate(link)) for n, link in _linked(setup.chain)]
+    rows = tuple(_rows(setup, made, _movers(setup.chain, has_slots)))
+    param_bytes, state_bytes = sum(row.param_bytes for row in rows), _bytes(made.state)
+    sizes = [(math.prod(row.shape), row.trained) for row in rows]
+    return Explanation(
+        rows=rows,
+        links=tuple((name, _described(link)) for name, link, _ in links),
+        warnings=tuple(lint(rows, links, setup.rules, _updates(setup))),
+        parameters=sum(size for size, _ in sizes),
+        trained=sum(size for size, trained in sizes if trained),
+        param_bytes=param_bytes,
+        state_bytes=state_bytes,
+        total_bytes=param_bytes + state_bytes + _bytes(setup.rest),
+    )
+
+
+def _made(setup: Setup, params: Any) -> _Made:
+    names, (leaves, treedef) = leaf_names(params), jax.tree.flatten(params)
+    shapes = [_as_in_a_state(n, x) for n, x in zip(names, leaves, strict=True)]
+    params = jax.tree.unflatten(treedef, shapes)
+    setup.rules.check(params)
+
+    def init(params: Any) -> Any:
+        trainable = setup.trainable(params)
+        return setup.chain.init(trainable.tree(trainable.leaves))
+
+    trainable = setup.trainable(params)
+    return _Made(trainable, setup.layout(trainable), jax.eval_shape(init, params))
+
+
+def _as_in_a_state(name: str, leaf: Any) -> Any:
+    """Return the shape of a parameter, its dtype and where it will be."""
+    leaf = as_array(PARAMETER, name, leaf)
+    if isinstance(leaf, Tracer) or jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+        return leaf
+    place = getattr(leaf, "sharding", None) or jnp.zeros(()).sharding
+    return jax.ShapeDtypeStruct(leaf.shape, jnp.result_type(leaf), sharding=place)
+
+
+def _bytes(tree: Any) -> int:
+    """Return the bytes of arrays, or of what only has shapes."""
+    return sum(x.size * x.dtype.itemsize for x in map(_shaped, jax.tree.leaves(tree)))
+
+
+def _shaped(leaf: Any) -> Any:
+    return leaf if hasattr(leaf, "dtype") else np.asarray(leaf, jnp.result_type(leaf))
+
+
+def _updates(setup: Setup) -> Horizon:
+    """Return what schedules see, which go by updates where several batches make one."""
+    horizon = setup.horizon
+    for _, link in setup.chain.links:
+        if isinstance(link, Accumulate) and horizon.updates is not None:
+            updates = max(horizon.updates // int(link.every), 1)
+            horizon = dataclasses.replace(horizon, updates=updates)
+    return horizon
+
+
+def _linked(chain: Chain) -> Iterator[tuple[str, Any]]:
+    return linked(dict(chain.links))
+
+
+def _has_rate(link: Any) -> bool:
+    return not isinstance(link, Link) or "learning_rate" in number_rules(type(link))
+
+
+def _has_slots(chain: Chain, state: dict[str, Any]) -> dict[str, bool]:
+    """Return for each link whether it has memory for parameters, gates left out."""
+    found = {}
+    for name, link in _linked(chain):
+        other = {*link.numbers(), *link.memory()} if isinstance(link, Link) else set()
+        gates = getattr(link, "gates", False)
+        found[name] = not gates and (not isinstance(link, Link) or bool(set(state[name]) - other))
+    return found
+
+
+def _movers(chain: Chain, has_slots: dict[str, bool]) -> dict[str, bool]:
+    """Return the links that make the updates, and for each whether it has memory for parameters.
+
+    The others of them have the rate.
+    """
+    found = {}
+    for name, link in _linked(chain):
+        ours = isinstance(link, Link)
+        looks = ours and (link.observes or (link.averages and not _has_rate(link)))
+        if not looks and (has_slots[name] or _has_rate(link)):
+            found[name] = has_slots[name]
+    return found
+
+
+def _described(link: Any) -> str:
+    """Return a link with its numbers, as it would be written."""
+    if not isinstance(link, Link):
+        return type(link).__name__
+    numbers = (f"{name}={_short(value)}" for name, value in link.numbers().items())
+    return f"{type(link).__name__}({', '.join(numbers)})"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else repr(value)
+
+
+def _rows(setup: Setup, made: _Made, movers: dict[str, bool]) -> Iterator[Row]:
+    trainable, rules = made.trainable, setup.rules
+    leaves, names = jax.tree.leaves(trainable.params), leaf_names(trainable.params)
+    buckets = made.layout.buckets if made.layout else ()
+    numbers = _numbers(setup, trainable)
+    in_bucket = {name: shown_name(key) for key, members in buckets for name in members.names}
+    sizes = _slot_bytes(setup.chain, trainable, made.state)
+    texts = [*rules.texts, None]
+    for name, leaf, trained, i in zip(
+        names, leaves, trainable.marks, rules.index(names), strict=True
+    ):
+        own = numbers.get(name, {})
+        links = tuple(own.get("links", ()))
+        moving = [link for link in links if link in movers]
+        spread = f"slots over {setup.spread!r}" if setup.spread and trained else ""
+        yield Row(
+            name=name,
+            shape=tuple(leaf.shape),
+            dtype=leaf.dtype.name,
+            trained=trained,
+            rule=texts[i],
+            links=links,
+            moved_by=tuple(link for link in moving if movers[link]) or tuple(moving),
+            learning_rate=own.get("learning_rate"),
+            schedule=own.get("schedule"),
+            multiplier=own.get("multiplier", 1.0),
+            weight_decay=own.get("weight_decay", 0.0),
+            param_bytes=math.prod(leaf.shape) * leaf.dtype.itemsize,
+            state_bytes=sizes.get(name, 0),
+            place=", ".join(filter(None, (in_bucket.get(name) or _sharding(leaf), spread))),
+        )
+
+
+def _sharding(leaf: Any) -> str:
+    sharding = getattr(leaf, "sharding", None)
+    sharded = isinstance(sharding, NamedSharding) and not sharding.is_fully_replicated
+    return str(sharding.spec) if isinstance(sharding, NamedSharding) and sharded else ""
+
+
+def _slot_bytes(chain: Chain, trainable: Trainable, state: dict[str, Any]) -> dict[str, int]:
+    """Return the bytes of the slots of each parameter, by name."""
+    names, treedef = leaf_names(trainable.params), jax.tree.structure(trainable.params)
+    sizes = dict.fromkeys(names, 0)
+    for link_name, link in _linked(chain):
+        mine = state[link_name]
+        if isinstance(link, Link) and not isinstance(link, TreeLink):
+            other = {*link.numbers(), *link.memory()}
+            slots = [treedef.flatten_up_to(x) for slot, x in mine.items() if slot not in other]
+            pairs = [pair for leaves in slots for pair in zip(names, leaves, strict=True)]
+        else:
+            pairs = list(zip(owners_of(mine, names), jax.tree.leaves(mine), strict=True))
+        for owner, x in pairs:
+            if owner is not None and x is not None:
+                sizes[owner] += x.size * x.dtype.itemsize
+    return sizes
+
+
+def _numbers(setup: Setup, trainable: Trainable) -> dict[str, dict[str, Any]]:
+    """Return for each trained parameter its links, and rate, multiplier and decay at first."""
+    chain, first = setup.chain, setup.horizon.first
+    taken = take_apart(trainable.tree(trainable.leaves))
+    found: dict[str, dict[str, Any]] = {name: {"links": []} for name in taken.names}
+    marks = [True] * len(taken.names)
+    for name, entry in chain.links:
+        link = chain.link(name)
+        meant = takes(name, entry, taken, marks)
+        here = [n for n, t in zip(taken.names, meant, strict=True) if t]
+        for parameter in here:
+            found[parameter]["links"].append(name)
+        for key, value in _of_link(link, here, first):
+            for parameter, number in value.items():
+                found[parameter][key] = number
+    return found
+
+
+def _of_link(link: Any, here: Sequence[str], first: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield what a link gives its parameters: a key, and {name: number}.
+
+    Args:
+      link: the link.
+      here: its parameters.
+      first: the first step.
+    """
+    if not isinstance(link, Link):
+        return
+    numbers = link.numbers()
+    if "learning_rate" in number_rules(type(link)) and "learning_rate" in numbers:
+        rate = numbers["learning_rate"]
+        yield "learning_rate", dict.fromkeys(here, _at(rate, first))
+        yield "schedule", dict.fromkeys(here, rate if callable(rate) else None)
+    if isinstance(link, ShrinkParams | AddWeightDecay):
+        decay, spared = _at(link.weight_decay, first), any_matches("exclude", link.exclude, here)
+        yield "weight_decay", {n: 0.0 if x else decay for n, x in zip(here, spared, strict=True)}
+    if isinstance(link, MultiplySteps | MultiplyLayers | ShrinkByRule | AddDecayByRule):
+        values = [_at_each(value, first) for value in link.values]
+        key = "weight_decay" if isinstance(link, ShrinkByRule | AddDecayByRule) else "multiplier"
+        of_rules = first_index(link.patterns, tuple(here))
+        yield key, {name: values[i] for name, i in zip(here, of_rules, strict=True)}
+
+
+def _at_each(value: Any, first: int) -> Any:
+    if value is None:
+        return None
+    return tuple(_at(x, first) for x in value) if isinstance(value, tuple) else _at(value, first)
+
+
+def _at(value: Any, first: int) -> float:
+    """Return a number, or what a schedule gives at the first step."""
+    if not callable(value):
+        return value
+    return float(evaluate("schedule", value, first, jnp.float32))

@@ -1,0 +1,1 @@
+"""Searches: a sweep over numbers and seeds, and the learning-rate range test."""

@@ -1,0 +1,1 @@
+"""The state of a training step, and what one step computes from it."""

@@ -1,0 +1,386 @@
+"""The parameters to evaluate, where some link of a chain keeps better ones."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from optimize_loss._checks import STEP, InvalidType, TreeMismatch, check_integer
+from optimize_loss._engine.bucket import Layout
+from optimize_loss._engine.chain import Chain
+from optimize_loss._engine.device import has_values
+from optimize_loss._engine.health import blamed
+from optimize_loss._engine.link import Link
+from optimize_loss._engine.reset import reset
+from optimize_loss._engine.sharding import Placement, placement_of
+from optimize_loss._engine.transfers import asked_for
+from optimize_loss._engine.trees import as_array, copied_like, distinct, placed_like, spread_like
+from optimize_loss._names import (
+    Pattern,
+    any_matches,
+    check_patterns,
+    leaf_names,
+    leaf_paths,
+    same_leaves,
+)
+from optimize_loss._state.shown import arrays_text, as_shape, links_text, parameters_text, shown
+from optimize_loss.transforms._guard import guard_of
+
+
+def averaged_params(chain: Chain, state: dict[str, Any], params: Any) -> Any:
+    """Return all parameters, those that a link averages as it has them.
+
+    Args:
+      chain: the links.
+      state: their state, whose slots are trees like `params`, with None for what is not trained.
+      params: all parameters, those that are not trained included.
+    """
+    leaves, treedef = jax.tree.flatten(params)
+    marks = [False] * len(leaves)
+    for name, _ in chain.links:
+        link = chain.link(name)
+        if isinstance(link, Link) and link.averages:
+            numbers = {*link.numbers(), *link.memory()}
+            for slot in (tree for key, tree in state[name].items() if key not in numbers):
+                kept = treedef.flatten_up_to(slot)
+                marks = [m or x is not None for m, x in zip(marks, kept, strict=True)]
+    if not any(marks):
+        return params
+    kept = [x if m else None for x, m in zip(leaves, marks, strict=True)]
+    averaged = chain.averaged(state, treedef.unflatten(kept))
+    found = treedef.flatten_up_to(averaged)
+    return treedef.unflatten(
+        new if m else x for new, x, m in zip(found, leaves, marks, strict=True)
+    )
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["packed_params", "packed_optimizer", "model_state", "key", "first_step"],
+    meta_fields=["chain", "increment_step", "layout", "placement"],
+)
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Parameters, optimizer state and all else that a step changes; made by `TrainStep.init`.
+
+    A frozen pytree: `step(state, batch)` takes one and returns the next, and gives the memory of
+    the old one to the new one.
+
+    Attributes:
+      packed_params: the parameters as a step takes them: the small ones in one array.
+      packed_optimizer: the chain's state in the same form: its numbers in few arrays, too.
+      model_state: what the loss keeps besides parameters, such as running statistics; or None.
+      key: the random key from which the key of each step is derived; or None.
+      first_step: the global step before the first update, an int32.
+      chain: the links whose state `optimizer` is. Structure, not data.
+      increment_step: whether updates advance the global step. Structure, not data.
+      layout: how the parameters are packed; None where they are as the user has them.
+      placement: where parameters and slots lie after a step; None where XLA may choose.
+
+    Example:
+      >>> import optimize_loss as ol
+      >>> step = ol.optimize_loss(
+      ...     lambda p, x: p["w"] * x, learning_rate=0.5, optimizer="SGD")
+      >>> state, _ = step(step.init({"w": 4.0}), 2.0)
+      >>> print(state.params["w"], state.step, state.optimizer["rate"]["learning_rate"])
+      3.0 1 0.5
+    """
+
+    packed_params: Any
+    packed_optimizer: dict[str, Any]
+    model_state: Any
+    key: jax.Array | None
+    first_step: jax.Array
+    chain: Chain
+    increment_step: bool
+    layout: Layout | None = None
+    placement: Placement | None = None
+
+    @functools.cached_property
+    def params(self) -> Any:
+        """The user's tree of parameters."""
+        return self.packed_params if self.layout is None else self.layout.unpack(self.packed_params)
+
+    @property
+    def outline(self) -> Any:
+        """The tree of parameters as shapes, dtypes and places: the device is not waited for."""
+        if not all(map(has_values, jax.tree.leaves(self.packed_params))):
+            return self.params
+        shapes = jax.tree.map(_outlined, self.packed_params)
+        return shapes if self.layout is None else self.layout.unpack(shapes)
+
+    @functools.cached_property
+    def optimizer(self) -> dict[str, Any]:
+        """The chain's state, a dict by link; `optimizer["step"]` counts the updates.
+
+        The slots of a link are trees like the parameters, with None for what is not trained.
+        """
+        packed = self.packed_optimizer
+        return packed if self.layout is None else self.layout.unpack_state(packed)
+
+    @functools.cached_property
+    def links(self) -> dict[str, Any]:
+        """The chain's state with slots as a step takes them: what the chain is given."""
+        packed = self.packed_optimizer
+        return packed if self.layout is None else self.layout.split_numbers(packed)
+
+    @property
+    def packed(self) -> tuple[Any, dict[str, Any]]:
+        """The parameters and the chain's state as a step takes them."""
+        return self.packed_params, self.packed_optimizer
+
+    def with_packed(self, packed: tuple[Any, dict[str, Any]]) -> "TrainState":
+        """Return the state with others of these.
+
+        Args:
+          packed: the parameters and the chain's state, as the property `packed` shows them.
+        """
+        return dataclasses.replace(self, packed_params=packed[0], packed_optimizer=packed[1])
+
+    def placed(self) -> "TrainState":
+        """Return the state whose parameters and slots are to stay where they are now."""
+        return dataclasses.replace(self, placement=placement_of(self.packed))
+
+    def with_links(self, links: dict[str, Any]) -> "TrainState":
+        """Return the state with another state of the chain.
+
+        Args:
+          links: in the form of the property of that name.
+        """
+        packed = links if self.layout is None else self.layout.join_numbers(links)
+        return dataclasses.replace(self, packed_optimizer=packed)
+
+    def with_trees(self, params: Any = None, optimizer: Any = None) -> "TrainState":
+        """Return the state with other parameters, or another state of the chain, in these trees.
+
+        Their arrays are copied, as a step takes the memory of the state that it is given.
+
+        Args:
+          params: as the property of that name shows them; None for those that stay.
+          optimizer: the same of the chain's state.
+
+        Raises:
+          TreeMismatch: a tree has other leaves, or one of another shape or dtype.
+        """
+        if params is not None:
+            _check_alike("params", params, self.params)
+            params = copied_like("`params` at", params, self.params)
+        if optimizer is not None:
+            _check_alike("optimizer", optimizer, self.optimizer)
+            optimizer = copied_like("`optimizer` at", optimizer, self.optimizer)
+        return self._in_place(self.repacked(params, optimizer))
+
+    def _in_place(self, new: "TrainState") -> "TrainState":
+        """Return another state of this structure with its arrays spread as they are here."""
+        return new.with_packed(jax.tree.map(spread_like, new.packed, self.packed))
+
+    def repacked(self, params: Any = None, optimizer: Any = None) -> "TrainState":
+        """Return what `with_trees` does, with these arrays themselves, unchecked."""
+        new = {}
+        if params is not None:
+            new["packed_params"] = self.layout.pack(params) if self.layout else params
+        if optimizer is not None:
+            new["packed_optimizer"] = (
+                self.layout.pack_state(optimizer) if self.layout else optimizer
+            )
+        return dataclasses.replace(self, **new)
+
+    def __repr__(self) -> str:
+        leaves = jax.tree.leaves((self.packed, self.first_step))
+        is_gone = any(x.is_deleted() for x in leaves if has_values(x))
+        has_all = all(map(has_values, [self.first_step, *leaves])) and not is_gone
+        now = f"at step {shown(self.step)}" if has_all else "without values"
+        params = jax.tree.map(as_shape, self.packed_params)
+        params = params if self.layout is None else self.layout.unpack(params)
+        others = {"model_state": self.model_state, "key": self.key}
+        return "\n".join(
+            [
+                f"TrainState {'of which a step has taken the memory' if is_gone else now}:",
+                *parameters_text(leaf_names(params), jax.tree.leaves(params)),
+                *(arrays_text(n, jax.tree.leaves(x)) for n, x in others.items() if x is not None),
+                "links, in order:",
+                *links_text(dict(self.chain.links), self.links if has_all else None),
+            ]
+        )
+
+    def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
+        """Return what treescope, which shows this in notebooks, asks for."""
+        from treescope import rendering_parts
+
+        return rendering_parts.text(repr(self))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the fields, for pickle: the trees that the properties keep follow from them."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @property
+    def step(self) -> jax.Array:
+        """The global step, an int32: what schedules see."""
+        if not self.increment_step:
+            return self.first_step
+        return _sum(self.first_step, self.packed_optimizer["step"])
+
+    @property
+    def eval_params(self) -> Any:
+        """The parameters to evaluate: the average, or the slow ones, where a link keeps such.
+
+        What `ema`, `lookahead` and schedule-free optimizers have users keep; all else is as in
+        `params`. Of stacked states, take them with `jax.vmap(lambda state: state.eval_params)`.
+
+        Raises:
+          InvalidType: these are several states, stacked, and a link averages.
+
+        Example:
+          >>> import jax.numpy as jnp, optimize_loss as ol
+          >>> step = ol.optimize_loss(
+          ...     lambda p, x: p["w"] * x, learning_rate=1.0, optimizer="SGD", ema=0.5)
+          >>> state, _ = step.many(step.init({"w": 4.0}), jnp.array([1.0, 3.0]))
+          >>> print(state.eval_params["w"].round(3))  # of 3 and 0, the newest twice
+          1.0
+        """
+        return averaged_params(self.chain, self.optimizer, self.params)
+
+    @property
+    def decoded(self) -> dict[str, Any]:
+        """The optimizer's state with moments in float32, by slot, as without a `precision`.
+
+        Example:
+          >>> import optimize_loss as ol
+          >>> step = ol.optimize_loss(
+          ...     lambda p, x: p["w"] * x, learning_rate=1.0, precision="bfloat16")
+          >>> state, _ = step(step.init({"w": 4.0}), 8.0)
+          >>> abs(state.decoded["adam"]["m"]["w"] - 0.8) < 0.8 / 2**7  # a bfloat16 has 8 bits
+          Array(True, dtype=bool)
+        """
+        return self.chain.decoded(self.optimizer, self.params)
+
+    @property
+    def offender(self) -> str | None:
+        """Why the last batch was left out by `skip`: a parameter's name, or what else it was.
+
+        The name is that of the first parameter whose gradient was not finite; "the loss" stands
+        for a loss alone, "the norm of all gradients" for a spike, "a schedule" for one with a
+        value that its number cannot have. None if there was no such batch.
+        Waits for the device.
+
+        Raises:
+          InvalidType: these are several states, stacked, or one that is being traced.
+        """
+        if (guard := guard_of(self.chain.links)) is None:
+            return None
+        code = self.links[guard[0]]["offender"]
+        if isinstance(code, Tracer) or jnp.ndim(code):
+            raise InvalidType(
+                "`offender` must be asked of one state at a time, outside of jit and vmap, since "
+                "it is text: of several, `jax.tree.map(lambda x: x[0], states).offender`. "
+                f"Received: {code}."
+            )
+        return blamed(int(jax.device_get(code)), leaf_names(self.outline))
+
+    @asked_for()
+    def set(self, *, step: Any = None, **values: Any) -> "TrainState":
+        """Return the state with another step or other hyperparameters; nothing is traced anew.
+
+        Traced values make a sweep: `jax.vmap(lambda rate: state.set(learning_rate=rate))(rates)`
+        is a state for each rate, to step with `jax.vmap(step)`. Where a `learning_rate_decay_fn`
+        decays the rate, it is the rate before decay that is set.
+
+        Args:
+          step: the global step that schedules see, an integer of at least 0. What goes by the
+            number of updates made, such as noise and Adam's correction, goes on.
+          **values: hyperparameters by name, or by `link/number` where several links have that
+            name: Python, numpy or jax scalars. None gives back what was built in, such as a
+            schedule.
+
+        Raises:
+          InvalidType: a value is no scalar number.
+          ValueError: no link, or more than one, has such a number; or its rule does not hold.
+
+        Example:
+          >>> import optimize_loss as ol
+          >>> step = ol.optimize_loss(lambda p, x: (p["w"] * x) ** 2, learning_rate=0.1)
+          >>> state = step.init({"w": 1.0}).set(learning_rate=0.01, step=7)
+          >>> print(state.optimizer["rate"]["learning_rate"], state.step)
+          0.01 7
+        """
+        first_step = self.first_step
+        if step is not None:
+            if isinstance(step, Tracer):
+                if step.shape or not jnp.issubdtype(step.dtype, jnp.integer):
+                    raise InvalidType(
+                        "`step` must be a scalar integer. "
+                        f"Received: shape {step.shape}, {step.dtype}."
+                    )
+            else:
+                step = check_integer("step", step, STEP)
+            made = self.packed_optimizer["step"] if self.increment_step else 0
+            first_step = placed_like(self.first_step, jnp.asarray(step, jnp.int32) - made)
+        new = self.with_links(self.chain.set(self.links, **values))
+        return dataclasses.replace(new, first_step=first_step)
+
+    @asked_for()
+    def reset(self, *patterns: Pattern) -> "TrainState":
+        """Return the state in which some parameters have slots as before the first update.
+
+        They are what the links make for the parameters as they are now: means start anew at zero,
+        averages at the parameter. The step, hyperparameters and memories for the whole tree, such
+        as a running mean of the norm, stay. So Adam's correction of the start, which goes by the
+        step, is not made again: late in training its first update after this is
+        (1-β₁) / √(1-β₂), mostly 3.2, times the rate. What `Accumulate` has gathered for these
+        parameters since the last update is lost. Nothing is traced anew.
+
+        Args:
+          *patterns: names or patterns of the parameters.
+
+        Raises:
+          InvalidType: something given is no pattern.
+          ValueError: a pattern matches no parameter, or none of those matched has slots although
+            others have: they are not trained.
+
+        Example:
+          >>> import optimize_loss as ol
+          >>> step = ol.optimize_loss(lambda p: p["a"] + p["b"], learning_rate=0.1)
+          >>> state, _ = step(step.init({"a": 1.0, "b": 1.0}))
+          >>> state = state.reset("a")
+          >>> print(state.optimizer["adam"]["m"]["a"], state.optimizer["adam"]["m"]["b"].round(3))
+          0.0 0.1
+        """
+        if not patterns:
+            raise InvalidType("`patterns` must be given: `reset('**')` is for all parameters.")
+        names = leaf_names(self.outline)
+        marks = any_matches("reset", check_patterns("reset", patterns), names)
+        meant = {name for name, mark in zip(names, marks, strict=True) if mark}
+        optimizer, have = reset(self.chain, self.optimizer, self.params, meant)
+        if have and not have & meant:
+            raise ValueError(
+                "`reset` must name a parameter that has slots. "
+                f"Received: {sorted(meant)[:5]}, while these have some: {sorted(have)[:5]}."
+            )
+        _check_alike("optimizer", optimizer, self.optimizer)
+        return distinct(self._in_place(self.repacked(optimizer=optimizer)))
+
+
+def _outlined(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
+
+@functools.partial(jax.jit, inline=True)
+def _sum(first_step: jax.Array, updates: jax.Array) -> jax.Array:
+    """Return first_step + updates, at most the largest int32."""
+    most = jnp.iinfo(jnp.int32).max - jnp.maximum(first_step, 0)
+    return first_step + jnp.minimum(updates, most)
+
+
+def _check_alike(what: str, new: Any, old: Any) -> None:
+    """Raise unless two trees have the same leaves, of the same shapes and dtypes."""
+    pairs = zip(same_leaves(what, new, f"state.{what}", old), jax.tree.leaves(old), strict=True)
+    for name, (mine, theirs) in zip(leaf_paths(old), pairs, strict=True):
+        mine = as_array(f"`{what}` at", name, mine)
+        if (mine.shape, mine.dtype) != (theirs.shape, theirs.dtype):
+            raise TreeMismatch(
+                f"`{what}` must have at {name!r} shape {theirs.shape} and dtype {theirs.dtype}. "
+                f"Received: shape {mine.shape}, dtype {mine.dtype}."
+            )

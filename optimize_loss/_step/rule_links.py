@@ -1,0 +1,274 @@
+"""From rules to links: those of the rules, and the optimizer's without what rules take over."""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from optimize_loss._checks import InvalidType
+from optimize_loss._engine.link import is_transformation
+from optimize_loss._engine.plan import has_rate, linked, merged, where
+from optimize_loss._state.rules import Rules
+from optimize_loss._step.options import FIRST
+from optimize_loss.optimizers._optimizer import Optimizer
+from optimize_loss.optimizers._resolve import resolve
+from optimize_loss.optimizers._variable import different_names
+from optimize_loss.transforms import (
+    AddWeightDecay,
+    ClipByGlobalNorm,
+    ClipByNorm,
+    ClipByValue,
+    ForParameters,
+    Link,
+    Precision,
+    ShrinkParams,
+    StepByDualAveraging,
+    StepByFtrl,
+    StepByProximalAdagrad,
+    StepByProximalGradient,
+    StepByScheduleFree,
+)
+from optimize_loss.transforms._by_rule import (
+    AddDecayByRule,
+    AddNoiseByRule,
+    ByRule,
+    MultiplyLayers,
+    MultiplySteps,
+    ShrinkByRule,
+)
+from optimize_loss.transforms._run_optax import RunOptax
+
+Links = dict[str, Any]
+
+# Rules whose parameters follow from their slots, or from the rate in another way than by a factor.
+_OWN_RATE = (
+    StepByDualAveraging,
+    StepByFtrl,
+    StepByProximalAdagrad,
+    StepByProximalGradient,
+    StepByScheduleFree,
+)
+
+
+def with_noise(rules: Rules, links: Links, seed: int) -> Links:
+    """Return the links before clipping, with the noise of rules in place of that of all."""
+    chosen = rules.having("noise_scale")
+    if not chosen:
+        return links
+    own = AddNoiseByRule(rules.patterns, rules.values("noise_scale", chosen), seed)
+    new: Links = {}
+    if "gradient_noise" in links:
+        others = _without(rules, chosen)
+        new["gradient_noise"] = _only(rules, others, links["gradient_noise"])
+    new["rules.noise_scale"] = _only(rules, chosen, own)
+    return {**new, **{name: link for name, link in links.items() if name not in new}}
+
+
+def clips(rules: Rules) -> Links:
+    """Return a link for each rule that clips its parameters together."""
+    chosen = rules.having("clip_norm")
+    names = different_names([f"rules.clip_norm.{rules.texts[i].replace('/', '.')}" for i in chosen])
+    return {
+        name: _only(rules, [i], ClipByGlobalNorm(rules.options[i]["clip_norm"]))
+        for name, i in zip(names, chosen, strict=True)
+    }
+
+
+def with_rules(rules: Rules, links: Links, rate: Any) -> Links:
+    """Return the links of the optimizer, with optimizers, decays and multipliers of rules.
+
+    Args:
+      rules: the rules.
+      links: of the optimizer for all parameters whose rule has none.
+      rate: the learning rate, for optimizers of rules that have none of their own.
+
+    Raises:
+      InvalidType: an optimizer of a rule is none, or has links that are for all parameters.
+      ValueError: an optimizer does not allow what a rule asks for.
+    """
+    first = dict(itertools.takewhile(lambda pair: isinstance(pair[1], FIRST), links.items()))
+    rest = {name: link for name, link in links.items() if name not in first}
+    groups = _groups(rules, rest, rate)
+    ruled: Links = dict(first)
+    for group in groups:
+        ruled = merged(ruled, _with_decay(rules, group))
+        _check_multipliers(rules, group)
+    last = {name: ruled[name] for name, x in linked(ruled) if getattr(x, "needs_stored", False)}
+    return merged({n: x for n, x in ruled.items() if n not in last}, _multipliers(rules), last)
+
+
+class _Group(NamedTuple):
+    """Parameters that have one optimizer."""
+
+    prefix: str  # of the names of its links
+    indices: list[int]  # of its rules; the index behind the last means parameters without one
+    links: Links
+    where: ByRule | None  # its parameters, None if these are all
+
+
+def _only(rules: Rules, chosen: Sequence[int], entry: Any) -> ForParameters:
+    """Return a link, or one for some parameters, only for those of the rules that are chosen."""
+    which = ByRule(rules.patterns, tuple(chosen), where(entry))
+    link = entry.link if isinstance(entry, ForParameters) else entry
+    return ForParameters(which, link if isinstance(link, Link) else RunOptax(link), optional=True)
+
+
+def _without(rules: Rules, chosen: Sequence[int]) -> list[int]:
+    return [i for i in range(len(rules.patterns) + 1) if i not in chosen]
+
+
+def _groups(rules: Rules, links: Links, rate: Any) -> list[_Group]:
+    """Return the parameters of the optimizer for all, and those of each rule that has its own."""
+    chosen = rules.having("optimizer")
+    others = _without(rules, chosen)
+    if not chosen:
+        return [_Group("", others, links, None)]
+    where = ByRule(rules.patterns, tuple(others))
+    groups = [_Group("", others, {n: _only(rules, others, x) for n, x in links.items()}, where)]
+    taken = [name.split(".")[0] for name in links]
+    wanted = [_name(rules.options[i]["optimizer"]) for i in chosen]
+    names = different_names([*dict.fromkeys(taken), *wanted])[-len(wanted) :]
+    for name, i in zip(names, chosen, strict=True):
+        own = {f"{name}.{n}": _only(rules, [i], x) for n, x in _resolved(rules, i, rate).items()}
+        groups.append(_Group(f"{name}.", [i], own, ByRule(rules.patterns, (i,))))
+    return groups
+
+
+def _name(optimizer: Any) -> str:
+    """Return what the links of an optimizer of a rule are called by."""
+    if isinstance(optimizer, str):
+        return optimizer
+    if isinstance(optimizer, Optimizer):
+        name = optimizer.name or type(optimizer).__name__
+        return name.replace("/", ".")
+    return optimizer.__name__ if isinstance(optimizer, type) else "rule"
+
+
+def _resolved(rules: Rules, i: int, rate: Any) -> Links:
+    """Return the links of the optimizer of a rule; one without a rate gets that of all."""
+    optimizer, label = rules.options[i]["optimizer"], f"rules[{rules.texts[i]!r}]['optimizer']"
+    try:
+        links = resolve(optimizer, None if _brings_rate(optimizer) else rate)
+    except ValueError as error:
+        error.add_note(f"This is about `{label}`.")
+        raise
+    for name, link in linked(links):
+        if isinstance(link, FIRST) or getattr(link, "gates", False):
+            raise InvalidType(
+                f"`{label}` must have no link that is for all parameters: give its option to the "
+                f"`optimizer` of all. Received: {name}={link!r}."
+            )
+    return links
+
+
+def _brings_rate(optimizer: Any) -> bool:
+    """Return whether an optimizer has a learning rate, or hides it, as one of optax does."""
+    if isinstance(optimizer, Optimizer):
+        return True
+    if isinstance(optimizer, type) or not is_transformation(optimizer):
+        return False
+    ours = dict(linked(dict(getattr(optimizer, "links", (("rule", optimizer),)))))
+    return any(not isinstance(x, Link) or has_rate(x) for x in ours.values())
+
+
+def _with_decay(rules: Rules, group: _Group) -> Links:
+    """Return the links of a group, with the decay of rules in place of the optimizer's."""
+    chosen = [i for i in rules.having("weight_decay") if i in group.indices]
+    if not chosen:
+        return group.links
+    own = {n: x for n, x in linked(group.links) if isinstance(x, ShrinkParams | AddWeightDecay)}
+    _check_decay(rules, chosen, group, own)
+    coupled = any(isinstance(x, AddWeightDecay) for x in own.values())
+    kind = AddDecayByRule if coupled else ShrinkByRule
+    link = kind(rules.patterns, rules.values("weight_decay", chosen))
+    entry = ForParameters(ByRule(rules.patterns, tuple(chosen), group.where), link, optional=True)
+    place = next(iter(own), None) or next(
+        (n for n, x in linked(group.links) if not isinstance(x, _CLIPS)), None
+    )
+    new: list[Links] = []
+    for name, old in group.links.items():
+        if name == place:
+            new.append({f"{group.prefix}rules.weight_decay": entry})
+        if name not in own:
+            new.append({name: old})
+        elif chosen != group.indices:
+            new.append({name: _only(rules, _without(rules, chosen), old)})
+    return merged(*new)
+
+
+_CLIPS = (ClipByValue, ClipByNorm, ClipByGlobalNorm)
+
+
+def _check_decay(rules: Rules, chosen: list[int], group: _Group, own: Links) -> None:
+    """Raise unless it is clear where the decay of rules takes the place of the optimizer's."""
+    label = f"rules[{rules.texts[chosen[0]]!r}]['weight_decay']"
+    links = dict(linked(group.links))
+    if any(not isinstance(x, Link) or isinstance(x, RunOptax) for x in links.values()):
+        raise ValueError(
+            f"`{label}` must be left out where the optimizer has an optax transformation, whose "
+            "decay cannot be seen. Give the rule an `optimizer` of its own, or use one of "
+            f"`ol.optimizers`. Received: {links}."
+        )
+    recomputed = [x for x in links.values() if isinstance(x, StepByFtrl | StepByDualAveraging)]
+    if recomputed and any(rules.options[i]["weight_decay"] != 0 for i in chosen):
+        raise ValueError(
+            f"`{label}` must be left out, or 0, where the optimizer makes the parameter anew from "
+            f"its slots: decay would be lost. Received: {recomputed[0]!r}, which has decays of its "
+            "own."
+        )
+    everywhere = [n for n in own if where(group.links[n]) in (None, group.where)]
+    if len({type(x) for x in own.values()}) > 1 or len(everywhere) > 1:
+        raise ValueError(
+            f"`{label}` must be left out where the optimizer decays parameters more than once: it "
+            f"would not be clear which decay it replaces. Received: {own}."
+        )
+
+
+def _check_multipliers(rules: Rules, group: _Group) -> None:
+    """Raise if a rate is to be multiplied that is no factor of the update."""
+    chosen = [i for i in rules.having("learning_rate_multiplier") if i in group.indices]
+    for name, link in linked(group.links):
+        if chosen and isinstance(link, _OWN_RATE):
+            label = f"rules[{rules.texts[chosen[0]]!r}]['learning_rate_multiplier']"
+            raise ValueError(
+                f"`{label}` must be left out where the learning rate is no factor of the update, "
+                "as it is in Adam. Give the rule an `optimizer` with another rate. "
+                f"Received: {name}={link!r}."
+            )
+
+
+def _multipliers(rules: Rules) -> Links:
+    """Return the links that multiply the steps of parameters, whole or by layers."""
+    key = "learning_rate_multiplier"
+    chosen = rules.having(key)
+    stacked = [i for i in chosen if isinstance(rules.options[i][key], tuple)]
+    whole = [i for i in chosen if i not in stacked]
+    links: Links = {}
+    if whole:
+        link = MultiplySteps(rules.patterns, rules.values(key, whole))
+        links[f"rules.{key}"] = _only(rules, whole, link)
+    if stacked:
+        layers = MultiplyLayers(rules.patterns, rules.values(key, stacked))
+        links[f"rules.{key}_of_layers"] = _only(rules, stacked, layers)
+    return links
+
+
+def precision_of(rules: Rules, chosen: Precision | None) -> Precision | None:
+    """Return the option `precision` with the `state_dtype` of the rules, which comes before it.
+
+    Raises:
+      ValueError: both go by parameter.
+    """
+    if not rules.having("state_dtype"):
+        return chosen
+    plain = chosen or Precision("float32", params="nearest")
+    if not isinstance(plain.state, str):
+        raise ValueError(
+            "`precision` must be one format for all where `rules` have a `state_dtype`. "
+            f"Received: {plain}."
+        )
+    pairs = zip(rules.patterns, rules.options, strict=True)
+    own = {p: x.get("state_dtype", plain.state) for p, x in pairs if not x.get("freeze", False)}
+    if chosen is None and set(own.values()) == {"float32"}:
+        return None
+    return dataclasses.replace(plain, state=own, rest=plain.state)

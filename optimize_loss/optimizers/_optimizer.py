@@ -1,0 +1,573 @@
+"""What an optimizer is: options that become a chain, and three ways to use it."""
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from optimize_loss._checks import InvalidType, check_options, received
+from optimize_loss._engine.accumulate import summed
+from optimize_loss._engine.trees import is_inexact, take_apart, with_strangers, without_strangers
+from optimize_loss._names import flatten, same_leaves
+from optimize_loss._state.gradients import Trainable, derivatives
+from optimize_loss.optimizers._config import plain, serialize
+from optimize_loss.optimizers._held import on_mesh, placed
+from optimize_loss.optimizers._options import options_of
+from optimize_loss.optimizers._pairs import check_pairs, constrained, gradient_of, paired
+from optimize_loss.optimizers._stateful import Stateful
+from optimize_loss.optimizers._update_step import undone_if_it_fails
+from optimize_loss.optimizers._variable import Variable, check_variables, is_variable, value_of
+
+
+class Optimizer(Stateful):
+    """Options that become a chain of links, and the variables that training with them needs.
+
+    Every optimizer of this package is one: a few options of its own, those below, and a rule. What
+    happens to the gradients is, in this order:
+
+        sum over devices → divide by the loss scale → accumulate → clip → weight decay
+        → the rule, with the learning rate → average the parameters → count
+
+    `opt.chain` is all that as one value, a chain of links (`ol.transforms`), with all the
+    arithmetic. The optimizer holds the options, and, for the first two of the three ways to use
+    it, the state.
+
+    In place, as in Keras, with a `Variable` for each parameter:
+
+      >>> import jax, jax.numpy as jnp, optimize_loss as ol
+      >>> w, opt = ol.Variable(3.0, name="w"), ol.optimizers.SGD(learning_rate=0.25)
+      >>> opt.minimize(lambda: w * w, [w])
+      >>> print(w, opt.iterations)
+      1.5 1
+      >>> opt.learning_rate = 0.5
+      >>> print(opt.apply_gradients([(2.0, w)]), w)
+      2 0.5
+
+    With trees: the caller has the parameters, the optimizer the state:
+
+      >>> opt = ol.optimizers.SGD(learning_rate=0.25)
+      >>> params = opt.apply({"w": 6.0, "b": 2.0}, {"w": 3.0, "b": 1.0})
+      >>> print(params["w"], params["b"])
+      1.5 0.5
+
+    As pure functions: the caller has both. An optimizer is an optax transformation, for `jit`,
+    `vmap` and `scan`, for `optax.chain`, flax and others, and it is an `optimizer` for
+    `optimize_loss`:
+
+      >>> params = {"w": jnp.array(3.0)}
+      >>> state = opt.init(params)
+      >>> updates, state = jax.jit(opt.update)({"w": jnp.array(6.0)}, state, params)
+      >>> print(updates["w"], state["step"])
+      -1.5 1
+      >>> step = ol.optimize_loss(lambda p, x: (p["w"] - x) ** 2, optimizer=opt)
+      >>> train_state, metrics = step(step.init(params), 0.0)
+      >>> print(train_state.params["w"], metrics["loss"])
+      1.5 9.0
+
+    Args:
+      learning_rate: at least 0; a number, or a schedule: a function of the number of updates made
+        before, or of the global step of `optimize_loss`. Given by keyword here; the first argument
+        of all subclasses that have one.
+      name: names the optimizer in its configuration, and among those of a `MultiOptimizer`; the
+        name of the class if not given.
+      weight_decay: at least 0, per unit of the learning rate: p ← p - learning_rate · weight_decay
+        · p before the rule, which sees the decayed p if it reads p. None for none.
+      clipnorm: above 0, in the unit of the gradients: the largest L2 norm of each gradient.
+      clipvalue: above 0: the largest size of each entry of the gradients.
+      global_clipnorm: above 0: the largest joint L2 norm of all gradients. Of these three options
+        at most one can be given. What has an infinite norm becomes NaN.
+      use_ema: whether to keep an exponential moving average of every parameter, a ← a +
+        (1 - ema_momentum)(p - a), starting at the initial parameters, updated after every update.
+        `finalize_variable_values` puts it in their place.
+      ema_momentum: in [0, 1]; at 0 the average is the parameters, at 1 it stays at the start.
+      ema_overwrite_frequency: where given, every so many updates the parameters become their
+        average too; an integer of at least 1.
+      jit_compile: whether `minimize`, `apply_gradients` and `apply` run a compiled program.
+      mesh: devices, a `jax.sharding.Mesh`: what of the state is not on it is put there, one copy a
+        device. Memory for a parameter is sharded as the parameter is, with or without.
+      gradient_accumulation_steps: where given, so many calls make one update, with the mean of
+        their gradients; an integer of at least 1. Clipping, decay, schedules, averages and
+        `iterations` go by updates. A parameter should have a gradient in all of these calls or in
+        none.
+      loss_scale_factor: above 0: `minimize`, `compute_gradients` and `optimize_loss` multiply the
+        loss by it, and the gradients are divided first of all. `scale_loss` is for gradients
+        that are taken by hand.
+      axis_name: name of an axis of devices, inside `jax.shard_map`, `jax.pmap` or `jax.vmap`:
+        gradients are summed over it first of all. For a loss that is a mean over the local batch,
+        divide it by the number of devices.
+
+    Options can be assigned to at any time, `opt.weight_decay = 0.1`; once the optimizer is built,
+    where that changes a number only, not whether there is one. That compiles nothing anew. To
+    assign to an attribute that there is not, or to delete one, is an `AttributeError`.
+
+    Attributes:
+      learning_rate: a `Variable`, or with a schedule the rate of the last update. A number can be
+        assigned, and a schedule, which compiles anew; in the place of a schedule, once the
+        optimizer is built, only another one. `lr` is the same.
+      iterations: the number of updates made, a `Variable`. A number can be assigned until the
+        optimizer is built, by `iterations.assign` later too.
+      variables: a list of the optimizer's `Variable`s, the counter first, then the state, without
+        hyperparameters.
+      built: whether the parameters are known.
+      chain: all links, for use on its own.
+      rate: the learning rate as links take it, a number or a schedule.
+
+    To write one from links, declare its options as fields and define `links`. Fields with the types
+    of `ol.transforms` (`NotNegative`, `Decay`, …) are checked; all the options above come with it:
+
+      >>> from optimize_loss.transforms import Decay, NotNegative, ScaleByLearningRate, ScaleByLion
+      >>> class Signum(ol.optimizers.Optimizer):
+      ...     learning_rate: NotNegative = 0.01
+      ...     beta: Decay = 0.9
+      ...     def links(self):
+      ...         sign = ScaleByLion(self.beta, self.beta)
+      ...         return {"sign": sign, "rate": ScaleByLearningRate(self.rate)}
+      >>> opt = Signum(0.25, weight_decay=0.5)
+      >>> opt, opt.apply({"w": -7.0}, {"w": 8.0})["w"].item()
+      (Signum(learning_rate=0.25, weight_decay=0.5), 7.25)
+
+    That is 8 - 0.25 · 0.5 · 8 for the decay, and + 0.25. A link of your own, for a rule that is not
+    there, is a few functions of arrays: see `ol.transforms.Link`.
+
+    To write one as in Keras, define `build`, which makes variables, and `update_step`, which
+    assigns to them. `get_config` adds options to those above; it can be left out where they are
+    attributes of the same names, as here:
+
+      >>> class Momentum(ol.optimizers.Optimizer):
+      ...     def __init__(self, learning_rate=0.01, momentum=0.9, name=None, **options):
+      ...         super().__init__(name, **options)
+      ...         self._learning_rate = self._build_learning_rate(learning_rate)
+      ...         self.momentum = momentum
+      ...     def build(self, var_list):
+      ...         super().build(var_list)
+      ...         self.sums = [self.add_variable_from_reference(v, "sum") for v in var_list]
+      ...     def update_step(self, gradient, variable):
+      ...         total = self.sums[self._get_variable_index(variable)]
+      ...         total.assign(self.momentum * total + gradient)
+      ...         variable.assign_sub(self.learning_rate * total)
+      ...     def get_config(self):
+      ...         return {**super().get_config(), "momentum": self.momentum}
+
+    Two steps down 4a + 2b. The sums are 4 and 2, then 6 and 3:
+
+      >>> a, b = ol.Variable(10.0, name="a"), ol.Variable(10.0, name="b")
+      >>> opt = Momentum(learning_rate=0.25, momentum=0.5)
+      >>> for _ in range(2):
+      ...     opt.minimize(lambda: 4 * a + 2 * b, [a, b])
+      ...     print(a, b)
+      9.0 9.5
+      7.5 8.75
+      >>> print({v.name: v.item() for v in opt.variables})
+      {'iteration': 2, 'sum/a': 6.0, 'sum/b': 3.0}
+
+    The same through `optimize_loss`, with all that it brings, clipping here. A gradient of norm
+    √20, clipped to the half of that, gives the half of each step:
+
+      >>> step = ol.optimize_loss(lambda p: 4 * p["a"] + 2 * p["b"], optimizer=Momentum(0.25, 0.5),
+      ...                         clip_gradients=5**0.5)
+      >>> train_state = step.init({"a": 10.0, "b": 10.0})
+      >>> for _ in range(2):
+      ...     train_state, metrics = step(train_state)
+      >>> print(train_state.params["a"].round(4), train_state.params["b"].round(4))
+      8.75 9.375
+
+    To go on in another process, keep the configuration and the variables: in a dict here, in an
+    h5py group or with `numpy.savez(file, **saved)` as well:
+
+      >>> import json
+      >>> saved, text = {}, json.dumps(opt.get_config())
+      >>> opt.save_own_variables(saved)
+      >>> sorted(saved)
+      ['iteration', 'update_step/sum/a', 'update_step/sum/b']
+      >>> again = Momentum.from_config(json.loads(text))
+      >>> again.build([a, b])
+      >>> again.load_own_variables(saved)
+      >>> again.minimize(lambda: 4 * a + 2 * b, [a, b])
+      >>> print(a, b, again.iterations)
+      5.75 7.875 3
+
+    `ol.optimizers.serialize(opt)` also keeps the class, by name, and
+    `ol.optimizers.deserialize(config, custom_objects={"Momentum": Momentum})` finds it.
+
+    `build` and `update_step` are traced: they run on copies of the optimizer, with boxes around
+    traced values. What changes from step to step must be a variable that `build` makes and keeps;
+    an `update_step` that assigns to anything else raises. Other attributes, as `momentum` here, are
+    compiled in, and to set one compiles anew; new ones come in `__init__` and `build`, elsewhere
+    only those that begin with an underscore. What depends on a value is `jnp.where`, not `if`.
+
+    `init`, `update` and `optimize_loss` never touch the optimizer's own variables, so that one
+    optimizer can serve in all three ways, each with its own state and counter. Inside a
+    transformation of JAX, use them; or make variables and optimizer there. A variable from outside
+    cannot keep what is traced inside.
+
+    References:
+      `tf.keras.optimizers.Optimizer` of Keras 2.15, and Keras 3. docs/migration.md lists what
+      differs, and why.
+    """
+
+    # The functional way: nothing of the optimizer changes.
+
+    def init(self, params: Any) -> dict[str, Any]:
+        """Return the state before the first update, for `update`: `Chain.init`, placed on `mesh`.
+
+        Args:
+          params: the parameters, a tree of arrays and numbers.
+        """
+        self._from_arrays = False
+        state = self.chain.init(params)
+        for path, box in self._rates().items():
+            link, _, number = path.rpartition("/")
+            old = state[link][number]
+            # A copy: a step may take the memory of the state, not that of the variable.
+            state[link][number] = placed(old, jnp.array(box.value, old.dtype))
+        return on_mesh(state, self.mesh)
+
+    def update(
+        self, updates: Any, state: dict[str, Any], params: Any = None, **extra: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        """Return what to add to the parameters, and the new state: `Chain.update`.
+
+        Args:
+          updates: the gradients, a tree like the parameters.
+          state: from `init`, or from the update before.
+          params: the parameters. May be left out if no link reads them.
+          **extra: `value`, the loss, for links that take it.
+
+        The numbers are those of the state, but for traced values that the optimizer was built
+        with: each update takes these. So it does, outside of `jit`, with arrays that an optimizer
+        was built with which has made no state itself, as `optax.inject_hyperparams` builds one for
+        each update.
+        """
+        if self._from_arrays and not isinstance(state["step"], Tracer):
+            state = self.chain.with_own_numbers(state)
+        return self.chain.update(updates, state, params, **extra)
+
+    def set(self, state: dict[str, Any], **values: Any) -> dict[str, Any]:
+        """Return a state of `init` or `update` with other hyperparameters: `Chain.set`.
+
+        The optimizer itself, and the state that it keeps for `minimize` and `apply`, stay as they
+        are: these go by options that are assigned to.
+
+        Args:
+          state: a state of this optimizer.
+          **values: number by name, or by `link/number` where several links have that name. None
+            gives back what the optimizer was built with, such as its schedule.
+
+        Raises:
+          ValueError: no link, or more than one, has such a number; or its rule does not hold.
+
+        Example:
+          >>> import optimize_loss as ol
+          >>> opt = ol.optimizers.SGD(0.5)
+          >>> state = opt.set(opt.init({"w": 1.0}), learning_rate=0.25)
+          >>> updates, state = opt.update({"w": 1.0}, state)
+          >>> print(updates["w"], opt.learning_rate)
+          -0.25 0.5
+        """
+        return self.chain.set(state, **values)
+
+    # The way of pytrees: the optimizer keeps the state, the caller the parameters.
+
+    def apply(self, grads: Any, params: Any = None) -> Any:
+        """Return the new parameters; the state stays in the optimizer.
+
+        Args:
+          grads: a tree like `params`; where it has None, the parameter is left alone.
+          params: a tree of arrays; or one of variables, which are updated in place. If left out,
+            the variables that the optimizer was built with.
+
+        Returns:
+          A tree like `params`; for variables, the number of updates made.
+
+        Raises:
+          TreeMismatch: the trees differ.
+          ValueError: there is no gradient at all; or the parameters are not those of before.
+        """
+        if params is None:
+            params = self._given
+            if not params:
+                raise ValueError(
+                    "`params` must be given unless the optimizer was built with variables."
+                )
+        if any(map(is_variable, flatten(params, is_variable)[0])):
+            return self.apply_gradients(paired(grads, params))
+        return self._apply_tree(grads, params, aggregates=True)
+
+    def _apply_tree(self, grads: Any, params: Any, aggregates: bool) -> Any:
+        """Return the new parameters, a tree like the old ones; integers stay as they are."""
+        known = without_strangers(grads, params)
+        taken = take_apart(known)
+        same_leaves("grads", grads, "params", taken.tree)
+        pairs = zip(taken.check_updates(grads), taken.leaves, strict=True)
+        summed = self.aggregate_gradients(pairs) if aggregates else pairs
+        named = dict(zip(taken.names, summed, strict=True))
+        trained = {name: pair for name, pair in named.items() if is_inexact(pair[1])}
+        values = {name: p for name, (_, p) in trained.items()}
+        with undone_if_it_fails(self):
+            if not self.built:
+                self.build([Variable(p, name) for name, p in values.items()])
+                self._forget_variables()  # the caller keeps the values
+            new, state = self._advance({name: g for name, (g, _) in trained.items()}, values)
+        self._hold().keep(state)
+        result = taken.unflatten([new.get(name, p) for name, (_, p) in named.items()])
+        return result if known is params else with_strangers(result, params)
+
+    # The imperative way: variables are updated in place.
+
+    def minimize(
+        self,
+        loss: Callable[[], Any],
+        var_list: Sequence[Variable] | Callable[[], Sequence[Variable]],
+        tape: None = None,
+    ) -> None:
+        """Update variables in place, one step down the gradient of `loss`.
+
+        Args:
+          loss: a function without arguments of the variables' values. The gradient of a loss that
+            is no scalar is that of its sum, as in TensorFlow.
+          var_list: the variables, or a function that returns them.
+          tape: None; there is no tape in JAX.
+        """
+        self.apply_gradients(self.compute_gradients(loss, var_list, tape))
+
+    def compute_gradients(
+        self,
+        loss: Callable[[], Any],
+        var_list: Sequence[Variable] | Callable[[], Sequence[Variable]],
+        tape: None = None,
+    ) -> list[tuple[jax.Array | None, Variable]]:
+        """Return the gradients of `loss`, None where it does not depend on a variable.
+
+        Integer variables have none.
+
+        They are as `apply_gradients` takes them: multiplied by the loss scale, if there is one.
+
+        Args:
+          loss: as for `minimize`.
+          var_list: as for `minimize`.
+          tape: None.
+
+        Raises:
+          InvalidType: `loss` is no function, or `tape` is not None: gradients are of functions.
+        """
+        if tape is not None or not callable(loss):
+            raise InvalidType(
+                "`loss` must be a function without arguments, as JAX takes gradients of functions "
+                "and has no tape: `optimizer.minimize(lambda: 3 * v * v, [v])`. "
+                f"Received: loss={loss!r}, tape={tape!r}."
+            )
+        if callable(var_list):
+            loss()  # the first call may make the variables
+            var_list = var_list()
+        variables = check_variables(var_list)
+
+        def loss_of(values: list[jax.Array]) -> tuple[jax.Array, None]:
+            before = [v.value for v in variables]
+            try:
+                for v, value in zip(variables, values, strict=True):
+                    v._value = value
+                return jnp.asarray(value_of(loss())), None
+            finally:
+                for v, value in zip(variables, before, strict=True):
+                    v._value = value
+
+        values = [v.value for v in variables]
+        trained = Trainable(values, tuple(map(is_inexact, values)))
+        try:
+            _, _, found = derivatives(loss_of, trained, self._loss_scale())
+        except jax.errors.UnexpectedTracerError as error:
+            raise InvalidType(
+                "`loss` must not call a function under `jax.jit` that reads variables from "
+                "outside: it sees the values of its first call only. Pass it `v.value`, or leave "
+                "jit out. "
+                f"{received('loss', loss)}"
+            ) from error
+        grads = iter(found)
+        return [
+            (next(grads) if t else None, v) for t, v in zip(trained.marks, variables, strict=True)
+        ]
+
+    def apply_gradients(
+        self,
+        grads_and_vars: Iterable[tuple[Any, Any]],
+        name: str | None = None,
+        skip_gradients_aggregation: bool = False,
+        experimental_aggregate_gradients: bool = True,
+    ) -> Any:
+        """Update variables in place.
+
+        In this order: sum over devices, divide by the loss scale, accumulate, clip, decay, apply
+        the rule, average, count; then the variables' constraints. A variable whose gradient is None
+        is left alone, with a warning.
+
+        Args:
+          grads_and_vars: pairs of a gradient and a variable. If they hold arrays in place of
+            variables, the new arrays are returned.
+          name: ignored; in TensorFlow a name scope.
+          skip_gradients_aggregation: whether to leave out `aggregate_gradients`.
+          experimental_aggregate_gradients: the same the other way round, as of old.
+
+        Returns:
+          The number of updates made, a `Variable`; or a list of arrays.
+
+        Raises:
+          InvalidType: there are no such pairs.
+          ValueError: there is no gradient at all, or a variable is not one of those that the
+            optimizer was built with.
+        """
+        pairs = check_pairs(grads_and_vars)
+        aggregates = experimental_aggregate_gradients and not skip_gradients_aggregation
+        if not pairs:
+            return self.iterations
+        if not any(isinstance(v, Variable) for _, v in pairs):
+            return self._apply_tree([g for g, _ in pairs], [p for _, p in pairs], aggregates)
+        with undone_if_it_fails(self):
+            self.build(check_variables([v for _, v in pairs]))
+            if aggregates:
+                pairs = list(self.aggregate_gradients(pairs))
+            named = {self._name_of(v): (gradient_of(g, v), v) for g, v in pairs}
+            values = {self._name_of(v): v.value for v in self._given}
+            new, state = self._advance({name: g for name, (g, _) in named.items()}, values)
+            moved = [(v, constrained(v, new[n])) for n, (g, v) in named.items() if g is not None]
+        self._hold().keep(state)
+        for v, value in moved:
+            v.assign(value)
+        return self.iterations
+
+    def aggregate_gradients(
+        self, grads_and_vars: Iterable[tuple[Any, Any]]
+    ) -> list[tuple[Any, Any]]:
+        """Return the pairs with the gradients summed over the devices along `axis_name`, if any.
+
+        `minimize`, `apply_gradients` and `apply` call this. `update` and `optimize_loss` do not:
+        they have a link in its place.
+
+        Args:
+          grads_and_vars: pairs of a gradient, or None, and a variable.
+        """
+        pairs = list(grads_and_vars)
+        if self.axis_name is None:
+            return pairs
+        return [(None if g is None else summed(g, self.axis_name), v) for g, v in pairs]
+
+    def finalize_variable_values(self, var_list: Any) -> Any:
+        """Put the averages that the optimizer keeps, if any, in the place of the parameters.
+
+        Args:
+          var_list: variables, which are assigned to; or a tree of arrays.
+
+        Returns:
+          None for variables; else the tree of averages.
+
+        Raises:
+          ValueError: the optimizer is not built.
+        """
+        leaves = jax.tree.leaves(var_list, is_leaf=is_variable)
+        held = self._require_built("finalize_variable_values")
+        if any(map(is_variable, leaves)):
+            named = {self._name_of(v): v for v in check_variables(leaves)}
+            averages = held.averaged({self._name_of(v): v.value for v in self._given})
+            for name, v in named.items():
+                v.assign(averages[name])
+            return None
+        taken = take_apart(var_list)
+        named = dict(zip(taken.names, taken.leaves, strict=True))
+        values = {name: p for name, p in named.items() if is_inexact(p)}
+        held.check_names(values)
+        return taken.unflatten([*{**named, **held.averaged(values)}.values()])
+
+    def _advance(
+        self, grads: Mapping[str, Any], params: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], Any]:
+        """Return the new parameters by name, and the new state."""
+        self._check_trace([*grads.values(), *params.values()])
+        held = self._hold()
+        held.check_names(params)
+        missing = [name for name, grad in grads.items() if grad is None]
+        if len(missing) == len(grads):
+            raise ValueError(
+                f"No gradients: the gradient of every parameter is None. Parameters: {missing}."
+            )
+        if missing:
+            warnings.warn(
+                f"There is no gradient for {missing}: they are left as they are.", stacklevel=4
+            )
+        return held.after(grads, params, self.jit_compile)
+
+    # Configurations.
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the options as a dict that JSON can hold: plain values, and dicts for schedules.
+
+        Subclasses with an `__init__` of their own add their options to what `super()` returns; if
+        they do not define `get_config`, options are read from attributes of the same names.
+        `mesh` is of this process, and is left out.
+
+        Raises:
+          InvalidType: a value has no configuration, as plain functions have none.
+          NotImplementedError: an option of a subclass without `get_config` is no attribute.
+        """
+        values = {n: getattr(self, n) for n in options_of(type(self)) if n != "learning_rate"}
+        later = ("gradient_accumulation_steps", "loss_scale_factor", "axis_name")
+        config = {n: serialize(x) for n, x in values.items() if n not in ("mesh", *later)}
+        config |= {n: serialize(values[n]) for n in later if values[n] is not None}
+        config |= {} if self.rate is None else {"learning_rate": serialize(self.rate)}
+        config["name"] = self.name or type(self).__name__
+        parameters = inspect.signature(type(self)).parameters
+        if not _takes_any(parameters):
+            config = {name: x for name, x in config.items() if name in parameters}
+        if type(self).get_config is Optimizer.get_config:
+            absent = ("mesh", "learning_rate", *later)
+            named = [
+                n for n, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+            ]
+            config |= {n: self._own_option(n) for n in named if n not in (*config, *absent)}
+        return config
+
+    def _own_option(self, name: str) -> Any:
+        """Return an option of a subclass for its configuration."""
+        for attribute in (name, f"_{name}"):
+            if attribute in vars(self):
+                return serialize(vars(self)[attribute])
+        raise NotImplementedError(
+            f"`get_config` of {type(self).__name__} must be defined: its constructor takes "
+            f"`{name}`, which is no attribute of it."
+        )
+
+    @classmethod
+    def from_config(
+        cls, config: Mapping[str, Any], custom_objects: Mapping[str, type] | None = None
+    ) -> "Optimizer":
+        """Return an optimizer with these options; the inverse of `get_config`.
+
+        Args:
+          config: as `get_config` returns it, from here or from Keras. It is not changed.
+          custom_objects: classes by name, for schedules and optimizers in it that are not of this
+            package.
+
+        Raises:
+          InvalidType: `config` is no dict, or an option is unknown.
+          ValueError: it is of one of Keras' legacy optimizers, or the value of an option is wrong.
+        """
+        if not isinstance(config, Mapping):
+            raise InvalidType(f"`config` must be a dict. {received('config', config)}")
+        if config.get("is_legacy_optimizer"):
+            raise ValueError("`config` must not be of one of Keras' legacy optimizers.")
+        given = {n: plain(x, custom_objects) for n, x in config.items()}
+        given.pop("is_legacy_optimizer", None)
+        parameters = inspect.signature(cls).parameters
+        if not _takes_any(parameters):
+            check_options(cls, given, parameters)
+        return cls(**given)
+
+    def _serialize_hyperparameter(self, hyperparameter: Any) -> Any:
+        """Return a rate or another hyperparameter for a configuration, as Keras' helper does."""
+        return serialize(hyperparameter)
+
+
+def _takes_any(parameters: Mapping[str, inspect.Parameter]) -> bool:
+    return any(p.kind is p.VAR_KEYWORD for p in parameters.values())

@@ -20,7 +20,6 @@
 # %%
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
@@ -75,8 +74,8 @@ print(updates["w"], state["agree"]["m"]["w"])  # the second entry turned: it sta
 # %% [markdown]
 # ## A link with a number for the whole tree
 #
-# `measure` gives a number for each parameter, which is summed over all; `scalars` turns the sum into what `leaf` needs. This
-# one scales the whole gradient to norm 1.
+# `needs` names a number of the whole tree, here the joint norm of all updates; `scalars` turns it into what the leaves need.
+# This one scales the whole gradient to norm 1.
 
 
 # %%
@@ -84,11 +83,10 @@ print(updates["w"], state["agree"]["m"]["w"])  # the second entry turned: it sta
 class ToUnitNorm(t.Link):
     """Scale all gradients together to the L2 norm 1."""
 
-    def measure(self, update):
-        return jnp.sum(jnp.square(update))
+    needs = "global_norm"
 
     def scalars(self, numbers, memory, total, step):
-        return {"factor": jax.lax.rsqrt(jnp.maximum(total, 1e-30))}, memory
+        return {"factor": 1 / jnp.maximum(total, 1e-30)}, memory
 
     def factor(self, k):
         return k["factor"]

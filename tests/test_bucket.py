@@ -357,10 +357,10 @@ class Broken(T.Link):
 
 
 def test_links_of_users_are_safe():
-    assert T.ScaleByLearningRate(0.1).by_entry
-    assert not Doubled(0.1).by_entry
-    assert not T.Link().by_entry
-    assert not T.AddNoise(0.1).by_entry
+    assert T.ScaleByLearningRate(0.1).elementwise
+    assert not Doubled(0.1).elementwise
+    assert not T.Link().elementwise
+    assert not T.AddNoise(0.1).elementwise
 
 
 @pytest.mark.parametrize(("link", "says"), [(Wrong(), "scalars"), (Broken(), "shape")], ids=str)

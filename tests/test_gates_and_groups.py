@@ -185,11 +185,10 @@ def test_each_row_of_a_vmap_has_its_own_gate():
 
 
 @dataclasses.dataclass(frozen=True)
-class OpenFrom(T.Link):
+class OpenFrom(T.Gate):
     """A user's gate, which opens where the norm is large enough, and multiplies by nothing."""
 
     norm: float
-    gates = True
     needs = "global_norm"
 
     def scalars(self, numbers, memory, total, step):
@@ -733,7 +732,7 @@ class Shift(T.Link):
 
     by: float
 
-    def move(self, param, k):
+    def before(self, param, k):
         return jnp.full_like(param, k["by"])
 
 
@@ -943,9 +942,9 @@ def test_what_a_tree_link_returns_is_checked(case):
         tx.update(NUMBERS, tx.init(NUMBERS), NUMBERS)
 
 
-@pytest.mark.parametrize("attribute", ["gates", "needs_stored"])
-def test_a_tree_link_is_no_gate(attribute):
-    cls = type("Tree", (SubtractMean,), {attribute: True})
+@pytest.mark.parametrize("method", ["before", "after"])
+def test_a_tree_link_does_not_run_around_updates(method):
+    cls = type("Tree", (SubtractMean,), {method: lambda *args: None})
     with pytest.raises(ValueError, match="must be a `Link` and no `TreeLink`"):
         T.chain(tree=cls(1.0))
 

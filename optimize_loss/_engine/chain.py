@@ -1,7 +1,7 @@
 """Links in a row, by name: one optax transformation whose state is a dict."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,18 +9,27 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from optimize_loss._checks import InvalidType, TreeMismatch, check_single
-from optimize_loss._engine.accumulate import weighs_nothing, with_losses
 from optimize_loss._engine.device import from_host
 from optimize_loss._engine.equal import same, structural_hash
 from optimize_loss._engine.first_state import init_link
-from optimize_loss._engine.flow import Call, Place, State
+from optimize_loss._engine.kinds import weighs_nothing
 from optimize_loss._engine.leaf import Wanted
-from optimize_loss._engine.link import Link, is_transformation
+from optimize_loss._engine.link import Link, State, is_transformation, overrides
 from optimize_loss._engine.numbers import ChainNumbers, replaced
 from optimize_loss._engine.passes import averaged, decoded, run
-from optimize_loss._engine.plan import check_last, check_order, linked, settled, structure, takes
+from optimize_loss._engine.plan import (
+    Place,
+    Plan,
+    check_last,
+    check_order,
+    settled,
+    structure,
+    takes,
+    with_losses,
+)
 from optimize_loss._engine.precision import Precision, check_used, codecs
-from optimize_loss._engine.selection import ForParameters
+from optimize_loss._engine.selection import ForParameters, linked
+from optimize_loss._engine.totals import Call
 from optimize_loss._engine.transfers import asked_for
 from optimize_loss._engine.transformation import Transformation, made_once
 from optimize_loss._engine.trees import (
@@ -88,7 +97,7 @@ class Chain(Transformation):
         state: State = {"step": from_host(0, jnp.int32)}
         places = self._places(taken)
         check_last(places)
-        check_used(self.precision, places)
+        check_used(self.precision, places, taken)
         for place in places:
             ours = isinstance(place.link, Link)
             state[place.name] = (
@@ -108,9 +117,9 @@ class Chain(Transformation):
         for place in places:
             if isinstance(place.link, Link):
                 place.link.check_names(place.names(taken))
-        if any(place.kind != "ours" for place in places):  # they see the user's tree
+        if any(place.kind != "leaf" for place in places):  # they see the user's tree
             return [None] * len(taken.leaves)
-        by_entry = [place.link.by_entry for place in places]
+        by_entry = [place.link.elementwise for place in places]
         kinds = zip(*(place.takes for place in places), strict=True)
         stored = [[place.codec(j) for place in places] for j in range(len(taken.leaves))]
         return [
@@ -226,7 +235,7 @@ class Chain(Transformation):
         _check_state(self, state)
         check_single("the average of the parameters", state["step"])
         taken = take_apart(params)
-        return taken.unflatten(averaged(self._places(taken), state, taken))
+        return taken.unflatten(averaged(self._plan(taken), state))
 
     @asked_for()
     def decoded(self, state: State, params: Any) -> State:
@@ -237,7 +246,7 @@ class Chain(Transformation):
         """
         _check_state(self, state)
         taken = take_apart(params)
-        return {**state, **decoded(self._places(taken), state, taken)}
+        return {**state, **decoded(self._plan(taken), state)}
 
     def loss_scale(self, state: State, schedule_step: Any = None) -> jax.Array | None:
         """Return what the loss must be multiplied by before its gradients come here, or None."""
@@ -287,6 +296,25 @@ class Chain(Transformation):
     def _linked(self) -> Iterator[tuple[str, Any]]:
         return linked(dict(self.links))
 
+    def _plan(self, params: Params, live: tuple[int, ...] = ()) -> Plan:
+        seed = (self.precision and self.precision.seed) or 0
+        places = (place._replace(link=settled(place.link)) for place in self._places(params))
+        return Plan(params, tuple(places), live, seed)
+
+    def _call(self, state: State, schedule_step: Any, extra: Mapping[str, Any]) -> Call:
+        numbers = self._numbers.at_step(state, _step(state, schedule_step))
+        weight = extra.get("weight")
+        return Call(
+            state=state,
+            numbers=numbers,
+            judged=lambda: self._numbers.judged(numbers, state),
+            entries=dict(self.links),
+            loss=extra.get("value"),
+            weight=weight,
+            empty=weighs_nothing((link for _, link in self.links), weight),
+            extra=extra,
+        )
+
     def _places(self, params: Params) -> list[Place]:
         """Return the links with the parameters that they are for."""
         marks = [is_inexact(p) for p in params.leaves]
@@ -319,24 +347,14 @@ class Chain(Transformation):
         known = without_strangers(updates, params)
         taken = take_apart(known)
         flat = taken.check_updates(updates)
-        numbers, outlook = self._numbers.at_step(state, _step(state, schedule_step))
-        call = Call(
-            params=taken,
-            state=state,
-            numbers=numbers,
-            outlook=outlook,
-            empty=weighs_nothing((link for _, link in self.links), extra.get("weight")),
-            live=[j for j, p in enumerate(taken.leaves) if flat[j] is not None and is_inexact(p)],
-            wanted=wanted,
-            extra=extra,
-            seed=(self.precision and self.precision.seed) or 0,
-        )
-        places = [place._replace(link=settled(place.link)) for place in self._places(taken)]
+        live = [j for j, p in enumerate(taken.leaves) if flat[j] is not None and is_inexact(p)]
+        plan = self._plan(taken, tuple(live))
         if not are_given:
-            _check_not_read(places)
-        results, new_state = run(places, call, [flat[j] for j in call.live])
+            _check_not_read(plan.places)
+        call = self._call(state, schedule_step, extra)
+        results, new_state = run(plan, call, [flat[j] for j in live], wanted)
         outputs = list(taken.leaves if wanted == "params" else flat)
-        for j, result in zip(call.live, results, strict=True):
+        for j, result in zip(live, results, strict=True):
             outputs[j] = result
         result = taken.unflatten(outputs)
         if known is not params and wanted == "params":
@@ -404,10 +422,10 @@ def _step(state: State, schedule_step: Any) -> Any:
     return state["step"] if schedule_step is None else schedule_step
 
 
-def _check_not_read(places: list[Place]) -> None:
+def _check_not_read(places: Sequence[Place]) -> None:
     """Raise a `ValueError` if a link reads parameters that were not given."""
     for place in places:
-        reads = isinstance(place.link, Link) and (place.link.reads_params or place.link.moves)
+        reads = getattr(place.link, "reads_params", False) or overrides(place.link, "before")
         if reads and any(place.takes):
             raise ValueError(f"`params` must be given: the link {place.name!r} reads them.")
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jax.interpreters import partial_eval
 
 from optimize_loss._engine.device import from_host
-from optimize_loss._engine.flow import Place, State
-from optimize_loss._engine.link import Link, TreeLink
+from optimize_loss._engine.link import Link, State, TreeLink
 from optimize_loss._engine.numbers import to_array
+from optimize_loss._engine.plan import Place
 from optimize_loss._engine.precision import Precision, codec_for
 from optimize_loss._engine.trees import Params
 
@@ -94,8 +94,6 @@ def possible_slots(link: Link, precision: Precision | None) -> list[Any]:
     found = []
     for rank in range(4):
         param = jax.ShapeDtypeStruct((1,) * rank, jnp.float32)
-        if not link.suits(param):
-            continue
         try:
             slots = jax.eval_shape(link.slots, param)
         except ValueError:  # it is not for this rank

@@ -1,6 +1,6 @@
 """Whether a step is sound: its loss, the norm of its gradients, and whose gradient is not."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,21 +13,6 @@ from optimize_loss._random import name_words
 NOBODY, THE_LOSS, THE_NORM, A_SCHEDULE = 0, -1, -2, -3  # where no parameter is to blame
 
 
-class Outlook(NamedTuple):
-    """What a guard is told of the chain, beside the health of the batch.
-
-    Attributes:
-      loss_scale: of all links; None where there is none.
-      scale_shrinks: whether that is dynamic and above its least; None where none is dynamic.
-      schedules_hold: whether every schedule has a value that its number may have; None where no
-        number has a schedule.
-    """
-
-    loss_scale: jax.Array | None = None
-    scale_shrinks: jax.Array | None = None
-    schedules_hold: jax.Array | None = None
-
-
 class Health(NamedTuple):
     """What a guard judges by.
 
@@ -35,13 +20,17 @@ class Health(NamedTuple):
       norm: the L2 norm of all gradients, as they come.
       loss_is_finite: whether the loss and its weight are finite; true where there is none.
       offender: the mark of the first parameter whose gradient is not finite; 0 for none.
-      outlook: what is told of the chain.
+      loss_scale: by which the gradients come multiplied; None where there is none.
+      scale_shrinks: whether that is dynamic, and above its least.
+      schedules_hold: whether every schedule has a value that its number may have.
     """
 
     norm: jax.Array
     loss_is_finite: jax.Array
     offender: jax.Array
-    outlook: Outlook = Outlook()
+    loss_scale: jax.Array | None
+    scale_shrinks: jax.Array
+    schedules_hold: jax.Array
 
     def without(self, empty: jax.Array | None) -> "Health":
         """Return what counts: that there was nothing where the batch was empty."""
@@ -73,7 +62,13 @@ def blamed(code: int, names: Sequence[str]) -> str | None:
     return " or ".join(found) or "a parameter that is no longer there"
 
 
-def health(norm: jax.Array, parts: Any, updates: Sequence[jax.Array], owners: Any) -> Health:
+def health(
+    norm: jax.Array,
+    parts: Any,
+    updates: Sequence[jax.Array],
+    owners: Any,
+    judged: Mapping[str, jax.Array],
+) -> Health:
     """Return what a guard judges by; the gradients are read again only if the norm is not finite.
 
     Args:
@@ -81,15 +76,16 @@ def health(norm: jax.Array, parts: Any, updates: Sequence[jax.Array], owners: An
       parts: the loss and its weight, or None.
       updates: the gradients.
       owners: for each gradient, the names of its parameters, and how they lie in it.
+      judged: what else `Health` has.
     """
     finite = jnp.isfinite(norm)
     fine = [jnp.all(jnp.isfinite(part)) for part in parts if part is not None]
     sound = jnp.all(jnp.stack(fine)) if fine else jnp.array(True)
     if not updates:
-        return Health(norm, sound, jnp.zeros((), jnp.int32))
+        return Health(norm, sound, jnp.zeros((), jnp.int32), **judged)
     nobody = jnp.full((), NOBODY, jnp.int32)
     found = jax.lax.cond(finite, lambda: nobody, lambda: _offender(updates, owners))
-    return Health(norm, sound, found)
+    return Health(norm, sound, found, **judged)
 
 
 def _offender(updates: Sequence[jax.Array], owners: Any) -> jax.Array:

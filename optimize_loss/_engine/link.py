@@ -2,32 +2,40 @@
 
 A link is one transformation of the gradients, written as a few small functions:
 
-    numbers()                              its hyperparameters, as they enter the state
-    slots(param)                           its memory for one parameter: {"m": zeros, "v": zeros}
-    memory()                               its memory for the whole tree: scalars
-    measure(update)                        one number per leaf, summed over the tree
-    scalars(numbers, memory, total, step)  once a step: what `leaf` needs, and the new memory
-    for_each(names, k)                     what differs from parameter to parameter, as data
-    leaf(update, slots, param, k)          one array in, one array and the new slots out
-    factor(k)                              in place of `leaf`, if all it does is multiply
-    move(param, k)                         what the parameter moves by before the links behind
-    report(name, parts)                    what `optimize_loss` reports of it: {metric: array}
+    numbers()                               its hyperparameters, as they enter the state
+    slots(param)                            its memory for one parameter: {"m": zeros, "v": zeros}
+    memory()                                its memory for the whole tree: scalars
+    scalars(numbers, memory, total, step)   once a step: what `leaf` needs, and the new memory
+    for_each(names, k)                      what differs from parameter to parameter, as data
 
-Most links need two or three. `chain` computes the totals, then the scalars, then runs the leaf
-functions of all its links in one pass over the parameters.
+and for one parameter, in the order in which they run:
+
+    before(param, k)                        what it moves by before this link and the next see it
+    leaf(update, slots, param, k)           one update in, one update and the new slots out
+    after(param, moved, slots, k)           what it moves by in all, when that is known
+
+In place of `leaf`, a link may write `factor(k)`, if all it does is multiply, or its two halves:
+
+    remember(update, slots, param, k)       the new slots
+    direction(update, slots, param, k)      the new update, from the new slots
+
+    report(name, parts)                     what `optimize_loss` reports of it: {metric: array}
+
+Most links need two or three. `chain` computes the totals, then the scalars, then runs the
+functions of all its links over one parameter after another.
 """
 
 import dataclasses
 import functools
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import jax
 
 from optimize_loss import _checks
 from optimize_loss._checks import Rule, check_flags
-from optimize_loss._engine.arrays import multiplied, stored_as
+from optimize_loss._engine.arrays import multiplied
 
 Schedule = Callable[[Any], Any]
 Number = float | Schedule
@@ -46,6 +54,7 @@ Start = Annotated[float, dataclasses.replace(_checks.NOT_NEGATIVE, initial=True)
 PositiveStart = Annotated[float, dataclasses.replace(_checks.POSITIVE, initial=True)]
 
 Numbers = Mapping[str, Any]
+State = dict[str, Any]
 Slots = Mapping[str, jax.Array]
 
 
@@ -81,8 +90,9 @@ def check_fields(options: Any) -> None:
 
 
 _ON_LEAVES = {
-    "slots", "measure", "for_each", "factor", "leaf", "narrow_leaf", "move", "averaged", "rounded",
-}  # fmt: skip
+    *("slots", "for_each", "before", "factor", "remember", "direction", "leaf", "narrow_leaf"),
+    *("after", "averaged"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,17 +107,17 @@ class Link:
 
         slots(param)                           its memory for one parameter: {"m": zeros}
         memory()                               its memory for the whole tree: {"mean": 0.0}
-        measure(update)                        one number per leaf, summed over the tree
         scalars(numbers, memory, total, step)  once a step: what `leaf` needs, and the memory
         for_each(names, k)                     what differs from parameter to parameter
+        before(param, k)                       what a parameter moves by before its next links
         leaf(update, slots, param, k)          one array in, one array and the new slots out
         factor(k)                              in place of `leaf`, if all it does is multiply
-        move(param, k)                         what the parameter moves by before the links behind
+        remember, direction                    in place of `leaf`: the new slots, then the update
+        after(param, moved, slots, k)          what a parameter moves by in all
         report(name, parts)                    what `optimize_loss` reports of it: {metric: array}
 
-    and set the class attributes `needs`, `borrows`, `observes`, `gates`, `needs_stored`,
-    `means`, `squares`, `elementwise`, `scales_moves`, `reads_params` where they differ from the
-    defaults below.
+    and set the class attributes `needs`, `means`, `squares`, `elementwise` and `reads_params` where
+    they differ from the defaults below.
 
     Example:
       A link that takes the sign of the gradient where it is large, and sends zero elsewhere:
@@ -125,52 +135,36 @@ class Link:
       [-1.  0.  1.] 0.5
     """
 
-    needs: ClassVar[Literal["global_norm", "loss", "loss_and_weight", "health"] | None] = None
-    """What `scalars` receives as `total` where there is no `measure`: the L2 norm of all updates
-    at this place in the chain, safe from overflow; the loss of this step; a pair of the loss and
-    the weight that it came with, as given, each None where there is none; or, for guards, the
-    `Health` of the step. A link with "health" stands before all gates and loss scales."""
-
-    borrows: ClassVar[tuple[str, ...]] = ()
-    """Numbers of other links that `scalars` receives with its own, such as `learning_rate`."""
-
-    observes: ClassVar[bool] = False
-    """True where `leaf` returns the update as it came."""
-
-    gates: ClassVar[bool] = False
-    """True where `scalars` returns `open`, a bool, among what `leaf` needs. Unless it is true, the
-    links behind do not run: parameters, their slots and the count of updates stay as they are.
-    Of a gate that needs "loss_and_weight", a `loss_behind` among it is the loss which these links
-    see, and `empty_behind` tells whether nothing was gathered, so that they keep their memory."""
-
-    needs_stored: ClassVar[bool] = False
-    """True where `leaf` must see an update after which the parameter is as it will be stored,
-    rounded to its dtype. Such a link stands behind those that change the update."""
+    needs: ClassVar[str | None] = None
+    """What `scalars` receives as `total`: "global_norm", the L2 norm of all updates at this place
+    in the chain, safe from overflow; "finite", whether all entries of these are; "loss", that of
+    this step; "loss_and_weight", the pair as it was given, each None where there is none;
+    "learning_rate", that of the one link that has one; for guards "health", the `Health` of the
+    step. With "random_bits", `k["draw"]` keys bits of each entry, by the seed and the step."""
 
     means: ClassVar[tuple[str, ...]] = ()
     """Slots that are running means of values of either sign, or sums that decay as these do. A
     `Precision` keeps such in 16 or 8 bits where they are float32 and of the parameter's shape;
-    `leaf` sees them in float32."""
+    links see them in float32."""
 
     squares: ClassVar[tuple[str, ...]] = ()
     """The same for means of squares, which are never negative."""
 
-    draws: ClassVar[bool] = False
-    """True where `k["draw"]` keys random bits of each entry, as `seed` and the step have them."""
-
     elementwise: ClassVar[bool] = False
-    """True where every entry of a leaf and its slots goes its own way: `slots`, `leaf`, `factor`,
-    `move` and `averaged` do to an entry what they would do to it alone, `measure` is a sum over
-    entries, and `for_each` gives scalars. `optimize_loss` then keeps small parameters in one array.
-    It must be set anew by a subclass that defines one of these functions anew."""
-
-    scales_moves: ClassVar[bool] = False
-    """True where `leaf` multiplies, and what links before have moved the parameter by, too: as if
-    that were part of the update."""
+    """Whether the link treats every entry of a leaf independently: the functions of one parameter
+    do to an entry what they would do to it alone, and `for_each` gives scalars. `optimize_loss`
+    then keeps small parameters in one array. A subclass that defines one of these functions again
+    must set it again."""
 
     reads_params: ClassVar[bool] = False
-    """True where `leaf` uses the values in `param`, so that `update` must be given them. Without
-    it, `param` may hold NaN."""
+    """Whether the values in `param` are used, so that `update` must be given them. Without it,
+    `param` may hold anything."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Let a class that defines a function of one parameter say again that it is elementwise."""
+        super().__init_subclass__(**kwargs)
+        if "elementwise" not in vars(cls) and not _ON_LEAVES.isdisjoint(vars(cls)):
+            cls.elementwise = False
 
     def __post_init__(self):
         check_fields(self)
@@ -196,10 +190,6 @@ class Link:
         """
         return {}
 
-    def measure(self, update: jax.Array) -> jax.Array:
-        """Return one number for a leaf; `scalars` receives the sum over all leaves as `total`."""
-        raise NotImplementedError
-
     def scalars(
         self, numbers: Numbers, memory: Numbers, total: Any, step: jax.Array
     ) -> tuple[Numbers, Numbers]:
@@ -208,18 +198,10 @@ class Link:
         Args:
           numbers: the hyperparameters at this step; a decay rate β is the array (β, 1-β).
           memory: the memory for the whole tree.
-          total: the sum of `measure` over the leaves, or what `needs` names, or None.
+          total: what `needs` names, or None.
           step: the number of updates made before this one, an int32.
         """
         return numbers, memory
-
-    def suits(self, param: jax.Array) -> bool:
-        """Return whether the link is for such a parameter at all; others pass."""
-        return True
-
-    def rounded(self, update: jax.Array, param: jax.Array, dtype: Any, k: Numbers) -> jax.Array:
-        """Return the update to what is stored as `dtype`; for links that are `needs_stored`."""
-        return stored_as(param + update, dtype) - param
 
     def check_names(self, names: Sequence[str]) -> None:
         """Raise a `ValueError` if a pattern of this link matches none of the parameters."""
@@ -228,6 +210,10 @@ class Link:
         """Return for each parameter what is its own in `k`; equal shapes still share a trace."""
         return iter([{}] * len(names))
 
+    def before(self, param: jax.Array, k: Numbers) -> jax.Array:
+        """Return what is added to the parameter before this link and those behind it see it."""
+        raise NotImplementedError
+
     def factor(self, k: Numbers) -> jax.Array | tuple[jax.Array, ...]:
         """Return the scalar that multiplies the update, for links that do nothing else.
 
@@ -235,18 +221,26 @@ class Link:
         the dtype.
 
         It takes the place of `leaf`, and spares a pass where the norm after the link is needed.
-        Of a gate it multiplies what `leaf` returns, and only behind it, where it is open: no copy
-        of all updates is made for the links there.
         """
         raise NotImplementedError
+
+    def remember(self, update: jax.Array, slots: Slots, param: jax.Array, k: Numbers) -> Slots:
+        """Return the new slots of one parameter."""
+        return slots
+
+    def direction(self, update: jax.Array, slots: Slots, param: jax.Array, k: Numbers) -> jax.Array:
+        """Return the new update of one parameter, which may depend on its new slots.
+
+        A `Precision` of 16 bits shows the slots as they are stored.
+        """
+        return multiplied(update, factors(self, k)) if overrides(self, "factor") else update
 
     def leaf(
         self, update: jax.Array, slots: Slots, param: jax.Array, k: Numbers
     ) -> tuple[jax.Array, Slots]:
         """Return the new update and the new slots of one parameter, in float32 or wider."""
-        if self.multiplies and not self.gates:
-            update = multiplied(update, self.factors(k))
-        return update, slots
+        new = self.remember(update, slots, param, k)
+        return self.direction(update, new, param, k), new
 
     def narrow_leaf(
         self, update: jax.Array, slots: Slots, param: jax.Array, k: Numbers, dtype: Any
@@ -257,8 +251,17 @@ class Link:
         """
         return self.leaf(update, slots, param, k)
 
-    def move(self, param: jax.Array, k: Numbers) -> jax.Array:
-        """Return what is added to the parameter before the links behind see it."""
+    def after(
+        self, param: jax.Array, moved: jax.Array, slots: Slots, k: Numbers
+    ) -> tuple[jax.Array, Slots]:
+        """Return what the parameter moves by in all, and the new slots.
+
+        Args:
+          param: the parameter as it is stored, in its own dtype.
+          moved: what is to be added to it, in float32 or wider.
+          slots: the slots.
+          k: what is needed.
+        """
         raise NotImplementedError
 
     def report(self, name: str, parts: Mapping[str, Any]) -> dict[str, Any]:
@@ -276,40 +279,26 @@ class Link:
         """Return the parameter to use after training, where the link keeps a better one."""
         raise NotImplementedError
 
-    def factors(self, k: Numbers) -> tuple[jax.Array, ...]:
-        """Return what `factor` returns, as a tuple."""
-        found = self.factor(k)
-        return found if isinstance(found, tuple) else (found,)
 
-    @property
-    def by_entry(self) -> bool:
-        """Whether the class that says so, or a base of it, defines all that runs on a leaf."""
-        for cls in type(self).__mro__:
-            if "elementwise" in vars(cls):
-                return cls.elementwise
-            if not vars(cls).keys().isdisjoint(_ON_LEAVES):
-                return False
-        return False
+def overrides(link: Any, *names: str) -> bool:
+    """Return whether the class of a link, or a base of it, defines one of these methods of `Link`.
 
-    @property
-    def multiplies(self) -> bool:
-        """Whether this class or a base of it defines `factor`."""
-        return type(self).factor is not Link.factor
+    Anything but a link defines none.
+    """
+    cls = type(link)
+    return isinstance(link, Link) and any(getattr(cls, n) is not getattr(Link, n) for n in names)
 
-    @property
-    def measures(self) -> bool:
-        """Whether this class or a base of it defines `measure`."""
-        return type(self).measure is not Link.measure
 
-    @property
-    def moves(self) -> bool:
-        """Whether this class or a base of it defines `move`."""
-        return type(self).move is not Link.move
+def factors(link: Link, k: Numbers) -> tuple[jax.Array, ...]:
+    """Return by what a link multiplies the update, one factor after the other."""
+    found = link.factor(k)
+    return found if isinstance(found, tuple) else (found,)
 
-    @property
-    def averages(self) -> bool:
-        """Whether this class or a base of it defines `averaged`."""
-        return type(self).averaged is not Link.averaged
+
+def passes(link: Any) -> bool:
+    """Return whether updates leave a link as they came; what runs after the update may change."""
+    changes = isinstance(link, TreeLink) or overrides(link, "leaf", "direction", "factor")
+    return isinstance(link, Link) and not changes
 
 
 @dataclasses.dataclass(frozen=True)

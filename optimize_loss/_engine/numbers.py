@@ -12,12 +12,9 @@ from jax.core import Tracer
 
 from optimize_loss._checks import Rule, nearest, received
 from optimize_loss._engine.device import from_host
-from optimize_loss._engine.flow import State
-from optimize_loss._engine.health import Outlook
-from optimize_loss._engine.link import Link, Numbers, number_rules
-from optimize_loss._engine.loss_scale import DivideByDynamicLossScale, LossScale
-from optimize_loss._engine.plan import has_rate, lender, linked
-from optimize_loss._engine.plateau import ReduceOnPlateau
+from optimize_loss._engine.kinds import Gate, LossScale, RateScale
+from optimize_loss._engine.link import Link, Numbers, State, number_rules
+from optimize_loss._engine.selection import linked
 from optimize_loss.schedules import Decayed, evaluate
 
 # Stands in the state where a schedule drives the number. It is finite, so that tools which look
@@ -179,30 +176,33 @@ class ChainNumbers:
         own = self._own(state, step, owners)
         return {owner: own[owner][name] for owner in owners}
 
-    def at_step(self, state: State, step: Any) -> tuple[dict[str, Numbers], Outlook]:
-        """Return for each link its numbers at this step, with those of others that it borrows.
+    def at_step(self, state: State, step: Any) -> dict[str, Numbers]:
+        """Return for each link its numbers at this step."""
+        return self._own(state, step, self.links)
 
-        The second result is what guards are told beside these.
-        """
-        own = self._own(state, step, self.links)
-
-        def borrowed(name: str, link: Link) -> Numbers:
-            lenders = {number: lender(self.entries, name, number) for number in link.borrows}
-            return {number: own[owner][number] for number, owner in lenders.items()}
-
-        judged = any(link.needs == "health" for link in self.links.values())
-        outlook = self._outlook(state, own) if judged else Outlook()
-        return {n: {**own[n], **borrowed(n, x)} for n, x in self.links.items()}, outlook
+    def judged(self, numbers: Mapping[str, Numbers], state: State) -> dict[str, Any]:
+        """Return what `Health` has of loss scales and schedules, from the numbers at this step."""
+        shrinking = [x > 1 for x in self._scales(Gate, state, numbers)]
+        held = [
+            jnp.all(jnp.isfinite(numbers[name][number]))
+            for name, link in self.links.items()
+            for number, value in link.numbers().items()
+            if callable(value)
+        ]
+        return {
+            "loss_scale": _product(self._scales(LossScale, state, numbers)),
+            "scale_shrinks": functools.reduce(jnp.logical_or, shrinking, jnp.array(False)),
+            "schedules_hold": functools.reduce(jnp.logical_and, held, jnp.array(True)),
+        }
 
     def loss_scale(self, state: State, step: Any) -> jax.Array | None:
         """Return what the loss must be multiplied by before its gradients come here, or None."""
         scaling = [name for name, link in self.links.items() if isinstance(link, LossScale)]
-        return self._loss_scale(state, self._own(state, step, scaling))
+        return _product(self._scales(LossScale, state, self._own(state, step, scaling)))
 
     def dynamic_loss_scale(self, state: State) -> jax.Array | None:
         """Return the product of the loss scales that change by themselves, or None."""
-        scales = list(self._scales(DivideByDynamicLossScale, state, {}))
-        return functools.reduce(jnp.multiply, scales) if scales else None
+        return _product(self._scales(Gate, state, {}))
 
     def _declared(self, owner: str, number: str) -> bool:
         """Return whether a number is a field of its link, and not named after a parameter."""
@@ -212,39 +212,28 @@ class ChainNumbers:
         """Return the numbers of links at this step, by link, the rates lowered by plateaus."""
         links = self.links
         scales = [
-            link.scale(state[name])
-            for name, link in links.items()
-            if isinstance(link, ReduceOnPlateau)
+            link.scale(state[name]) for name, link in links.items() if isinstance(link, RateScale)
         ]
         own = {n: all_at_step(n, links[n], state[n], step) for n in owners}
         return {n: _lowered(x, scales) if has_rate(links[n]) else x for n, x in own.items()}
 
-    def _scales(self, kind: type[LossScale], state: State, own: Any) -> Iterator[jax.Array]:
-        """Yield the loss scale of each link of a kind, from the numbers of links at this step."""
+    def _scales(self, kind: type[Link], state: State, own: Any) -> Iterator[jax.Array]:
+        """Yield the scale of each loss scale of a kind, from the numbers of links at this step."""
         for name, link in self.links.items():
-            if isinstance(link, kind):
+            if isinstance(link, LossScale) and isinstance(link, kind):
                 yield link.factor_of_loss(own.get(name, {}), state[name])
 
-    def _loss_scale(self, state: State, own: dict[str, Numbers]) -> jax.Array | None:
-        """Return the product of all loss scales, from the numbers of links at this step."""
-        scales = list(self._scales(LossScale, state, own))
-        return functools.reduce(jnp.multiply, scales) if scales else None
 
-    def _outlook(self, state: State, own: dict[str, Numbers]) -> Outlook:
-        """Return what guards are told, from the numbers of links at this step."""
-        dynamic = [x > 1 for x in self._scales(DivideByDynamicLossScale, state, own)]
-        scheduled = [
-            jnp.all(jnp.isfinite(own[name][number]))
-            for name, link in self.links.items()
-            for number, value in link.numbers().items()
-            if callable(value)
-        ]
-        outlook = Outlook(self._loss_scale(state, own))
-        if dynamic:
-            outlook = outlook._replace(scale_shrinks=functools.reduce(jnp.logical_or, dynamic))
-        if scheduled:
-            outlook = outlook._replace(schedules_hold=jnp.all(jnp.stack(scheduled)))
-        return outlook
+def has_rate(link: Any) -> bool:
+    """Return whether a link of ours has a learning rate, and no parameter of that name."""
+    is_ours = isinstance(link, Link) and "learning_rate" in number_rules(type(link))
+    return is_ours and "learning_rate" in link.numbers()
+
+
+def _product(scales: Iterable[jax.Array]) -> jax.Array | None:
+    """Return the product of loss scales; None where there is none."""
+    found = list(scales)
+    return functools.reduce(jnp.multiply, found) if found else None
 
 
 def _lowered(numbers: Numbers, scales: list[jax.Array]) -> Numbers:

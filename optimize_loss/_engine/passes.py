@@ -1,73 +1,77 @@
 """Run the links of a chain over a tree: pass after pass, behind gates only if they are open."""
 
-from collections.abc import Sequence
-from typing import Any
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from optimize_loss._engine.flow import (
-    Call,
-    Flow,
-    Gate,
-    Place,
-    State,
-    finished,
-    held_slots,
-    own_slots,
-    prepared,
-    slot_leaves,
-)
-from optimize_loss._engine.leaf import PASS, Behind, Leaf, Wanted, averaged_leaf, for_all, run_leaf
+from optimize_loss._engine.arrays import compute_dtype
+from optimize_loss._engine.kinds import Opening
+from optimize_loss._engine.leaf import Leaf, Wanted, averaged_leaf, for_all, run_leaf
+from optimize_loss._engine.link import State, overrides, passes
+from optimize_loss._engine.plan import Place, Plan, Segment
+from optimize_loss._engine.totals import Call, Squares, Totals
 from optimize_loss._engine.trees import Params
 from optimize_loss._engine.whole_tree import run_optax, run_tree
 
-_BEHIND = "/"  # stands for the name of the link that applies a gate's factor; no link has it
+
+class Flow(NamedTuple):
+    """What one pass hands to the next, for each live parameter."""
+
+    updates: list[jax.Array]  # in the dtype in which they came, or in float32 or wider
+    moved: list[jax.Array | None]  # what each has moved by before its update
+    gate: Opening | None = None  # whose factor is still to be applied
+    squares: Squares = types.MappingProxyType({})  # if known
 
 
-def run(places: Sequence[Place], call: Call, updates: list[jax.Array]) -> tuple[list[Any], State]:
+def _applied(plan: Plan, flow: Flow) -> Flow:
+    """Return the same with the factor of the gate before applied."""
+    if flow.gate is None or (factor := flow.gate.factor) is None:
+        return flow._replace(gate=None)
+    dtypes = [compute_dtype(plan.params.leaves[j].dtype) for j in plan.live]
+    updates = [
+        update.astype(dtype) * factor.astype(jnp.finfo(dtype).dtype).astype(dtype)
+        for update, dtype in zip(flow.updates, dtypes, strict=True)
+    ]
+    return Flow(updates, flow.moved)
+
+
+def run(
+    plan: Plan, call: Call, updates: list[jax.Array], wanted: Wanted
+) -> tuple[list[Any], State]:
     """Return what is wanted for each live parameter, and the new state."""
-    return _run_passes(_passes(places), call, Flow(updates, call.leaves))
+    flow = Flow(updates, [None] * len(updates))
+    return _run_segments(plan, plan.segments(), call, flow, wanted)
 
 
-def _passes(places: Sequence[Place]) -> list[list[Place]]:
-    """Return the links that run together: neighbours of ours up to a gate, all others alone."""
-    passes: list[list[Place]] = []
-    for place in places:
-        last = passes[-1][-1] if passes else None
-        if last is None or place.kind != "ours" or last.kind != "ours" or last.gates:
-            passes.append([place])
-        else:
-            passes[-1].append(place)
-    return passes
-
-
-def _run_passes(passes: list[list[Place]], call: Call, flow: Flow) -> tuple[list[Any], State]:
+def _run_segments(
+    plan: Plan, segments: list[Segment], call: Call, flow: Flow, wanted: Wanted
+) -> tuple[list[Any], State]:
     """Run pass after pass, those behind a gate under a condition."""
-    if flow.gate is not None and (not passes or passes[0][0].kind != "ours"):
-        flow, _ = _run_links([], call, flow, "rest")
-    if not passes:
-        return finished(call, flow), _counted(call)
-    first, *rest = passes
-    wanted = "rest" if rest or first[-1].gates else call.wanted
-    flow, new = _RUN[first[0].kind](first, call, flow, wanted)
-    if wanted != "rest":
+    if not segments:
+        return _finished(plan, _applied(plan, flow), wanted), _counted(call)
+    first, *rest = segments
+    now: Wanted = "rest" if rest or first.ends_in_gate or first.kind != "leaf" else wanted
+    flow, new = _RUN[first.kind](plan, first, call, flow, now)
+    if now != "rest":
         return flow.updates, {**new, **_counted(call)}
-    if (gate := flow.gate) is None:
-        outputs, behind = _run_passes(rest, call, flow)
+    gate = flow.gate if first.ends_in_gate else None
+    if gate is None:
+        outputs, behind = _run_segments(plan, rest, call, flow, wanted)
         return outputs, {**new, **behind}
-    seen = _after(gate, call)
-    names = ["step", *(place.name for places in rest for place in places)]
-    old = call.leaves, {name: call.state[name] for name in names}
+    leaves = [plan.params.leaves[j] for j in plan.live]
+    names = ["step", *(place.name for segment in rest for place in segment.places)]
+    old = leaves, {name: call.state[name] for name in names}
 
     def go_on() -> tuple[list[Any], State]:
-        return jax.tree.map(_split_as, _run_passes(rest, seen, flow), old)
+        seen = _behind(gate, call)
+        return jax.tree.map(_split_as, _run_segments(plan, rest, seen, flow, wanted), old)
 
     def stay() -> tuple[list[Any], State]:
-        unchanged = (
-            call.leaves if call.wanted == "params" else list(map(jnp.zeros_like, call.leaves))
-        )
+        unchanged = leaves if wanted == "params" else list(map(jnp.zeros_like, leaves))
         return jax.tree.map(_split_as, (unchanged, old[1]), old)
 
     outputs, behind = jax.lax.cond(gate.k["open"], go_on, stay)
@@ -83,100 +87,148 @@ def _split_as(new: Any, old: Any) -> Any:
 
 
 def _counted(call: Call) -> State:
-    return {"step": optax.safe_increment(call.state["step"])}
+    return {"step": optax.safe_increment(call.step)}
 
 
-def _after(gate: Gate, call: Call) -> Call:
+def _behind(gate: Opening, call: Call) -> Call:
     """Return the call as the links behind a gate see it: with the loss that the gate has made.
 
     The gradient and the loss as a function are those of one batch, and no link behind sees them.
     """
-    if gate.link.needs != "loss_and_weight":
+    if gate.gate.needs != "loss_and_weight":
         return call
-    extra, empty = call.extra, gate.k.get("empty_behind")
-    if "loss_behind" in gate.k:
-        extra = {name: x for name, x in extra.items() if name not in ("grad", "value_fn")}
-        extra["value"] = gate.k["loss_behind"]
-    return call._replace(extra=extra, empty=empty)
+    call = call._replace(empty=gate.k.get("empty_behind"))
+    if "loss_behind" not in gate.k:
+        return call
+    extra = {name: x for name, x in call.extra.items() if name not in ("grad", "value_fn")}
+    return call._replace(loss=gate.k["loss_behind"], extra=extra)
 
 
-def _behind(gate: Gate, places: list[Place], call: Call) -> tuple[list[Place], Call]:
-    """Return the links with one before them that multiplies by the factor of a gate."""
-    first = Place(_BEHIND, Behind(gate.link), (True,) * len(call.params.leaves))
-    numbers, state = {**call.numbers, _BEHIND: gate.k}, {**call.state, _BEHIND: {}}
-    return [first, *places], call._replace(numbers=numbers, state=state)
+def _finished(plan: Plan, flow: Flow, wanted: Wanted) -> list[Any]:
+    """Return what is wanted of updates that no link is left to change."""
+    results = []
+    for j, update, moved in zip(plan.live, flow.updates, flow.moved, strict=True):
+        param = plan.params.leaves[j]
+        result = update.astype(compute_dtype(param.dtype))
+        result = result if moved is None else moved + result
+        if wanted == "params":
+            result = param.astype(result.dtype) + result
+        results.append(result.astype(param.dtype))
+    return results
 
 
-def _run_links(places: list[Place], call: Call, flow: Flow, wanted: Wanted) -> tuple[Flow, State]:
-    """Run links of ours, of which the last may be a gate."""
-    if flow.gate is not None and flow.gate.link.multiplies:
-        places, call = _behind(flow.gate, places, call)
-    links = tuple(place.link for place in places)
-    own = [tuple(p.link if p.takes[j] else PASS for p in places) for j in call.live]
-    slots = [slot_leaves(place, call.state, call.params) for place in places]
-    each = [held_slots(place, mine, call) for place, mine in zip(places, slots, strict=True)]
-    held = list(zip(*each, strict=True)) if each else [()] * len(call.live)
+def _run_leaves(
+    plan: Plan, segment: Segment, call: Call, flow: Flow, wanted: Wanted
+) -> tuple[Flow, State]:
+    """Run links over one parameter after another; the last of them may be a gate."""
+    slots = [plan.slots(place, call.state) for place in segment.places]
+    held = [
+        plan.held_slots(place, mine, call.step)
+        for place, mine in zip(segment.places, slots, strict=True)
+    ]
+    own = [segment.own(j) for j in plan.live]
+    factor = flow.gate.factor if flow.gate else None
     leaves = [
-        Leaf(update, param, None if param is old else old, mine)
-        for mine, update, param, old in zip(
-            held, flow.updates, flow.params, call.leaves, strict=True
+        Leaf(update, plan.params.leaves[j], moved, factor, tuple(held[i][n] for i in own[n]))
+        for n, (j, update, moved) in enumerate(
+            zip(plan.live, flow.updates, flow.moved, strict=True)
         )
     ]
-    squares = dict(flow.squares)
-    ks, shared, memories = prepared(places, call, own, leaves, squares)
-    arguments = list(zip(own, leaves, ks, strict=True))
+    ready = Totals(plan, segment, leaves, call, flow.squares).prepared()
+    links = [tuple(segment.places[i].link for i in mine) for mine in own]
     try:
-        results = for_all(run_leaf, wanted, arguments, call.owners)
+        arguments = list(zip(links, leaves, ready.ks, strict=True))
+        results = for_all(run_leaf, wanted, arguments, [plan.params.owners[j] for j in plan.live])
     except Exception as error:
-        error.add_note(f"The links are { ({place.name: place.link for place in places}) }.")
+        names = {place.name: place.link for place in segment.places}
+        error.add_note(f"The links are {names}.")
         raise
-    for j, (_, _, all_new) in zip(call.live, results, strict=True):
-        for mine, new in zip(slots, all_new, strict=True):
+    for j, mine, (_, _, all_new) in zip(plan.live, own, results, strict=True):
+        for i, new in zip(mine, all_new, strict=True):
             for slot, value in new.items():
-                mine[slot][j] = value
+                slots[i][slot][j] = value
     new_state = {
-        place.name: {**call.state[place.name], **memory, **call.trees(mine)}
-        for place, memory, mine in zip(places, memories, slots, strict=True)
-        if place.name != _BEHIND
+        place.name: {**call.state[place.name], **memory, **_trees(plan.params, mine)}
+        for place, memory, mine in zip(segment.places, ready.memories, slots, strict=True)
     }
-    moved = [p if new is None else new for p, (_, new, _) in zip(flow.params, results, strict=True)]
-    gate = Gate(links[-1], shared[-1]) if places and places[-1].gates else None
-    known = squares if all(link.observes for link in links) else {}
-    return Flow([update for update, _, _ in results], moved, gate, known), new_state
+    gate = None
+    if segment.ends_in_gate:
+        gate = Opening(segment.places[-1].link, ready.shared[-1])
+    same = factor is None and all(passes(place.link) for place in segment.places)
+    updates, moved, _ = map(list, zip(*results, strict=True)) if results else ([], [], [])
+    return Flow(updates, moved, gate, ready.squares if same else {}), new_state
 
 
-def averaged(places: Sequence[Place], state: State, params: Params) -> list[Any]:
+def _trees(params: Params, slots: Mapping[str, list[Any]]) -> State:
+    """Return slots as trees like the parameters."""
+    return {slot: params.unflatten(leaves) for slot, leaves in slots.items()}
+
+
+def _run_tree(
+    plan: Plan, segment: Segment, call: Call, flow: Flow, wanted: Wanted
+) -> tuple[Flow, State]:
+    """Run a link that sees all its parameters at once."""
+    leaves = _leaves(plan, segment, _applied(plan, flow))
+    ready = Totals(plan, segment, leaves, call, {}).prepared()
+    updates, state = run_tree(plan, segment.places[0], leaves, call.state, ready)
+    return Flow(updates, flow.moved), state
+
+
+def _run_optax(
+    plan: Plan, segment: Segment, call: Call, flow: Flow, wanted: Wanted
+) -> tuple[Flow, State]:
+    """Run an optax transformation over the whole tree."""
+    leaves = _leaves(plan, segment, _applied(plan, flow))
+    extra = call.extra if call.loss is None else {**call.extra, "value": call.loss}
+    updates, state = run_optax(plan, segment.places[0], leaves, call.state, extra)
+    return Flow(updates, flow.moved), state
+
+
+def _leaves(plan: Plan, segment: Segment, flow: Flow) -> list[Leaf]:
+    """Return the live parameters for a link that sees all of them at once."""
+    return [
+        Leaf(update, plan.params.leaves[j], moved, None, ({},) * len(segment.own(j)))
+        for j, update, moved in zip(plan.live, flow.updates, flow.moved, strict=True)
+    ]
+
+
+_RUN: dict[str, Callable[..., tuple[Flow, State]]] = {
+    "leaf": _run_leaves,
+    "tree": _run_tree,
+    "optax": _run_optax,
+}
+
+
+def averaged(plan: Plan, state: State) -> list[Any]:
     """Return each parameter as the last link that averages it has it, or as it is."""
-    leaves = list(params.leaves)
-    for place in places:
-        if not (place.kind == "ours" and place.link.averages):
+    leaves = list(plan.params.leaves)
+    for place in plan.places:
+        if not overrides(place.link, "averaged"):
             continue
-        slots = slot_leaves(place, state, params)
-        for j, leaf in enumerate(params.leaves):
+        slots = plan.slots(place, state)
+        for j, leaf in enumerate(plan.params.leaves):
             if place.takes[j]:
-                own = own_slots(place, slots, params, j)
-                if codec := place.codec(j):
-                    own = codec.decoded(own)
+                own = _decoded(plan, place, slots, j)
                 leaves[j] = averaged_leaf(place.link, leaf, own, state[place.name])
     return leaves
 
 
-def decoded(places: Sequence[Place], state: State, params: Params) -> State:
+def decoded(plan: Plan, state: State) -> State:
     """Return the state of each link whose slots are encoded, with these as the link has them."""
     found = {}
-    for place in places:
-        if not any(place.codecs):
-            continue
-        slots = slot_leaves(place, state, params)
-        own = [own_slots(place, slots, params, j) for j in range(len(params.leaves))]
-        own = [
-            codec.decoded(x) if x and (codec := place.codec(j)) else x for j, x in enumerate(own)
-        ]
-        names = dict.fromkeys(name for x in own for name in x)
-        trees = {n: params.unflatten([x.get(n) for x in own]) for n in names}
-        rest = {n: x for n, x in state[place.name].items() if n not in slots}
-        found[place.name] = {**rest, **trees}
+    for place in plan.places:
+        if any(place.codecs):
+            slots = plan.slots(place, state)
+            own = [_decoded(plan, place, slots, j) for j in range(len(plan.params.leaves))]
+            names = dict.fromkeys(name for x in own for name in x)
+            trees = _trees(plan.params, {n: [x.get(n) for x in own] for n in names})
+            rest = {n: x for n, x in state[place.name].items() if n not in slots}
+            found[place.name] = {**rest, **trees}
     return found
 
 
-_RUN = {"ours": _run_links, "tree": run_tree, "optax": run_optax}
+def _decoded(plan: Plan, place: Place, slots: dict[str, list[Any]], j: int) -> dict[str, Any]:
+    """Return the slots that a link has for the parameter numbered `j`, as the link has them."""
+    own = plan.own_slots(place, slots, j)
+    codec = place.codec(j)
+    return codec.decoded(own) if codec and own else own

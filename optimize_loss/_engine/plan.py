@@ -1,25 +1,152 @@
-"""Which links are for which parameters, in which order, and with which numbers of others."""
+"""Which links are for which parameters, in which order, and how their slots are stored."""
 
 import copy
 import dataclasses
 import operator
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
+import jax
+import optax
 from jax.core import Tracer
 
-from optimize_loss._checks import InvalidType
-from optimize_loss._engine.flow import Place
-from optimize_loss._engine.link import Link, TreeLink, number_rules
-from optimize_loss._engine.loss_scale import LossScale
-from optimize_loss._engine.plateau import ReduceOnPlateau
-from optimize_loss._engine.selection import ForParameters
+from optimize_loss._checks import InvalidType, TreeMismatch
+from optimize_loss._engine.kinds import Gate, LossScale, RateScale
+from optimize_loss._engine.link import Link, State, TreeLink, number_rules, overrides, passes
+from optimize_loss._engine.numbers import has_rate
+from optimize_loss._engine.precision import Codec, Encoded, keys
+from optimize_loss._engine.selection import ForParameters, linked, where
 from optimize_loss._engine.trees import Params
+from optimize_loss._names import same_leaves
 
 
-def linked(entries: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Return the links by name, those for some parameters without telling which."""
-    return ((n, x.link if isinstance(x, ForParameters) else x) for n, x in entries.items())
+class Parts(NamedTuple):
+    """What the state of a link of ours is made of, each by name."""
+
+    numbers: Mapping[str, jax.Array]  # its hyperparameters
+    memory: Mapping[str, jax.Array]  # what it keeps of the whole tree
+    slots: Mapping[str, Any]  # what it keeps of each parameter: trees like the parameters
+
+
+def parts(link: Link, state: Mapping[str, Any]) -> Parts:
+    """Return the state of a link in its three parts."""
+    numbers, memory = link.numbers(), link.memory()
+    return Parts(
+        {name: state[name] for name in numbers},
+        {name: state[name] for name in memory},
+        {name: x for name, x in state.items() if name not in numbers and name not in memory},
+    )
+
+
+class Place(NamedTuple):
+    """A link at its place in a chain."""
+
+    name: str
+    link: Any
+    takes: tuple[bool, ...]  # for each parameter, whether the link is for it
+    codecs: tuple[Codec | None, ...] = ()  # how its slots are stored, where not as they are
+
+    def names(self, params: Params) -> list[str]:
+        """Return the names of the parameters that the link is for."""
+        pairs = zip(params.members, self.takes, strict=True)
+        return [name for names, takes in pairs if takes for name in names]
+
+    @property
+    def kind(self) -> Literal["leaf", "tree", "optax"]:
+        """What kind of link it is; neighbours of the kind `leaf` share a pass."""
+        if isinstance(self.link, TreeLink):
+            return "tree"
+        return "leaf" if isinstance(self.link, Link) else "optax"
+
+    def codec(self, j: int) -> Codec | None:
+        """Return how the slots of the parameter numbered `j` are stored; None: as they are."""
+        return self.codecs[j] if self.codecs else None
+
+
+class Segment(NamedTuple):
+    """Links that run together: neighbours of the kind `leaf` up to a gate, all others alone."""
+
+    places: tuple[Place, ...]
+
+    @property
+    def kind(self) -> Literal["leaf", "tree", "optax"]:
+        """The kind of its links."""
+        return self.places[0].kind
+
+    @property
+    def ends_in_gate(self) -> bool:
+        """Whether the links behind run only where its last one lets them."""
+        return isinstance(self.places[-1].link, Gate)
+
+    def own(self, j: int) -> tuple[int, ...]:
+        """Return which of its links are for the parameter numbered `j`."""
+        return tuple(i for i, place in enumerate(self.places) if place.takes[j])
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a chain does with a tree of parameters.
+
+    Attributes:
+      params: the parameters.
+      places: the links, in order.
+      live: the numbers of the parameters that have a gradient and can be trained.
+      seed: of the random bits by which slots are rounded.
+    """
+
+    params: Params
+    places: tuple[Place, ...]
+    live: tuple[int, ...] = ()
+    seed: int = 0
+
+    def segments(self) -> list[Segment]:
+        """Return the links by the pass in which they run."""
+        segments: list[Segment] = []
+        for place in self.places:
+            last = segments[-1] if segments else None
+            if last is None or {place.kind, last.kind} != {"leaf"} or last.ends_in_gate:
+                segments.append(Segment((place,)))
+            else:
+                segments[-1] = Segment((*last.places, place))
+        return segments
+
+    def slots(self, place: Place, state: State) -> dict[str, list[Any]]:
+        """Return the slots of a link by name, for each of the parameters, live or not."""
+        return {
+            slot: same_leaves(f"{place.name}/{slot}", tree, "params", self.params.tree)
+            for slot, tree in parts(place.link, state[place.name]).slots.items()
+        }
+
+    def own_slots(self, place: Place, slots: dict[str, list[Any]], j: int) -> dict[str, Any]:
+        """Return the slots that a link has for the parameter numbered `j`.
+
+        Raises:
+          TreeMismatch: there are none.
+        """
+        own = {slot: x[j] for slot, x in slots.items()} if place.takes[j] else {}
+        missing = [slot for slot, x in own.items() if x is None]
+        if missing:  # other parameters may have other slots; a pass checks those that are encoded
+            param = self.params.leaves[j]
+            made = () if any(place.codecs) else jax.eval_shape(place.link.slots, param)
+            missing = [slot for slot in missing if slot in made]
+            own = {slot: x for slot, x in own.items() if x is not None}
+        if missing:
+            raise TreeMismatch(
+                f"`state` has no {missing} for the parameter {self.params.names[j]!r} in the link "
+                f"{place.name!r}: it was made for other parameters."
+            )
+        return own
+
+    def held_slots(self, place: Place, slots: dict[str, list[Any]], step: Any) -> list[Any]:
+        """Return the slots that a link has for each live parameter, with their codecs."""
+        own: list[Any] = [self.own_slots(place, slots, j) for j in self.live]
+        chosen = {i: codec for i, j in enumerate(self.live) if (codec := place.codec(j))}
+        if chosen:
+            owners = [self.params.owners[self.live[i]] for i in chosen]
+            found = keys(owners, f"{place.name}/", self.seed, step)
+            for (i, codec), key in zip(chosen.items(), found, strict=True):
+                own[i] = Encoded(own[i], key, codec)
+        return own
 
 
 def merged(*parts: Mapping[str, Any]) -> dict[str, Any]:
@@ -34,19 +161,10 @@ def merged(*parts: Mapping[str, Any]) -> dict[str, Any]:
     return {name: link for part in parts for name, link in part.items()}
 
 
-def has_rate(link: Any) -> bool:
-    """Return whether a link of ours has a learning rate, and no parameter of that name."""
-    is_ours = isinstance(link, Link) and "learning_rate" in number_rules(type(link))
-    return is_ours and "learning_rate" in link.numbers()
-
-
 def takes(name: str, entry: Any, params: Params, marks: list[bool]) -> tuple[bool, ...]:
     """Return for each parameter whether a link is for it; integers are no link's."""
     if params.are_unknown:
         return ()
-    link = entry.link if isinstance(entry, ForParameters) else entry
-    if isinstance(link, Link):
-        marks = [m and link.suits(p) for m, p in zip(marks, params.leaves, strict=True)]
     if not isinstance(entry, ForParameters):
         return tuple(marks)
     # Parameters in one bucket go through the same links: the first of them tells.
@@ -84,23 +202,18 @@ def lender(entries: Mapping[str, Any], borrower: str, number: str) -> str:
     return suited[0]
 
 
-def where(entry: Any) -> Any:
-    """Return which parameters a link is for; None for all."""
-    return entry.where if isinstance(entry, ForParameters) else None
-
-
 def check_order(entries: Mapping[str, Any]) -> None:
     """Raise if a link lacks its lender, or one for all parameters does not stand where it must."""
     check_last([Place(n, x, (where(entries[n]) is None,)) for n, x in linked(entries)])
     _check_head(entries)
     for name, link in linked(entries):
-        if isinstance(link, TreeLink) and (link.gates or link.moves or link.needs_stored):
+        if isinstance(link, TreeLink) and overrides(link, "before", "after"):
             raise InvalidType(
-                f"The link {name!r} must be a `Link` and no `TreeLink`, as it is a gate, moves "
-                f"parameters or needs them as they are stored. Received: {link!r}."
+                f"The link {name!r} must be a `Link` and no `TreeLink`, as it runs before or after "
+                f"the update of each parameter. Received: {link!r}."
             )
-        for number in getattr(link, "borrows", ()):
-            lender(entries, name, number)
+        if getattr(link, "needs", None) == "learning_rate":
+            lender(entries, name, "learning_rate")
 
 
 def _check_head(entries: Mapping[str, Any]) -> None:
@@ -115,29 +228,30 @@ def _check_head(entries: Mapping[str, Any]) -> None:
                 f"The link {name!r} must stand before {before}, so that nothing of a batch that is "
                 f"left out stays in the state. Received: {[*links]}."
             )
-        if link.gates or isinstance(link, LossScale):
+        if isinstance(link, Gate | LossScale):
             before.append(name)
-        if isinstance(link, ReduceOnPlateau) and not any(map(has_rate, links.values())):
+        if isinstance(link, RateScale) and not any(map(has_rate, links.values())):
             raise ValueError(
                 f"The link {name!r} lowers the `learning_rate` of other links, and none has one. "
                 f"Received: {[*links]}."
             )
 
 
-def check_last(places: list[Place]) -> None:
-    """Raise if a link that averages what is stored has one behind it that changes it."""
+def check_last(places: Sequence[Place]) -> None:
+    """Raise if a link that sees all that a parameter moves by has one behind it that changes it."""
     for i, place in enumerate(places):
-        if not getattr(place.link, "needs_stored", False):
+        if not overrides(place.link, "after"):
             continue
         for other in places[i + 1 :]:
-            looks = getattr(other.link, "observes", False)
+            changes = isinstance(other.link, Gate) or not passes(other.link)
             # A link that rounds keeps nothing of what it sees.
-            looks = looks or (other.link.averages and not place.link.averages)
-            changes = other.gates or not looks
-            if changes and any(map(operator.and_, place.takes, other.takes)):
+            turns = overrides(other.link, "after") and not overrides(other.link, "averaged")
+            averages = overrides(place.link, "averaged")
+            late = changes or (turns and averages)
+            if late and any(map(operator.and_, place.takes, other.takes)):
                 raise ValueError(
-                    f"The link {place.name!r} must stand last, as it averages what is stored. "
-                    f"Received: {[p.name for p in places]}."
+                    f"The link {place.name!r} must stand last, as it sees all that a parameter "
+                    f"moves by. Received: {[p.name for p in places]}."
                 )
 
 
@@ -188,3 +302,14 @@ def _without(numbers: list[Any], field: Any) -> Any:
     if isinstance(field, tuple):
         return tuple(_without(numbers, part) for part in field)
     return None if any(field is number for number in numbers) else field
+
+
+def with_losses(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the links of a chain, each gate with the loss where one behind may need it."""
+    links, needed = dict(entries), False
+    for name, link in reversed(list(linked(entries))):
+        if needed and isinstance(link, Gate):
+            links[name] = link.with_loss()
+        needed = needed or isinstance(link, optax.GradientTransformationExtraArgs)
+        needed = needed or getattr(link, "needs", None) == "loss"
+    return links

@@ -6,8 +6,8 @@ Links compute in float32 and know nothing of it. They name their `moments`; wher
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,6 @@ SMALL = 4096  # entries up to which what is asked for in 8 bits has 16
 
 Key = tuple[jax.Array, jax.Array]
 Slots = Mapping[str, jax.Array]
-Leaf = Callable[[dict[str, jax.Array]], tuple[jax.Array, dict[str, jax.Array]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,11 +170,13 @@ class Codec:
 
     Attributes:
       groups: slots that share an array, one or two; (name, whether it is of squares) of each.
+      by_entry: whether an entry is stored independently of others.
+      shows_stored: whether updates are made of the new slots as they are stored.
     """
 
     groups: tuple[tuple[tuple[str, bool], ...], ...]
-    suffix = ""
-    by_entry = True
+    by_entry: ClassVar[bool] = True
+    shows_stored: ClassVar[bool] = False
 
     @property
     def moments(self) -> list[str]:
@@ -200,11 +201,6 @@ class Codec:
             slots |= zip((name for name, _ in group), parts, strict=True)
         return slots
 
-    def run(self, leaf: Leaf, stored: Slots, key: Key) -> tuple[Any, dict[str, jax.Array]]:
-        """Return what the function of slots returns: an update, and slots as they are stored."""
-        update, new = leaf(self.decoded(stored))
-        return update, self.encoded(new, key)
-
     def _join(self, name: str, parts: list[jax.Array], squares: list[bool], key: Any) -> Any:
         raise NotImplementedError
 
@@ -214,6 +210,8 @@ class Codec:
 
 class BFloat16(Codec):
     """Moments as bfloat16, rounded stochastically."""
+
+    shows_stored = True
 
     def _join(self, name, parts, squares, key):
         shape = parts[0].shape
@@ -232,32 +230,6 @@ class BFloat16(Codec):
         if len(squares) == 1:
             return [lower]
         return [float_of(bits & jnp.uint32(0xFFFF0000)), lower]
-
-    def run(self, leaf, stored, key):
-        """Return an update that was made with the new moments as they are stored.
-
-        Then the stored array is one kernel of XLA, and the parameter another, which reads it. An
-        update of the unrounded ones would need the old array in both, and so a copy of it.
-        """
-        from jax.extend.core import Literal  # loads Pallas, which imports of ours need not wait for
-
-        slots = self.decoded(stored)
-        values, structure = jax.tree.flatten(slots)
-        program, shapes = jax.make_jaxpr(
-            lambda *flat: leaf(jax.tree.unflatten(structure, flat)), return_shape=True
-        )(*values)
-        outputs = jax.tree.structure(shapes)
-        _, new = jax.tree.unflatten(outputs, _evaluate(program, values, {}))
-        encoded = self.encoded(new, key)
-        _, places = jax.tree.unflatten(outputs, program.jaxpr.outvars)
-        known = self.decoded(encoded)
-        fixed = {
-            places[name]: known[name]
-            for name in self.moments
-            if not isinstance(places[name], Literal)
-        }
-        update, _ = jax.tree.unflatten(outputs, _evaluate(program, values, fixed))
-        return update, encoded
 
 
 class Float8(Codec):
@@ -290,18 +262,6 @@ class Float8(Codec):
 _CODECS = {"bfloat16": BFloat16, "float8": Float8}
 
 
-def _evaluate(program: Any, values: list[Any], known: Mapping[Any, Any]) -> list[Any]:
-    """Return what a traced function returns, some of its variables known instead of computed."""
-    from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
-
-    jaxpr = program.jaxpr
-    alone = {e.outvars[0] for e in jaxpr.eqns if len(e.outvars) == 1}
-    known = {variable: x for variable, x in known.items() if variable in alone}
-    equations = [e for e in jaxpr.eqns if not known.keys() & set(e.outvars)]
-    rest = jaxpr.replace(constvars=[*jaxpr.constvars, *known], eqns=equations)
-    return jaxpr_as_fun(ClosedJaxpr(rest, [*program.consts, *known.values()]))(*values)
-
-
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True)
 class Encoded:
@@ -310,10 +270,6 @@ class Encoded:
     stored: dict[str, jax.Array]
     key: Any
     codec: Codec
-
-    def run(self, leaf: Leaf) -> tuple[Any, dict[str, jax.Array]]:
-        """Return what the function of slots returns: an update, and slots as they are stored."""
-        return self.codec.run(leaf, self.stored, self.key)
 
     def tree_flatten(self) -> tuple[Any, Codec]:
         """Return the arrays, and the codec."""
@@ -353,12 +309,13 @@ def codecs(
     )
 
 
-def check_used(precision: Precision | None, places: Sequence[Any]) -> None:
+def check_used(precision: Precision | None, places: Sequence[Any], params: Params) -> None:
     """Raise a `ValueError` if a precision changes nothing of how these parameters are trained."""
     if precision is None:
         return
     encodes = any(any(place.codecs) for place in places)
-    rounds = any(getattr(place.link, "draws", False) and any(place.takes) for place in places)
+    draws = [place for place in places if getattr(place.link, "needs", None) == "random_bits"]
+    rounds = any(any(place.takes) for place in draws)
     if any(any(place.takes) for place in places) and not encodes and not rounds:
         raise ValueError(
             f"`precision` must have something to act on. Received: {precision!r}, for links "

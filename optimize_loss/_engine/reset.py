@@ -12,6 +12,7 @@ from optimize_loss._checks import TreeMismatch
 from optimize_loss._engine.chain import Chain
 from optimize_loss._engine.device import copy, on_device
 from optimize_loss._engine.link import Link, TreeLink
+from optimize_loss._engine.plan import parts
 from optimize_loss._engine.precision import Codec, Precision, codecs
 from optimize_loss._engine.trees import take_apart
 from optimize_loss._names import leaf_names, leaf_paths
@@ -54,8 +55,8 @@ def reset(
 def _of_link(
     link: Link, state: State, params: Any, names: set[str], precision: Precision | None
 ) -> tuple[State, set[str]]:
-    other, treedef = {*link.numbers(), *link.memory()}, jax.tree.structure(params)
-    slots = {slot: treedef.flatten_up_to(x) for slot, x in state.items() if slot not in other}
+    treedef = jax.tree.structure(params)
+    slots = {slot: treedef.flatten_up_to(x) for slot, x in parts(link, state).slots.items()}
     taken, have = take_apart(params), set()
     takes = [
         any(leaves[j] is not None for leaves in slots.values()) for j in range(len(taken.names))
@@ -111,8 +112,8 @@ def _parted(link: Any, state: Any) -> tuple[Any, State]:
     """Return the state of a link without its numbers and its memory, and these."""
     if not isinstance(link, TreeLink):
         return state, {}
-    rest = {name: state[name] for name in (*link.numbers(), *link.memory())}
-    return {name: x for name, x in state.items() if name not in rest}, rest
+    numbers, memory, slots = parts(link, state)
+    return dict(slots), {**numbers, **memory}
 
 
 def _made(name: str, link: Any, state: Any, params: Any, have: set[str]) -> Any:

@@ -1,14 +1,14 @@
 """A link for some of the parameters."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 
 from optimize_loss._checks import InvalidType, received
+from optimize_loss._engine.kinds import Gate, LossScale
 from optimize_loss._engine.link import Link
-from optimize_loss._engine.loss_scale import LossScale
 from optimize_loss._names import Pattern, check_patterns, first_matches
 
 
@@ -57,7 +57,7 @@ class ForParameters:
     optional: bool = False
 
     def __post_init__(self):
-        if not isinstance(self.link, Link) or self.link.gates:
+        if not isinstance(self.link, Link) or isinstance(self.link, Gate):
             raise InvalidType(f"`link` must be a `Link` and no gate. {received('link', self.link)}")
         if isinstance(self.link, LossScale):
             raise InvalidType(
@@ -80,3 +80,13 @@ def told(where: Any, names: Sequence[str], leaves: Sequence[Any]) -> list[bool]:
         return [bool(where(*each)) for each in zip(names, leaves, strict=True)]
     patterns = check_patterns("where", where)
     return [chosen is not None for chosen in first_matches("where", patterns, names)]
+
+
+def linked(entries: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Return the links by name, those for some parameters without telling which."""
+    return ((n, x.link if isinstance(x, ForParameters) else x) for n, x in entries.items())
+
+
+def where(entry: Any) -> Any:
+    """Return which parameters a link is for; None for all."""
+    return entry.where if isinstance(entry, ForParameters) else None

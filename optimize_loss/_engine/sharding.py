@@ -18,6 +18,7 @@ from optimize_loss._checks import InvalidType, received
 from optimize_loss._engine.chain import Chain
 from optimize_loss._engine.link import Link, TreeLink
 from optimize_loss._engine.members import Static
+from optimize_loss._engine.plan import parts
 
 State = dict[str, Any]
 
@@ -144,11 +145,11 @@ def _of_link(link: Any, state: Any, params: Any, spread: "_Spread") -> Any:
     """Return where what a link keeps will lie: numbers whole everywhere, all else in parts."""
     if not isinstance(link, Link):
         return jax.tree.map(spread.one, state)
-    numbers = {*link.numbers(), *link.memory()}
+    slots = parts(link, state).slots
     like = {name: None if isinstance(link, TreeLink) else params for name in state}
     return {
-        name: spread.whole if name in numbers else spread.tree(slots, like[name])
-        for name, slots in state.items()
+        name: spread.tree(x, like[name]) if name in slots else spread.whole
+        for name, x in state.items()
     }
 
 

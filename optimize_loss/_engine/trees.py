@@ -1,7 +1,7 @@
 """A tree of parameters taken apart into names and leaves, and gradients checked against it."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +15,24 @@ from optimize_loss._engine.members import Members
 from optimize_loss._names import leaf_names, leaf_paths, same_leaves
 
 PARAMETER = "The parameter"
+
+
+class Owner(NamedTuple):
+    """The parameter that a leaf is, or those in it."""
+
+    names: tuple[str, ...]
+    bucket: Members | None
+
+    def __str__(self) -> str:
+        first, *rest = map(repr, self.names)
+        return f"the parameters {', '.join((first, *rest))}" if rest else f"the parameter {first}"
+
+    def own(self, each: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
+        """Return what is its own, from that of each parameter by name."""
+        if self.bucket is None:
+            return each[self.names[0]]
+        first, *_ = found = [each[name] for name in self.names]
+        return {key: self.bucket.spread([numbers[key] for numbers in found]) for key in first}
 
 
 class Params(NamedTuple):
@@ -46,6 +64,11 @@ class Params(NamedTuple):
         """For each leaf, the names of the parameters in it."""
         pairs = zip(self.names, self.buckets, strict=True)
         return [(name,) if bucket is None else bucket.names for name, bucket in pairs]
+
+    @property
+    def owners(self) -> list[Owner]:
+        """For each leaf, which parameters it is."""
+        return list(map(Owner, self.members, self.buckets))
 
     def each(self) -> tuple[list[str], list[Any]]:
         """Return names and leaves, with those in a bucket one by one."""

@@ -1,6 +1,6 @@
 """Run links that see the whole tree: those of ours that are written so, and those of optax."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,39 +9,41 @@ import optax
 
 from optimize_loss._checks import InvalidType, TreeMismatch
 from optimize_loss._engine.arrays import compute_dtype
-from optimize_loss._engine.flow import Call, Flow, Place, State, last, prepared
-from optimize_loss._engine.leaf import PASS, Leaf, Wanted
+from optimize_loss._engine.leaf import Leaf
+from optimize_loss._engine.plan import Place, Plan, State, parts
+from optimize_loss._engine.totals import Prepared
 from optimize_loss._names import same_leaves
 
 
-def run_tree(places: list[Place], call: Call, flow: Flow, wanted: Wanted) -> tuple[Flow, State]:
-    """Run a link that sees all its parameters at once."""
-    (place,) = places
-    own = [(place.link if place.takes[j] else PASS,) for j in call.live]
-    parts = [Leaf(u, p, None, ({},)) for u, p in zip(flow.updates, flow.params, strict=True)]
-    _, (k,), (memory,) = prepared(places, call, own, parts, {})
-    mine = call.state[place.name]
-    slots = {n: x for n, x in mine.items() if n not in {**place.link.numbers(), **memory}}
-    leaves = {
-        **dict(enumerate(call.params.leaves)),
-        **dict(zip(call.live, flow.params, strict=True)),
-    }
-    taken = {j: name for j, name in enumerate(call.params.names) if place.takes[j]}
-    params = {name: _wide(leaves[j]) for j, name in taken.items()}
+def run_tree(
+    plan: Plan, place: Place, leaves: Sequence[Leaf], state: State, ready: Prepared
+) -> tuple[list[Any], State]:
+    """Run a link that sees all its parameters at once; return updates, and its new state."""
+    mine = state[place.name]
+    slots = parts(place.link, mine).slots
+    stored = dict(enumerate(plan.params.leaves))
+    moved = {j: _moved(leaf) for j, leaf in zip(plan.live, leaves, strict=True)}
+    taken = {j: name for j, name in enumerate(plan.params.names) if place.takes[j]}
+    params = {name: moved.get(j, _wide(stored[j])) for j, name in taken.items()}
     updates = {
-        taken[j]: u.astype(params[taken[j]].dtype)
-        for j, u in zip(call.live, flow.updates, strict=True)
+        taken[j]: leaf.update.astype(params[taken[j]].dtype)
+        for j, leaf in zip(plan.live, leaves, strict=True)
         if j in taken
     }
-    result = place.link.run(updates, slots, params, k)
+    result = place.link.run(updates, slots, params, ready.shared[0])
     new, new_slots = _check_result(place, result, updates, slots)
-    results = [new.get(name, old) for name, old in zip(call.names, flow.updates, strict=True)]
-    state = {place.name: {**mine, **memory, **new_slots}}
-    return last(call, flow._replace(updates=results, squares={}), wanted), state
+    names = [plan.params.names[j] for j in plan.live]
+    results = [new.get(n, leaf.update) for n, leaf in zip(names, leaves, strict=True)]
+    return results, {place.name: {**mine, **ready.memories[0], **new_slots}}
 
 
 def _wide(leaf: Any) -> jax.Array:
     return leaf.astype(compute_dtype(leaf.dtype))
+
+
+def _moved(leaf: Leaf) -> jax.Array:
+    """Return a parameter as links before have moved it, in float32 or wider."""
+    return _wide(leaf.param) if leaf.moved is None else _wide(leaf.param) + leaf.moved
 
 
 def _check_result(place: Place, result: Any, updates: State, slots: State) -> tuple[State, State]:
@@ -65,7 +67,7 @@ def _check_result(place: Place, result: Any, updates: State, slots: State) -> tu
                 f"`run` of the link {place.name!r} must return {what} of the shapes {wanted}. "
                 f"Received: {shapes}."
             )
-        kept.append(jax.tree.map(_in_dtype_of, old, dict(came)))
+        kept.append(jax.tree.map(_in_dtype_of, dict(old), dict(came)))
     return kept[0], kept[1]
 
 
@@ -74,27 +76,26 @@ def _in_dtype_of(old: jax.Array, new: Any) -> Any:
     return new if is_key else jnp.asarray(new).astype(old.dtype)
 
 
-def run_optax(places: list[Place], call: Call, flow: Flow, wanted: Wanted) -> tuple[Flow, State]:
+def run_optax(
+    plan: Plan, place: Place, leaves: Sequence[Leaf], state: State, extra: Mapping[str, Any]
+) -> tuple[list[Any], State]:
     """Run an optax transformation over the whole tree; for a gradient of None it sees zeros."""
-    (place,) = places
-    updates = [jnp.zeros_like(p) for p in call.params.leaves]
-    params = list(call.params.leaves)
-    for j, update, param in zip(call.live, flow.updates, flow.params, strict=True):
+    updates = [jnp.zeros_like(p) for p in plan.params.leaves]
+    params = list(plan.params.leaves)
+    for j, leaf in zip(plan.live, leaves, strict=True):
         dtype = params[j].dtype
-        updates[j], params[j] = update.astype(dtype), param.astype(dtype)
-    trees = call.params.unflatten(updates), call.params.unflatten(params)
+        updates[j], params[j] = leaf.update.astype(dtype), _moved(leaf).astype(dtype)
+    trees = plan.params.unflatten(updates), plan.params.unflatten(params)
     update = optax.with_extra_args_support(place.link).update
     try:
-        tree, new = update(trees[0], call.state[place.name], trees[1], **call.extra)
+        tree, new = update(trees[0], state[place.name], trees[1], **extra)
     except TypeError as error:
         error.add_note(
-            f"The link {place.name!r} was given the extra arguments {sorted(call.extra)}. For "
+            f"The link {place.name!r} was given the extra arguments {sorted(extra)}. For "
             "`grad` and `value_fn`, as a line search needs, pass them to `update`; "
             "`optimize_loss` passes both, but not with `accumulate`, `sam`, `shard_state` or sums "
             "over mapped devices, where an update is made of more than one batch or place."
         )
         raise
-    flat = same_leaves(f"the updates from {place.name}", tree, "params", call.params.tree)
-    results = [flat[j] for j in call.live]
-    flow = flow._replace(updates=results, squares={})
-    return last(call, flow, wanted), {place.name: new}
+    flat = same_leaves(f"the updates from {place.name}", tree, "params", plan.params.tree)
+    return [flat[j] for j in plan.live], {place.name: new}

@@ -14,7 +14,7 @@ import numpy as np
 from optimize_loss._checks import CheckpointMismatch, InvalidType, check_flags, nearest, received
 from optimize_loss._engine.link import number_rules
 from optimize_loss._engine.numbers import FOLLOW_SCHEDULE
-from optimize_loss._engine.plan import linked
+from optimize_loss._engine.selection import linked
 from optimize_loss._files.match import Rename, begun, renamed
 from optimize_loss._files.named import (
     Frame,

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from optimize_loss._checks import InvalidType, TreeMismatch, nearest, received
-from optimize_loss._engine.plan import linked
 from optimize_loss._engine.reset import made_of, owners_of
+from optimize_loss._engine.selection import linked
 from optimize_loss._files.named import Frame, is_key
 from optimize_loss._names import leaf_names
 from optimize_loss._state.train_state import TrainState

@@ -12,9 +12,11 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding
 
 from optimize_loss._engine.bucket import Layout, shown_name
-from optimize_loss._engine.link import TreeLink, number_rules
-from optimize_loss._engine.plan import linked, takes
+from optimize_loss._engine.kinds import Gate
+from optimize_loss._engine.link import TreeLink, number_rules, overrides, passes
+from optimize_loss._engine.plan import parts, takes
 from optimize_loss._engine.reset import owners_of
+from optimize_loss._engine.selection import linked
 from optimize_loss._engine.trees import PARAMETER, as_array, take_apart
 from optimize_loss._names import any_matches, first_index, leaf_names
 from optimize_loss._report.lint import Horizon, Row, lint
@@ -191,9 +193,8 @@ def _has_slots(chain: Chain, state: dict[str, Any]) -> dict[str, bool]:
     """Return for each link whether it has memory for parameters, gates left out."""
     found = {}
     for name, link in _linked(chain):
-        other = {*link.numbers(), *link.memory()} if isinstance(link, Link) else set()
-        gates = getattr(link, "gates", False)
-        found[name] = not gates and (not isinstance(link, Link) or bool(set(state[name]) - other))
+        slots = parts(link, state[name]).slots if isinstance(link, Link) else state[name]
+        found[name] = not isinstance(link, Gate) and (bool(slots) or not isinstance(link, Link))
     return found
 
 
@@ -205,7 +206,7 @@ def _movers(chain: Chain, has_slots: dict[str, bool]) -> dict[str, bool]:
     found = {}
     for name, link in _linked(chain):
         ours = isinstance(link, Link)
-        looks = ours and (link.observes or (link.averages and not _has_rate(link)))
+        looks = ours and (passes(link) or (overrides(link, "averaged") and not _has_rate(link)))
         if not looks and (has_slots[name] or _has_rate(link)):
             found[name] = has_slots[name]
     return found
@@ -269,8 +270,7 @@ def _slot_bytes(chain: Chain, trainable: Trainable, state: dict[str, Any]) -> di
     for link_name, link in _linked(chain):
         mine = state[link_name]
         if isinstance(link, Link) and not isinstance(link, TreeLink):
-            other = {*link.numbers(), *link.memory()}
-            slots = [treedef.flatten_up_to(x) for slot, x in mine.items() if slot not in other]
+            slots = [treedef.flatten_up_to(x) for x in parts(link, mine).slots.values()]
             pairs = [pair for leaves in slots for pair in zip(names, leaves, strict=True)]
         else:
             pairs = list(zip(owners_of(mine, names), jax.tree.leaves(mine), strict=True))

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import optax
 from jax.interpreters import partial_eval
 
-from optimize_loss._engine.accumulate import averaged_over
 from optimize_loss._names import Pattern, first_matches, leaf_names
 from optimize_loss._state.loss import Aux
 from optimize_loss.transforms import Accumulate, Chain, DivideByLossScale, SumOverAxis
+from optimize_loss.transforms._accumulate import averaged_over
 from optimize_loss.transforms._sharpness import Sharpness, climbed
 
 

@@ -13,7 +13,8 @@ from optimize_loss._engine.bucket import Layout
 from optimize_loss._engine.chain import Chain
 from optimize_loss._engine.device import has_values
 from optimize_loss._engine.health import blamed
-from optimize_loss._engine.link import Link
+from optimize_loss._engine.link import overrides
+from optimize_loss._engine.plan import parts
 from optimize_loss._engine.reset import reset
 from optimize_loss._engine.sharding import Placement, placement_of
 from optimize_loss._engine.transfers import asked_for
@@ -42,9 +43,8 @@ def averaged_params(chain: Chain, state: dict[str, Any], params: Any) -> Any:
     marks = [False] * len(leaves)
     for name, _ in chain.links:
         link = chain.link(name)
-        if isinstance(link, Link) and link.averages:
-            numbers = {*link.numbers(), *link.memory()}
-            for slot in (tree for key, tree in state[name].items() if key not in numbers):
+        if overrides(link, "averaged"):
+            for slot in parts(link, state[name]).slots.values():
                 kept = treedef.flatten_up_to(slot)
                 marks = [m or x is not None for m, x in zip(marks, kept, strict=True)]
     if not any(marks):

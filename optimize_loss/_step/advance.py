@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from optimize_loss._checks import InvalidType, received
-from optimize_loss._engine.accumulate import weighs_nothing
 from optimize_loss._engine.bucket import Layout, find_layout, unpacked
 from optimize_loss._engine.device import copy, from_host, is_elsewhere
+from optimize_loss._engine.kinds import weighs_nothing
 from optimize_loss._engine.sharding import check_on_mesh, devices_along, init_spread
 from optimize_loss._engine.transfers import asked_for
 from optimize_loss._engine.trees import (

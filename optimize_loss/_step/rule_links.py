@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from optimize_loss._checks import InvalidType
-from optimize_loss._engine.link import is_transformation
-from optimize_loss._engine.plan import has_rate, linked, merged, where
+from optimize_loss._engine.kinds import Gate
+from optimize_loss._engine.link import is_transformation, overrides
+from optimize_loss._engine.numbers import has_rate
+from optimize_loss._engine.plan import merged
+from optimize_loss._engine.selection import linked, where
 from optimize_loss._state.rules import Rules
 from optimize_loss._step.options import FIRST
 from optimize_loss.optimizers._optimizer import Optimizer
@@ -93,7 +96,7 @@ def with_rules(rules: Rules, links: Links, rate: Any) -> Links:
     for group in groups:
         ruled = merged(ruled, _with_decay(rules, group))
         _check_multipliers(rules, group)
-    last = {name: ruled[name] for name, x in linked(ruled) if getattr(x, "needs_stored", False)}
+    last = {name: ruled[name] for name, x in linked(ruled) if overrides(x, "after")}
     return merged({n: x for n, x in ruled.items() if n not in last}, _multipliers(rules), last)
 
 
@@ -153,7 +156,7 @@ def _resolved(rules: Rules, i: int, rate: Any) -> Links:
         error.add_note(f"This is about `{label}`.")
         raise
     for name, link in linked(links):
-        if isinstance(link, FIRST) or getattr(link, "gates", False):
+        if isinstance(link, (*FIRST, Gate)):
             raise InvalidType(
                 f"`{label}` must have no link that is for all parameters: give its option to the "
                 f"`optimizer` of all. Received: {name}={link!r}."

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from optimize_loss._checks import InvalidType, check_options, received
-from optimize_loss._engine.accumulate import summed
 from optimize_loss._engine.trees import is_inexact, take_apart, with_strangers, without_strangers
 from optimize_loss._names import flatten, same_leaves
 from optimize_loss._state.gradients import Trainable, derivatives
@@ -21,6 +20,7 @@ from optimize_loss.optimizers._pairs import check_pairs, constrained, gradient_o
 from optimize_loss.optimizers._stateful import Stateful
 from optimize_loss.optimizers._update_step import undone_if_it_fails
 from optimize_loss.optimizers._variable import Variable, check_variables, is_variable, value_of
+from optimize_loss.transforms._accumulate import summed
 
 
 class Optimizer(Stateful):

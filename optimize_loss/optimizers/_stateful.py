@@ -17,7 +17,7 @@ from optimize_loss._checks import (
     check_integer,
     received,
 )
-from optimize_loss._engine.loss_scale import LossScale
+from optimize_loss._engine.kinds import LossScale
 from optimize_loss._engine.numbers import to_array
 from optimize_loss._names import check_patterns
 from optimize_loss.optimizers._held import placed

@@ -1,9 +1,8 @@
 """Gradient transformations: links, and the chain that runs them in one pass."""
 
-from optimize_loss._engine.accumulate import Accumulate as Accumulate
-from optimize_loss._engine.accumulate import SumOverAxis as SumOverAxis
 from optimize_loss._engine.chain import Chain as Chain
 from optimize_loss._engine.chain import chain as chain
+from optimize_loss._engine.kinds import Gate as Gate
 from optimize_loss._engine.link import Count as Count
 from optimize_loss._engine.link import Decay as Decay
 from optimize_loss._engine.link import Finite as Finite
@@ -17,11 +16,10 @@ from optimize_loss._engine.link import PositiveStart as PositiveStart
 from optimize_loss._engine.link import Seed as Seed
 from optimize_loss._engine.link import Start as Start
 from optimize_loss._engine.link import TreeLink as TreeLink
-from optimize_loss._engine.loss_scale import DivideByDynamicLossScale as DivideByDynamicLossScale
-from optimize_loss._engine.loss_scale import DivideByLossScale as DivideByLossScale
-from optimize_loss._engine.plateau import ReduceOnPlateau as ReduceOnPlateau
 from optimize_loss._engine.precision import Precision as Precision
 from optimize_loss._engine.selection import ForParameters as ForParameters
+from optimize_loss.transforms._accumulate import Accumulate as Accumulate
+from optimize_loss.transforms._accumulate import SumOverAxis as SumOverAxis
 from optimize_loss.transforms._adafactor import StepByAdafactor as StepByAdafactor
 from optimize_loss.transforms._adagrad import ScaleByAdagrad as ScaleByAdagrad
 from optimize_loss.transforms._adam import ScaleByAdam as ScaleByAdam
@@ -39,6 +37,10 @@ from optimize_loss.transforms._guard import SkipSpikes as SkipSpikes
 from optimize_loss.transforms._lamb import ScaleByLamb as ScaleByLamb
 from optimize_loss.transforms._lion import ScaleByLion as ScaleByLion
 from optimize_loss.transforms._lookahead import Lookahead as Lookahead
+from optimize_loss.transforms._loss_scale import (
+    DivideByDynamicLossScale as DivideByDynamicLossScale,
+)
+from optimize_loss.transforms._loss_scale import DivideByLossScale as DivideByLossScale
 from optimize_loss.transforms._momentum import ScaleByMomentum as ScaleByMomentum
 from optimize_loss.transforms._multiply import MultiplyGradients as MultiplyGradients
 from optimize_loss.transforms._muon import ScaleByMuon as ScaleByMuon
@@ -47,6 +49,7 @@ from optimize_loss.transforms._noise import AddNoise as AddNoise
 from optimize_loss.transforms._observe import ObserveHistograms as ObserveHistograms
 from optimize_loss.transforms._observe import ObserveNorm as ObserveNorm
 from optimize_loss.transforms._observe import ObserveNorms as ObserveNorms
+from optimize_loss.transforms._plateau import ReduceOnPlateau as ReduceOnPlateau
 from optimize_loss.transforms._proximal import StepByDualAveraging as StepByDualAveraging
 from optimize_loss.transforms._proximal import StepByProximalAdagrad as StepByProximalAdagrad
 from optimize_loss.transforms._proximal import StepByProximalGradient as StepByProximalGradient
@@ -79,6 +82,7 @@ __all__ = [
     "ForParameters",
     "Fraction",
     "FullDecay",
+    "Gate",
     "Link",
     "Lookahead",
     "MultiplyGradients",

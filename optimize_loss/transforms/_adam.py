@@ -62,11 +62,16 @@ class ScaleByAdam(Link):
         k = {"c1": one_minus_b1, "c2": one_minus_b2, "epsilon": numbers["epsilon"]}
         return {**k, "correction": correction}, memory
 
-    def leaf(self, update, slots, param, k):
+    def remember(self, update, slots, param, k):
         """Update m and v of one parameter."""
         m = slots["m"] + (update - slots["m"]) * k["c1"]
         v = slots["v"] + (abs_squared(update) - slots["v"]) * k["c2"]
         new = {"m": m, "v": v}
         if self.amsgrad:
-            new["v_max"] = v = jnp.maximum(slots["v_max"], v)
-        return k["correction"] * m / (sqrt(v) + k["epsilon"]), new
+            new["v_max"] = jnp.maximum(slots["v_max"], v)
+        return new
+
+    def direction(self, update, slots, param, k):
+        """Divide m by the root of v."""
+        v = slots["v_max"] if self.amsgrad else slots["v"]
+        return k["correction"] * slots["m"] / (sqrt(v) + k["epsilon"])

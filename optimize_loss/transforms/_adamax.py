@@ -56,8 +56,12 @@ class ScaleByAdamax(Link):
         k = {"c1": one_minus_b1, "beta_2": b2, "epsilon": numbers["epsilon"]}
         return {**k, "correction": 1 / (1 - b1 ** count(step, b1))}, memory
 
-    def leaf(self, update, slots, param, k):
+    def remember(self, update, slots, param, k):
         """Update m and u of one parameter."""
         m = slots["m"] + (update - slots["m"]) * k["c1"]
         u = jnp.maximum(k["beta_2"] * slots["u"], jnp.abs(update))
-        return k["correction"] * m / (u + k["epsilon"]), {"m": m, "u": u}
+        return {"m": m, "u": u}
+
+    def direction(self, update, slots, param, k):
+        """Divide m by u."""
+        return k["correction"] * slots["m"] / (slots["u"] + k["epsilon"])

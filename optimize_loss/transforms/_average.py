@@ -42,7 +42,6 @@ class AverageParams(Link):
     overwrite_every: Count | None = None
     bias_free: bool = False
     reads_params = True
-    needs_stored = True
     elementwise = True
 
     def __post_init__(self):
@@ -76,13 +75,14 @@ class AverageParams(Link):
         """Return the average."""
         return slots["average"]
 
-    def leaf(self, update, slots, param, k):
+    def after(self, param, moved, slots, k):
         """Update one average, and overwrite the parameter with it when its time has come."""
-        new = param + update
+        old = param.astype(moved.dtype)
+        new = (old + moved).astype(param.dtype).astype(moved.dtype)  # as it is stored
         average = slots["average"] + (new - slots["average"]) * k["weight"]
         if self.overwrite_every is not None:
-            update = jnp.where(k["overwrite"], average - param, update)
-        return update, {"average": average}
+            moved = jnp.where(k["overwrite"], average - old, moved)
+        return moved, {"average": average}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +111,6 @@ class AverageLoss(Link):
     decay: Decay = 0.9
     metric: str | None = None
     needs = "loss"
-    observes = True
     elementwise = True
 
     def report(self, name, parts):

@@ -76,12 +76,11 @@ class MultiplySteps(_OfRules):
     p_new - p ← multiplier · (p_new - p)
     """
 
-    scales_moves = True
     elementwise = True
 
-    def factor(self, k):
-        """Return the multiplier of one parameter."""
-        return k["number"]
+    def after(self, param, moved, slots, k):
+        """Multiply what one parameter moves by."""
+        return moved * k["number"], slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +89,6 @@ class MultiplyLayers(_OfRules):
 
     `values` are tuples here, and the numbers are called `pattern[0]`, `pattern[1]`, …
     """
-
-    scales_moves = True
 
     def numbers(self):
         """Return the multiplier of each layer under the text of its pattern, with its index."""
@@ -111,21 +108,24 @@ class MultiplyLayers(_OfRules):
         ]
         return ({"numbers": stacks[i]} for i in first_index(self.patterns, tuple(names)))
 
-    def leaf(self, update, slots, param, k):
-        """Multiply each layer of one update."""
-        numbers = k["numbers"]
-        return update * numbers.reshape(-1, *[1] * (update.ndim - 1)), slots
+    def after(self, param, moved, slots, k):
+        """Multiply what each layer moves by."""
+        return moved * k["numbers"].reshape(-1, *[1] * (moved.ndim - 1)), slots
 
 
 @dataclasses.dataclass(frozen=True)
 class ShrinkByRule(_OfRules):
     """`ShrinkParams` with the decay of the rule: p ← p - learning_rate · weight_decay · p."""
 
-    borrows = ("learning_rate",)
+    needs = "learning_rate"
     reads_params = True
     elementwise = True
 
-    def move(self, param, k):
+    def scalars(self, numbers, memory, total, step):
+        """Pass on the learning rate."""
+        return {**numbers, "learning_rate": total}, memory
+
+    def before(self, param, k):
         """Return the decay of one parameter."""
         return -(k["learning_rate"] * k["number"]) * param
 

@@ -12,22 +12,21 @@ import optax
 from optimize_loss._checks import AT_LEAST_1, STEP
 from optimize_loss._engine.arrays import sqrt
 from optimize_loss._engine.health import A_SCHEDULE, NOBODY, THE_LOSS, THE_NORM, Health
-from optimize_loss._engine.link import Decay, Link, NotNegative, Numbers, Positive
-from optimize_loss._engine.loss_scale import DivideByDynamicLossScale
+from optimize_loss._engine.kinds import Gate
+from optimize_loss._engine.link import Decay, NotNegative, Numbers, Positive
+from optimize_loss.transforms._loss_scale import DivideByDynamicLossScale
 
 Most = Annotated[int, dataclasses.replace(AT_LEAST_1, initial=True)]
 
 
 @dataclasses.dataclass(frozen=True)
-class Guard(Link):
+class Guard(Gate):
     """What the guards have in common: what they count, and that they stand before other gates.
 
     Subclasses have a field `most`: how many skips in a row are an error, or None.
     """
 
     needs = "health"
-    gates = True
-    observes = True
     elementwise = True
 
     def memory(self):
@@ -43,15 +42,15 @@ class Guard(Link):
 
         No schedule may have a value that cannot be, either.
         """
-        of_scale = _or(health.outlook.scale_shrinks, False)
-        finite = health.loss_is_finite & (jnp.isfinite(health.norm) | of_scale)
-        return finite & _or(health.outlook.schedules_hold, True)
+        finite = health.loss_is_finite & (jnp.isfinite(health.norm) | health.scale_shrinks)
+        return finite & health.schedules_hold
 
     def counted(self, memory: Numbers, health: Health, is_open: jax.Array) -> Numbers:
         """Return the memory after this batch, of what all guards count."""
         skipped, in_a_row, offender = (memory[x] for x in Guard.memory(self))
-        holds = _or(health.outlook.schedules_hold, True)
-        who = jnp.where(health.loss_is_finite, jnp.where(holds, THE_NORM, A_SCHEDULE), THE_LOSS)
+        who = jnp.where(
+            health.loss_is_finite, jnp.where(health.schedules_hold, THE_NORM, A_SCHEDULE), THE_LOSS
+        )
         who = jnp.where(health.offender == NOBODY, who, health.offender)
         return {
             "skipped": jnp.where(is_open, skipped, optax.safe_increment(skipped)),
@@ -158,8 +157,7 @@ class SkipSpikes(Guard):
     def scalars(self, numbers, memory, total, step):
         """Open where all is finite and usual; then update the running means."""
         mean, sq_mean, seen = memory["mean"], memory["sq_mean"], memory["seen"]
-        scale = total.outlook.loss_scale
-        norm = total.norm if scale is None else total.norm / scale
+        norm = total.norm if total.loss_scale is None else total.norm / total.loss_scale
         log_norm = jnp.log(norm + numbers["epsilon"])
         root = sqrt(sq_mean)
         variance = jnp.maximum((root - mean) * (root + mean), numbers["min_sigma"] ** 2)
@@ -177,11 +175,6 @@ class SkipSpikes(Guard):
             "sq_mean": jnp.where(counts, sq_mean + (log_norm**2 - sq_mean) * weight, sq_mean),
         }
         return {"open": is_open}, new
-
-
-def _or(known: jax.Array | None, value: bool) -> jax.Array:
-    """Return what is known, or a value where nothing is."""
-    return jnp.array(value) if known is None else known
 
 
 def guard_of(links: Sequence[tuple[str, Any]]) -> tuple[str, Any] | None:
@@ -203,7 +196,7 @@ def was_open(links: Sequence[tuple[str, Any]], old: Any, new: Any) -> jax.Array 
     for name, link in links:
         if isinstance(link, DivideByDynamicLossScale):
             found.append(link.was_open(old[name], new[name]))
-        elif isinstance(link, Link) and link.gates and not isinstance(link, Guard):
+        elif isinstance(link, Gate) and not isinstance(link, Guard):
             break  # a scale behind it may not have seen the batch
     return functools.reduce(jnp.logical_and, found) if found else None
 

@@ -68,12 +68,16 @@ class ScaleByLamb(Link):
         k = {"c1": one_minus_b1, "c2": one_minus_b2, "epsilon": numbers["epsilon"]}
         return {**k, "of_m": 1 / (1 - b1**t), "of_v": 1 / (1 - b2**t)}, memory
 
-    def leaf(self, update, slots, param, k):
-        """Update m and v of one parameter, and take its norm."""
+    def remember(self, update, slots, param, k):
+        """Update m and v of one parameter."""
         m = slots["m"] + (update - slots["m"]) * k["c1"]
         v = slots["v"] + (abs_squared(update) - slots["v"]) * k["c2"]
-        u = k["of_m"] * m / (sqrt(k["of_v"] * v) + k["epsilon"])
+        return {"m": m, "v": v}
+
+    def direction(self, update, slots, param, k):
+        """Give Adam's direction the parameter's norm."""
+        u = k["of_m"] * slots["m"] / (sqrt(k["of_v"] * slots["v"]) + k["epsilon"])
         p_norm, u_norm = norm(param), norm(u)
         both = (p_norm > 0) & (u_norm > 0)
         length, size = jnp.where(both, p_norm, 1), jnp.where(both, u_norm, 1)
-        return multiplied(u, ratio(length, size)), {"m": m, "v": v}
+        return multiplied(u, ratio(length, size))

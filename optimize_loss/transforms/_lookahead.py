@@ -62,15 +62,13 @@ class Lookahead(Link):
         """Return the slow parameters."""
         return slots["slow"]
 
-    def leaf(self, update, slots, param, k):
+    def after(self, param, moved, slots, k):
         """Let one slow parameter follow, and go back to it, when its time has come."""
-        slow = slots["slow"]
-        slow = jnp.where(k["syncs"], slow + k["rate"] * (param + update - slow), slow)
-        return jnp.where(k["syncs"], slow - param, update), {"slow": slow}
-
-    def narrow_leaf(self, update, slots, param, k, dtype):
-        """Do the same, by how far the fast parameter went from what φ was rounded to."""
-        slow, start = slots["slow"], slots["start"]
-        slow = jnp.where(k["syncs"], slow + k["rate"] * (param + update - start), slow)
-        start = jnp.where(k["syncs"], stored_as(slow, dtype), start)
-        return jnp.where(k["syncs"], start - param, update), {"slow": slow, "start": start}
+        old, slow = param.astype(moved.dtype), slots["slow"]
+        # Of few bits: by how far the fast parameter went from what φ was rounded to.
+        start = slots.get("start", slow)
+        slow = jnp.where(k["syncs"], slow + k["rate"] * (old + moved - start), slow)
+        if "start" not in slots:
+            return jnp.where(k["syncs"], slow - old, moved), {"slow": slow}
+        start = jnp.where(k["syncs"], stored_as(slow, param.dtype), start)
+        return jnp.where(k["syncs"], start - old, moved), {"slow": slow, "start": start}

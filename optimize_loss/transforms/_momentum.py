@@ -44,7 +44,10 @@ class ScaleByMomentum(Link):
         """Return the sum."""
         return {"sum": zeros(param)}
 
-    def leaf(self, update, slots, param, k):
+    def remember(self, update, slots, param, k):
         """Add one update to the sum."""
-        total = k["momentum"] * slots["sum"] + update
-        return (update + k["momentum"] * total if self.nesterov else total), {"sum": total}
+        return {"sum": k["momentum"] * slots["sum"] + update}
+
+    def direction(self, update, slots, param, k):
+        """Return the sum, or one step ahead of it."""
+        return update + k["momentum"] * slots["sum"] if self.nesterov else slots["sum"]

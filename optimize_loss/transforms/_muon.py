@@ -87,15 +87,18 @@ class ScaleByMuon(Link):
             )
         return {"sum": zeros(param)}
 
-    def leaf(self, update, slots, param, k):
-        """Add one update to the sum, and make the sum orthogonal."""
-        total = k["momentum"] * slots["sum"] + update
-        u = update + k["momentum"] * total if self.nesterov else total
+    def remember(self, update, slots, param, k):
+        """Add one update to the sum."""
+        return {"sum": k["momentum"] * slots["sum"] + update}
+
+    def direction(self, update, slots, param, k):
+        """Make the sum, or one step ahead of it, orthogonal."""
+        u = update + k["momentum"] * slots["sum"] if self.nesterov else slots["sum"]
         coefficients = k["linear"], k["cubic"], k["quintic"]
         x = _sharded_alike(functools.partial(orthogonal, self.ns_steps), u, coefficients)
         if "rms_rate" in k:
             x = k["rms_rate"] * math.sqrt(max(param.shape)) * x
-        return x, {"sum": total}
+        return x
 
 
 def orthogonal(steps: int, u: jax.Array, coefficients: Sequence[jax.Array]) -> jax.Array:

@@ -69,9 +69,13 @@ class ScaleByNadam(Link):
         k["of_gradient"] = (1 - now) / (1 - product)
         return {**k, "correction": 1 / (1 - b2**t)}, {"product": product}
 
-    def leaf(self, update, slots, param, k):
+    def remember(self, update, slots, param, k):
         """Update m and v of one parameter."""
         m = slots["m"] + (update - slots["m"]) * k["c1"]
         v = slots["v"] + (abs_squared(update) - slots["v"]) * k["c2"]
-        ahead = k["of_mean"] * m + k["of_gradient"] * update
-        return ahead / (sqrt(k["correction"] * v) + k["epsilon"]), {"m": m, "v": v}
+        return {"m": m, "v": v}
+
+    def direction(self, update, slots, param, k):
+        """Divide the mean, one step ahead, by the root of v."""
+        ahead = k["of_mean"] * slots["m"] + k["of_gradient"] * update
+        return ahead / (sqrt(k["correction"] * slots["v"]) + k["epsilon"])

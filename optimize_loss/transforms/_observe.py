@@ -32,7 +32,6 @@ class ObserveNorm(Link):
 
     metric: str | None = None
     needs = "global_norm"
-    observes = True
     elementwise = True
 
     def memory(self):
@@ -65,7 +64,6 @@ class ObserveNorms(Link):
     """
 
     metric: str | None = None
-    observes = True
 
     def report(self, name, parts):
         """Return the norm of each parameter."""
@@ -75,9 +73,9 @@ class ObserveNorms(Link):
         """Return the norm."""
         return {"norm": jnp.zeros((), real_dtype(compute_dtype(param.dtype)))}
 
-    def leaf(self, update, slots, param, k):
+    def remember(self, update, slots, param, k):
         """Keep the norm of one update."""
-        return update, {"norm": norm(update)}
+        return {"norm": norm(update)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +102,6 @@ class ObserveHistograms(Link):
 
     bins: int = 30
     metric: str | None = None
-    observes = True
 
     def __post_init__(self):
         object.__setattr__(self, "bins", check_integer("bins", self.bins, COUNT))
@@ -119,17 +116,17 @@ class ObserveHistograms(Link):
         dtype = jnp.float32
         return {"counts": jnp.zeros(self.bins, dtype), "edges": jnp.zeros(self.bins + 1, dtype)}
 
-    def leaf(self, update, slots, param, k):
+    def remember(self, update, slots, param, k):
         """Count the entries of one update."""
         values = jnp.abs(update) if jnp.iscomplexobj(update) else update
         if not values.size:
-            return update, slots
+            return slots
         low, high = jnp.min(values), jnp.max(values)
         half = jnp.where(low == high, 0.5, 0).astype(low.dtype)
         edges = jnp.linspace(low - half, high + half, self.bins + 1)
         inner = [jnp.sum(values < edges[i], dtype=jnp.int32) for i in range(1, self.bins)]
         below = jnp.array([0, *inner, values.size], jnp.int32)
-        return update, {"counts": jnp.diff(below), "edges": edges}
+        return {"counts": jnp.diff(below), "edges": edges}
 
 
 def _by_name(metric: str | None, tree: Any, values: Iterable[Any]) -> dict[str, Any]:

@@ -57,15 +57,20 @@ class ScaleByRMS(Link):
         """Return the weight of the newest gradient."""
         return {"weight": numbers["decay"][1], "epsilon": numbers["epsilon"]}, memory
 
-    def leaf(self, update, slots, param, k):
+    def remember(self, update, slots, param, k):
         """Update the running means of one parameter."""
         s = slots["mean_square"]
         new = {"mean_square": s + (abs_squared(update) - s) * k["weight"]}
-        variance = new["mean_square"]
         if self.centered:
             new["mean"] = slots["mean"] + (update - slots["mean"]) * k["weight"]
-            variance = jnp.maximum(variance - abs_squared(new["mean"]), 0)
-        return update * jax.lax.rsqrt(variance + k["epsilon"]), new
+        return new
+
+    def direction(self, update, slots, param, k):
+        """Divide by the root mean square, or by the standard deviation."""
+        variance = slots["mean_square"]
+        if self.centered:
+            variance = jnp.maximum(variance - abs_squared(slots["mean"]), 0)
+        return update * jax.lax.rsqrt(variance + k["epsilon"])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from optimize_loss._engine.arrays import is_narrow
 from optimize_loss._engine.bits import round_to
 from optimize_loss._engine.chain import Chain, chain
-from optimize_loss._engine.link import Link, Seed
-from optimize_loss._engine.plan import linked
+from optimize_loss._engine.link import Link, Seed, overrides
 from optimize_loss._engine.precision import Precision, check_precision
+from optimize_loss._engine.selection import ForParameters, linked
 from optimize_loss._random import quick_bits
 
 
@@ -49,20 +49,22 @@ class RoundParams(Link):
     """
 
     seed: Seed = 0
-    needs_stored = True
     reads_params = True
     elementwise = True
-    draws = True
+    needs = "random_bits"
 
-    def suits(self, param):
-        """Return whether a parameter has 16 bits or fewer, and more than an exponent."""
-        return is_narrow(param.dtype) and jnp.finfo(param.dtype).nmant > 0
+    def after(self, param, moved, slots, k):
+        """Lead to a neighbour; as it is where the parameter is not finite."""
+        if not can_be_rounded("", param):
+            return moved, slots
+        old, bits = param.astype(moved.dtype), quick_bits(k["draw"], moved.shape)
+        new = round_to(old + moved, param.dtype, bits) - old
+        return jnp.where(jnp.isfinite(old), new, moved), slots
 
-    def rounded(self, update, param, dtype, k):
-        """Return the update to a neighbour; as it is where the parameter is not finite."""
-        bits = quick_bits(k["draw"], update.shape)
-        new = round_to(param + update, dtype, bits) - param
-        return jnp.where(jnp.isfinite(param), new, update)
+
+def can_be_rounded(name: str, param: Any) -> bool:
+    """Return whether a parameter has 16 bits or fewer, and more than an exponent."""
+    return is_narrow(param.dtype) and jnp.finfo(param.dtype).nmant > 0
 
 
 def with_precision(links: Chain, precision: Any, *, seed: int = 0) -> Chain:
@@ -99,11 +101,12 @@ def with_precision(links: Chain, precision: Any, *, seed: int = 0) -> Chain:
     entries = dict(links.links)
     has_one = any(isinstance(link, RoundParams) for _, link in linked(entries))
     if chosen.params == "stochastic" and not has_one:
-        last = {n: entries[n] for n, x in linked(entries) if getattr(x, "needs_stored", False)}
+        last = {n: entries[n] for n, x in linked(entries) if overrides(x, "after")}
         first = {n: x for n, x in entries.items() if n not in last}
         if "round_params" in entries:
             raise ValueError("The links must have other names than 'round_params'.")
-        entries = {**first, "round_params": RoundParams(chosen.seed or 0), **last}
+        rounds = ForParameters(can_be_rounded, RoundParams(chosen.seed or 0), optional=True)
+        entries = {**first, "round_params": rounds, **last}
     return dataclasses.replace(chain(**entries), precision=chosen)
 
 

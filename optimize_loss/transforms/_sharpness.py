@@ -20,7 +20,6 @@ class Sharpness(Link):
     """
 
     rho: NotNegative
-    observes = True
     elementwise = True
 
 

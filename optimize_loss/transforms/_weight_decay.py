@@ -97,9 +97,13 @@ class ShrinkParams(_WeightDecay):
       `weight_decay` of Keras 2.15's and Keras 3's `Optimizer`, which apply it first.
     """
 
-    borrows = ("learning_rate",)
+    needs = "learning_rate"
     elementwise = True
 
-    def move(self, param, k):
+    def scalars(self, numbers, memory, total, step):
+        """Pass on the learning rate."""
+        return {**numbers, "learning_rate": total}, memory
+
+    def before(self, param, k):
         """Return the decay of one parameter."""
         return -(k["learning_rate"] * k["weight_decay"]) * param

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import optax
 
 from optimize_loss._checks import STEP
-from optimize_loss._engine.link import Count, Fraction, Link, NotNegative, Numbers
+from optimize_loss._engine.kinds import RateScale
+from optimize_loss._engine.link import Count, Fraction, NotNegative, Numbers
 
 
 @dataclasses.dataclass(frozen=True)
-class ReduceOnPlateau(Link):
+class ReduceOnPlateau(RateScale):
     """Multiply the learning rate by a factor when the loss has not improved for a while.
 
         improved:  mean loss < best - threshold · |best|   (- threshold, if not `relative`)
@@ -57,7 +58,6 @@ class ReduceOnPlateau(Link):
     every: Count = 1
     relative: bool = True
     needs = "loss"
-    observes = True
     elementwise = True
 
     def report(self, name, parts):

@@ -5,16 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from optimize_loss._engine.link import Count, Link, Numbers, Positive, PositiveStart
-
-
-@dataclasses.dataclass(frozen=True)
-class LossScale(Link):
-    """What the links have in common that divide by the factor of the loss."""
-
-    def factor_of_loss(self, numbers: Numbers, memory: Numbers) -> jax.Array:
-        """Return by what the loss is multiplied in this step."""
-        raise NotImplementedError
+from optimize_loss._engine.kinds import Gate, LossScale
+from optimize_loss._engine.link import Count, Numbers, Positive, PositiveStart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +45,7 @@ class DivideByLossScale(LossScale):
 
 
 @dataclasses.dataclass(frozen=True)
-class DivideByDynamicLossScale(LossScale):
+class DivideByDynamicLossScale(Gate, LossScale):
     """Divide by a scale that halves when a gradient is not finite, and skip that update.
 
         not all g finite:  scale ← max(scale / 2, 1), and the links behind do not run
@@ -81,8 +73,7 @@ class DivideByDynamicLossScale(LossScale):
 
     initial_scale: PositiveStart = 2.0**15
     growth_steps: Count = 2000
-    gates = True
-    observes = True
+    needs = "finite"
     elementwise = True
 
     def memory(self):
@@ -93,14 +84,9 @@ class DivideByDynamicLossScale(LossScale):
         """Return the scale that the memory has."""
         return memory["loss_scale"]
 
-    def measure(self, update):
-        """Return 0 if all numbers are finite, else NaN, as ∞ - ∞ and NaN - NaN are."""
-        # XLA on CPU would write `isfinite` out as an array, and forgets a NaN in the maximum.
-        return jnp.sum(jnp.abs(update - update))
-
     def scalars(self, numbers, memory, total, step):
         """Open where all numbers are finite; double or halve the scale."""
-        scale, finite = memory["loss_scale"], total == 0
+        scale, finite = memory["loss_scale"], total
         in_a_row = jnp.where(finite, memory["finite_in_a_row"] + 1, 0)
         grows = in_a_row >= numbers["growth_steps"]
         fits = 2 * scale <= 1 / jnp.finfo(scale.dtype).tiny
@@ -119,6 +105,6 @@ class DivideByDynamicLossScale(LossScale):
         at_most = (after == before) & (before > 1)
         return (new["finite_in_a_row"] > 0) | (after > before) | at_most
 
-    def factor(self, k):
+    def behind(self, k):
         """Return the reciprocal of the scale."""
         return 1 / k["scale"]

@@ -1,18 +1,16 @@
 """Gather the gradients of several batches, and sum them over devices."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from optimize_loss._checks import InvalidType, check_choice, received
 from optimize_loss._engine.arrays import zeros
-from optimize_loss._engine.link import Count, Link, TreeLink
-from optimize_loss._engine.selection import ForParameters
+from optimize_loss._engine.kinds import Gate
+from optimize_loss._engine.link import Count, TreeLink
 
 # Stands in the state where a call came without a loss. It is finite, so that tools which look for
 # NaN and infinities stay quiet where no link needs one.
@@ -20,7 +18,7 @@ NO_LOSS = float(np.finfo(np.float32).max)
 
 
 @dataclasses.dataclass(frozen=True)
-class Accumulate(Link):
+class Accumulate(Gate):
     """Let the links behind run once in `every` calls, on the mean of the gradients since.
 
         s ← s + g,   and in every `every`-th call:  u = s / every;  the next one begins with s ← g
@@ -66,7 +64,6 @@ class Accumulate(Link):
     reduce: str = "mean"
     of_loss: bool = False
     needs = "loss_and_weight"
-    gates = True
     elementwise = True
 
     def __post_init__(self):
@@ -136,28 +133,18 @@ class Accumulate(Link):
         total = jnp.where(k["is_first"], update, slots["sum"] + update)
         return total, {"sum": total}
 
-    def factor(self, k):
+    def behind(self, k):
         """Return what makes the sum a mean."""
-        return jnp.ones_like(k["share"]) if self.reduce == "sum" else k["share"]
+        return None if self.reduce == "sum" else k["share"]
 
+    def with_loss(self):
+        """Return the same link, which keeps the loss of the update."""
+        return dataclasses.replace(self, of_loss=True)
 
-def weighs_nothing(links: Iterable[Any], weight: Any) -> jax.Array | None:
-    """Return whether a batch is empty, for links of which one weighs batches; None without one."""
-    weighs = any(isinstance(link, Accumulate) and link.reduce == "weighted" for link in links)
-    return jnp.asarray(weight) == 0 if weighs and weight is not None else None
-
-
-def with_losses(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the links of a chain, each `Accumulate` with the loss where one behind may need it."""
-    links, needed = {}, False
-    for name, entry in reversed(list(entries.items())):
-        link = entry.link if isinstance(entry, ForParameters) else entry
-        if needed and isinstance(link, Accumulate):
-            entry = dataclasses.replace(link, of_loss=True)
-        needed = needed or isinstance(link, optax.GradientTransformationExtraArgs)
-        needed = needed or getattr(link, "needs", None) == "loss"
-        links[name] = entry
-    return {name: links[name] for name in entries}
+    def is_empty(self, weight):
+        """Return whether a batch has no weight; None where batches are not weighted."""
+        weighs = self.reduce == "weighted" and weight is not None
+        return jnp.asarray(weight) == 0 if weighs else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,27 +6,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 
 from optimize_loss._checks import InvalidType, TreeMismatch, check_single
 from optimize_loss._engine.device import from_host
 from optimize_loss._engine.equal import same, structural_hash
+from optimize_loss._engine.exchange import exchanged, settled
 from optimize_loss._engine.first_state import init_link
 from optimize_loss._engine.kinds import weighs_nothing
 from optimize_loss._engine.leaf import Wanted
 from optimize_loss._engine.link import Link, State, is_transformation, overrides
-from optimize_loss._engine.numbers import ChainNumbers, replaced
+from optimize_loss._engine.numbers import ChainNumbers
+from optimize_loss._engine.order import check_last, check_order, with_losses
 from optimize_loss._engine.passes import averaged, decoded, run
-from optimize_loss._engine.plan import (
-    Place,
-    Plan,
-    check_last,
-    check_order,
-    settled,
-    structure,
-    takes,
-    with_losses,
-)
+from optimize_loss._engine.plan import Place, Plan, takes
 from optimize_loss._engine.precision import Precision, check_used, codecs
 from optimize_loss._engine.selection import ForParameters, linked
 from optimize_loss._engine.totals import Call
@@ -119,16 +111,8 @@ class Chain(Transformation):
                 place.link.check_names(place.names(taken))
         if any(place.kind != "leaf" for place in places):  # they see the user's tree
             return [None] * len(taken.leaves)
-        by_entry = [place.link.elementwise for place in places]
-        kinds = zip(*(place.takes for place in places), strict=True)
-        stored = [[place.codec(j) for place in places] for j in range(len(taken.leaves))]
-        return [
-            (kind, tuple(type(codec) for codec in codecs))
-            if all(e for e, takes in zip(by_entry, kind, strict=True) if takes)
-            and all(codec is None or codec.by_entry for codec in codecs)
-            else None
-            for kind, codecs in zip(kinds, stored, strict=True)
-        ]
+        plan = Plan(taken, tuple(places))
+        return [plan.kind(j) for j in range(len(taken.leaves))]
 
     def update(
         self, updates: Any, state: State, params: Any = None, **extra: Any
@@ -264,29 +248,11 @@ class Chain(Transformation):
         Raises:
           ValueError: `other` has other links than this chain, or differs in more than numbers.
         """
-        state = dict(state)
-        if [name for name, _ in self.links] != [name for name, _ in other.links]:
-            raise ValueError(
-                f"The links must stay {[name for name, _ in self.links]}. "
-                f"Received: {[name for name, _ in other.links]}."
-            )
         if self.precision != other.precision:
             raise ValueError(
                 f"The precision must stay {self.precision}. Received: {other.precision}."
             )
-        retraced = False
-        for (name, old), (_, new) in zip(self.links, other.links, strict=True):
-            if not same(structure(old), structure(new)):
-                raise ValueError(
-                    f"The link {name!r} must stay {old!r} but for its numbers. Received: {new!r}."
-                )
-            link, numbers = other.link(name), _numbers_of(self.link(name))
-            for number, value in _numbers_of(link).items():
-                before = numbers[number]
-                if _differ(value, before):
-                    retraced = retraced or callable(value) or callable(before)
-                    changed = replaced(number, None, value, link.rule(number), state[name][number])
-                    state[name] = {**state[name], number: changed}
+        state, retraced = exchanged(dict(self.links), dict(other.links), state)
         return (other if retraced else self), state
 
     @property
@@ -406,15 +372,6 @@ def chain(*unnamed: Any, **links: Any) -> Chain:
             raise ValueError(f"A link's name has no '/' and is not 'step'. Received: {name!r}.")
     check_order(links)
     return Chain(tuple(with_losses(links).items()))
-
-
-def _numbers_of(link: Any) -> dict[str, Any]:
-    return link.numbers() if isinstance(link, Link) else {}
-
-
-def _differ(one: Any, other: Any) -> bool:
-    is_traced = isinstance(one, Tracer) or isinstance(other, Tracer)
-    return one is not other and (is_traced or not same(one, other))
 
 
 def _step(state: State, schedule_step: Any) -> Any:

@@ -1,21 +1,16 @@
 """Which links are for which parameters, in which order, and how their slots are stored."""
 
-import copy
 import dataclasses
-import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
-import optax
-from jax.core import Tracer
 
-from optimize_loss._checks import InvalidType, TreeMismatch
-from optimize_loss._engine.kinds import Gate, LossScale, RateScale
-from optimize_loss._engine.link import Link, State, TreeLink, number_rules, overrides, passes
-from optimize_loss._engine.numbers import has_rate
+from optimize_loss._checks import TreeMismatch
+from optimize_loss._engine.kinds import Gate
+from optimize_loss._engine.link import Link, State, TreeLink
 from optimize_loss._engine.precision import Codec, Encoded, keys
-from optimize_loss._engine.selection import ForParameters, linked, where
+from optimize_loss._engine.selection import ForParameters
 from optimize_loss._engine.trees import Params
 from optimize_loss._names import same_leaves
 
@@ -110,6 +105,18 @@ class Plan:
                 segments[-1] = Segment((*last.places, place))
         return segments
 
+    def kind(self, j: int) -> Any:
+        """Return what parameters share with that numbered `j` that may lie in one array with it.
+
+        None where it must lie by itself.
+        """
+        own = [place for place in self.places if place.takes[j]]
+        codecs = [place.codec(j) for place in self.places]
+        by_entry = all(place.link.elementwise for place in own)
+        if not by_entry or not all(codec is None or codec.by_entry for codec in codecs):
+            return None
+        return tuple(place.takes[j] for place in self.places), tuple(map(type, codecs))
+
     def slots(self, place: Place, state: State) -> dict[str, list[Any]]:
         """Return the slots of a link by name, for each of the parameters, live or not."""
         return {
@@ -149,18 +156,6 @@ class Plan:
         return own
 
 
-def merged(*parts: Mapping[str, Any]) -> dict[str, Any]:
-    """Return links in a row, from several rows.
-
-    Raises:
-      ValueError: two have one name.
-    """
-    names = [name for part in parts for name in part]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"The links of `optimizer` must have other names than {twice}.")
-    return {name: link for part in parts for name, link in part.items()}
-
-
 def takes(name: str, entry: Any, params: Params, marks: list[bool]) -> tuple[bool, ...]:
     """Return for each parameter whether a link is for it; integers are no link's."""
     if params.are_unknown:
@@ -177,139 +172,3 @@ def takes(name: str, entry: Any, params: Params, marks: list[bool]) -> tuple[boo
             f"{names}."
         )
     return tuple(takes)
-
-
-def lender(entries: Mapping[str, Any], borrower: str, number: str) -> str:
-    """Return the name of the one link whose number another one borrows.
-
-    Raises:
-      ValueError: no link has such a number, or more than one.
-    """
-    others = [
-        name
-        for name, link in linked(entries)
-        if name != borrower and isinstance(link, Link) and number in link.numbers()
-        if number in number_rules(type(link))  # and is not named after a parameter
-    ]
-    own = where(entries[borrower])
-    wider = (own, getattr(own, "within", None), getattr(own, "whole", None), None)
-    suited = [n for n in others if where(entries[n]) in wider]
-    if len(suited) != 1:
-        raise ValueError(
-            f"The link {borrower!r} needs the `{number}` of one other link, which is for all "
-            f"parameters or for the same ones. Links that have one: {others}."
-        )
-    return suited[0]
-
-
-def check_order(entries: Mapping[str, Any]) -> None:
-    """Raise if a link lacks its lender, or one for all parameters does not stand where it must."""
-    check_last([Place(n, x, (where(entries[n]) is None,)) for n, x in linked(entries)])
-    _check_head(entries)
-    for name, link in linked(entries):
-        if isinstance(link, TreeLink) and overrides(link, "before", "after"):
-            raise InvalidType(
-                f"The link {name!r} must be a `Link` and no `TreeLink`, as it runs before or after "
-                f"the update of each parameter. Received: {link!r}."
-            )
-        if getattr(link, "needs", None) == "learning_rate":
-            lender(entries, name, "learning_rate")
-
-
-def _check_head(entries: Mapping[str, Any]) -> None:
-    """Raise if a guard has a gate or a loss scale before it, or a number to lower is not there."""
-    links = dict(linked(entries))
-    before: list[str] = []
-    for name, link in links.items():
-        if not isinstance(link, Link):
-            continue
-        if link.needs == "health" and before:
-            raise ValueError(
-                f"The link {name!r} must stand before {before}, so that nothing of a batch that is "
-                f"left out stays in the state. Received: {[*links]}."
-            )
-        if isinstance(link, Gate | LossScale):
-            before.append(name)
-        if isinstance(link, RateScale) and not any(map(has_rate, links.values())):
-            raise ValueError(
-                f"The link {name!r} lowers the `learning_rate` of other links, and none has one. "
-                f"Received: {[*links]}."
-            )
-
-
-def check_last(places: Sequence[Place]) -> None:
-    """Raise if a link that sees all that a parameter moves by has one behind it that changes it."""
-    for i, place in enumerate(places):
-        if not overrides(place.link, "after"):
-            continue
-        for other in places[i + 1 :]:
-            changes = isinstance(other.link, Gate) or not passes(other.link)
-            # A link that rounds keeps nothing of what it sees.
-            turns = overrides(other.link, "after") and not overrides(other.link, "averaged")
-            averages = overrides(place.link, "averaged")
-            late = changes or (turns and averages)
-            if late and any(map(operator.and_, place.takes, other.takes)):
-                raise ValueError(
-                    f"The link {place.name!r} must stand last, as it sees all that a parameter "
-                    f"moves by. Received: {[p.name for p in places]}."
-                )
-
-
-def structure(entry: Any) -> Any:
-    """Return what of a link of ours is not a number in its state."""
-    if isinstance(entry, ForParameters):
-        return {**_fields(entry), "link": structure(entry.link)}
-    if not isinstance(entry, Link):
-        return entry
-    numbers, rules = entry.numbers(), number_rules(type(entry))
-    inside = [value for name, value in numbers.items() if name not in rules]
-    rest = {n: _without(inside, x) for n, x in _fields(entry).items() if n not in numbers}
-    return type(entry), rest, [*numbers]
-
-
-def settled(link: Any) -> Any:
-    """Return a link as its functions may see it: with 1 for the numbers that are traced.
-
-    They read them from the state, and a link that is hashed has no traced ones.
-    """
-    if not isinstance(link, Link):
-        return link
-    changed = {n: x for n, old in _fields(link).items() if (x := _known(old)) is not old}
-    if not changed:
-        return link
-    new = copy.copy(link)
-    for name, value in changed.items():
-        object.__setattr__(new, name, value)
-    return new
-
-
-def _known(field: Any) -> Any:
-    """Return a field with 1 for what is traced in it; the same one where nothing is."""
-    if isinstance(field, Tracer):
-        return 1.0
-    if type(field) is tuple:
-        parts = tuple(map(_known, field))
-        return parts if any(map(operator.is_not, parts, field)) else field
-    return field
-
-
-def _fields(value: Any) -> dict[str, Any]:
-    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-
-
-def _without(numbers: list[Any], field: Any) -> Any:
-    """Return a field without the numbers that stand inside it, as multipliers do."""
-    if isinstance(field, tuple):
-        return tuple(_without(numbers, part) for part in field)
-    return None if any(field is number for number in numbers) else field
-
-
-def with_losses(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the links of a chain, each gate with the loss where one behind may need it."""
-    links, needed = dict(entries), False
-    for name, link in reversed(list(linked(entries))):
-        if needed and isinstance(link, Gate):
-            links[name] = link.with_loss()
-        needed = needed or isinstance(link, optax.GradientTransformationExtraArgs)
-        needed = needed or getattr(link, "needs", None) == "loss"
-    return links

@@ -24,7 +24,8 @@ from optimize_loss._engine.health import Health, health
 from optimize_loss._engine.kinds import Gate
 from optimize_loss._engine.leaf import Leaf, Links, for_all, update_behind
 from optimize_loss._engine.link import Link, Numbers, State, factors, overrides, passes
-from optimize_loss._engine.plan import Plan, Segment, lender, parts
+from optimize_loss._engine.order import lender
+from optimize_loss._engine.plan import Plan, Segment, parts
 from optimize_loss._engine.precision import keys
 from optimize_loss._engine.trees import Owner
 

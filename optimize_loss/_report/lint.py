@@ -11,7 +11,7 @@ import numpy as np
 from optimize_loss._checks import AT_LEAST_1, check_integer
 from optimize_loss._engine.arrays import is_narrow
 from optimize_loss._engine.link import TreeLink, number_rules
-from optimize_loss._engine.plan import has_rate
+from optimize_loss._engine.numbers import has_rate
 from optimize_loss._state.rules import Rules
 from optimize_loss.optimizers._muon import in_stacks
 from optimize_loss.schedules import evaluate

@@ -16,7 +16,7 @@ from optimize_loss._checks import (
     check_number,
     received,
 )
-from optimize_loss._engine.plan import has_rate
+from optimize_loss._engine.numbers import has_rate
 from optimize_loss._engine.transfers import asked_for
 from optimize_loss._state.batches import Call, Source, check_batches
 from optimize_loss._state.train_state import TrainState

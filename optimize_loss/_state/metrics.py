@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from optimize_loss._checks import InvalidType, check_choice, received
-from optimize_loss._engine.plan import linked, merged
+from optimize_loss._engine.order import merged
+from optimize_loss._engine.selection import linked
 from optimize_loss.schedules import evaluate
 from optimize_loss.transforms import Chain, Link, ObserveHistograms, ObserveNorm, ObserveNorms
 

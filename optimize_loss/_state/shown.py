@@ -10,7 +10,7 @@ import numpy as np
 from optimize_loss._engine.device import fetched, has_values
 from optimize_loss._engine.link import Link
 from optimize_loss._engine.numbers import FOLLOW_SCHEDULE
-from optimize_loss._engine.plan import linked
+from optimize_loss._engine.selection import linked
 
 _MOST = 20  # parameters, in lines of their own
 

@@ -20,7 +20,7 @@ from optimize_loss._checks import (
 )
 from optimize_loss._engine.bucket import LARGEST_IN_A_BUCKET
 from optimize_loss._engine.link import is_transformation
-from optimize_loss._engine.plan import merged
+from optimize_loss._engine.order import merged
 from optimize_loss._engine.selection import linked
 from optimize_loss._names import Pattern, check_patterns
 from optimize_loss.schedules import Decayed, WarmUpDecay

@@ -9,7 +9,7 @@ from optimize_loss._checks import InvalidType
 from optimize_loss._engine.kinds import Gate
 from optimize_loss._engine.link import is_transformation, overrides
 from optimize_loss._engine.numbers import has_rate
-from optimize_loss._engine.plan import merged
+from optimize_loss._engine.order import merged
 from optimize_loss._engine.selection import linked, where
 from optimize_loss._state.rules import Rules
 from optimize_loss._step.options import FIRST

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from optimize_loss._checks import InvalidType, received
-from optimize_loss._engine.plan import merged
+from optimize_loss._engine.order import merged
 from optimize_loss._names import Pattern, check_pattern, first_matches
 from optimize_loss.optimizers._optimizer import Optimizer
 from optimize_loss.optimizers._options import options_of

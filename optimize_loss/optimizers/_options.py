@@ -19,7 +19,7 @@ from optimize_loss._checks import (
     received,
 )
 from optimize_loss._engine.link import number_rules
-from optimize_loss._engine.plan import merged
+from optimize_loss._engine.order import merged
 from optimize_loss._engine.transformation import Transformation, made_once
 from optimize_loss._names import Pattern
 from optimize_loss.optimizers._variable import Variable

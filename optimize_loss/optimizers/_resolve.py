@@ -6,7 +6,7 @@ from typing import Any
 from optimize_loss._checks import InvalidType, check_choice, check_takes, received
 from optimize_loss._engine.link import is_transformation, overrides
 from optimize_loss._engine.numbers import has_rate
-from optimize_loss._engine.plan import merged
+from optimize_loss._engine.order import merged
 from optimize_loss._engine.selection import linked
 from optimize_loss.optimizers._get import names
 from optimize_loss.optimizers._optimizer import Optimizer

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from optimize_loss._engine.link import Link, Numbers
+from optimize_loss._engine.link import Link, Numbers, Stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +69,8 @@ class LossScale(Link):
 
     One that is a `Gate`, too, is dynamic: it shrinks where a gradient is not finite.
     """
+
+    stage = Stage.SCALE
 
     def factor_of_loss(self, numbers: Numbers, memory: Numbers) -> jax.Array:
         """Return by what the loss is multiplied in this step."""

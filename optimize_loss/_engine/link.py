@@ -26,6 +26,7 @@ functions of all its links over one parameter after another.
 """
 
 import dataclasses
+import enum
 import functools
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -56,6 +57,23 @@ PositiveStart = Annotated[float, dataclasses.replace(_checks.POSITIVE, initial=T
 Numbers = Mapping[str, Any]
 State = dict[str, Any]
 Slots = Mapping[str, jax.Array]
+
+
+class Stage(enum.IntEnum):
+    """Where a link stands in a chain that is made of options: a lower stage comes first.
+
+    A chain that is written by hand has the order in which it is written.
+    """
+
+    SUM = 0  # over devices
+    GUARD = 1
+    SCALE = 2
+    GATHER = 3
+    UPDATE = 4  # whatever makes updates of gradients, in the order given
+    MULTIPLY = 5  # what a parameter moves by
+    AFTER = 6
+    ROUND = 7
+    AVERAGE = 8  # parameters as they are stored
 
 
 @functools.cache
@@ -155,6 +173,9 @@ class Link:
     do to an entry what they would do to it alone, and `for_each` gives scalars. `optimize_loss`
     then keeps small parameters in one array. A subclass that defines one of these functions again
     must set it again."""
+
+    stage: ClassVar[Stage] = Stage.UPDATE
+    """Where the link stands among those of options; links with `after` stand behind all updates."""
 
     reads_params: ClassVar[bool] = False
     """Whether the values in `param` are used, so that `update` must be given them. Without it,

@@ -1,5 +1,6 @@
 """In which order links may stand, and which of them need others."""
 
+import itertools
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,7 +9,7 @@ import optax
 
 from optimize_loss._checks import InvalidType
 from optimize_loss._engine.kinds import Gate, LossScale, RateScale
-from optimize_loss._engine.link import Link, TreeLink, number_rules, overrides, passes
+from optimize_loss._engine.link import Link, Stage, TreeLink, number_rules, overrides, passes
 from optimize_loss._engine.numbers import has_rate
 from optimize_loss._engine.plan import Place
 from optimize_loss._engine.selection import linked, where
@@ -87,19 +88,46 @@ def _check_head(entries: Mapping[str, Any]) -> None:
 def check_last(places: Sequence[Place]) -> None:
     """Raise if a link that sees all that a parameter moves by has one behind it that changes it."""
     for i, place in enumerate(places):
-        if not overrides(place.link, "after"):
-            continue
-        for other in places[i + 1 :]:
-            changes = isinstance(other.link, Gate) or not passes(other.link)
-            # A link that rounds keeps nothing of what it sees.
-            turns = overrides(other.link, "after") and not overrides(other.link, "averaged")
-            averages = overrides(place.link, "averaged")
-            late = changes or (turns and averages)
-            if late and any(map(operator.and_, place.takes, other.takes)):
+        own = stage_of(place.link)
+        for other in places[i + 1 :] if own > Stage.UPDATE else ():
+            behind = stage_of(other.link)
+            changes = behind < own and not (behind == Stage.UPDATE and passes(other.link))
+            if changes and any(map(operator.and_, place.takes, other.takes)):
                 raise ValueError(
-                    f"The link {place.name!r} must stand last, as it sees all that a parameter "
-                    f"moves by. Received: {[p.name for p in places]}."
+                    f"The link {place.name!r} must stand behind {other.name!r}, as it sees all "
+                    f"that a parameter moves by. Received: {[p.name for p in places]}."
                 )
+
+
+def stage_of(link: Any) -> Stage:
+    """Return where a link stands among those of options."""
+    stage = link.stage if isinstance(link, Link) else Stage.UPDATE
+    return Stage.AFTER if stage == Stage.UPDATE and overrides(link, "after") else stage
+
+
+def arranged(*rows: Mapping[str, Any]) -> dict[str, Any]:
+    """Return links in a row, from several rows.
+
+    Those at the head of a row that stand before all updates come first, by their stage; those
+    that stand behind all updates come last. Between, the order is that of the rows.
+
+    Raises:
+      ValueError: two have one name.
+    """
+    links = merged(*rows)
+    stages = {name: stage_of(link) for name, link in linked(links)}
+    heads = [name for row in rows for name in head(row)]
+    tails = [name for name in links if stages[name] > Stage.UPDATE]
+    middles = [name for name in links if name not in {*heads, *tails}]
+    order = [*sorted(heads, key=stages.__getitem__), *middles]
+    return {name: links[name] for name in [*order, *sorted(tails, key=stages.__getitem__)]}
+
+
+def head(links: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the links at the head of a row that stand before all updates."""
+    stages = {name: stage_of(link) for name, link in linked(links)}
+    names = itertools.takewhile(lambda name: stages[name] < Stage.UPDATE, links)
+    return {name: links[name] for name in names}
 
 
 def with_losses(entries: Mapping[str, Any]) -> dict[str, Any]:

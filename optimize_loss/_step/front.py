@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 from optimize_loss._checks import DECAY, SEED, STEP, check_flags, check_integer, check_number
+from optimize_loss._engine.order import arranged
 from optimize_loss._engine.precision import check_precision
 from optimize_loss._engine.sharding import check_axis
 from optimize_loss._names import Pattern
@@ -193,7 +194,7 @@ def optimize_loss(
         check_number("moving_average_decay", moving_average_decay, DECAY)
         links["loss_mean"] = AverageLoss(moving_average_decay, "loss/mean")
     around = Around(skip, loss_scale, accumulate, ema, lookahead, sam, plateau)
-    inner = options.joined(links, with_rules(own, resolve(optimizer, rate), rate))
+    inner = arranged(links, with_rules(own, resolve(optimizer, rate), rate))
     seed = check_integer("seed", seed, SEED)
     kept_as = precision_of(own, check_precision(precision, seed))
     every = with_precision(chain(**around.links(inner)), kept_as, seed=seed)

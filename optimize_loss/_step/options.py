@@ -1,7 +1,6 @@
 """From the options of `optimize_loss` to links, checked."""
 
 import dataclasses
-import itertools
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -20,7 +19,7 @@ from optimize_loss._checks import (
 )
 from optimize_loss._engine.bucket import LARGEST_IN_A_BUCKET
 from optimize_loss._engine.link import is_transformation
-from optimize_loss._engine.order import merged
+from optimize_loss._engine.order import arranged
 from optimize_loss._engine.selection import linked
 from optimize_loss._names import Pattern, check_patterns
 from optimize_loss.schedules import Decayed, WarmUpDecay
@@ -39,7 +38,6 @@ from optimize_loss.transforms import (
     MultiplyGradients,
     ReduceOnPlateau,
     SkipNonFinite,
-    SumOverAxis,
 )
 from optimize_loss.transforms._guard import Guard
 from optimize_loss.transforms._run_optax import RunOptax
@@ -151,21 +149,6 @@ def clip_links(clip: Any) -> Links:
     return {"clip_gradients": ClipByGlobalNorm(check_number("clip_gradients", clip, POSITIVE))}
 
 
-def joined(links: Links, rule: Links) -> Links:
-    """Return all links in a row, ours before those of the optimizer.
-
-    What that does first to gradients as they come, such as dividing by a loss scale, stays first.
-
-    Raises:
-      ValueError: the optimizer has a link with the name of one of ours.
-    """
-    first = dict(itertools.takewhile(lambda pair: isinstance(pair[1], FIRST), rule.items()))
-    return merged(first, links, {name: x for name, x in rule.items() if name not in first})
-
-
-FIRST = (SumOverAxis, Guard, DivideByLossScale, DivideByDynamicLossScale, Accumulate)
-
-
 def check_known(links: Chain) -> None:
     """Raise an `InvalidType` if a number of a link is traced: a step is compiled without it."""
     for path in links.traced_numbers:
@@ -226,7 +209,7 @@ class Around:
     plateau: Any = None
 
     def links(self, inner: Links) -> Links:
-        """Return all links in a row: gates at the head, after sums over devices; averages last.
+        """Return all links in a row.
 
         Raises:
           InvalidType: an option is of the wrong kind.
@@ -246,16 +229,7 @@ class Around:
                 "`plateau` must be left out where a rule has an optax transformation for its "
                 f"`optimizer`, whose rate it cannot lower. Received: {optaxes}."
             )
-        rest = list(inner.items())
-        sums = dict(itertools.takewhile(lambda pair: isinstance(pair[1], SumOverAxis), rest))
-        rest = rest[len(sums) :]
-        scales = dict(itertools.takewhile(lambda pair: isinstance(pair[1], _SCALES), rest))
-        rest = dict(rest[len(scales) :])
-        head = {name: made[name] for name in ("skip", "loss_scale") if name in made}
-        gathers = {"accumulate": made["accumulate"]} if "accumulate" in made else {}
-        order = ("plateau", "sam", "lookahead", "ema")
-        last = {name: made[name] for name in order if name in made}
-        return {**sums, **head, **scales, **gathers, **rest, **last}
+        return arranged(inner, made)
 
     def _made(self) -> Links:
         """Return the link of each option that is given."""
@@ -263,10 +237,10 @@ class Around:
             "skip": _guard,
             "loss_scale": _loss_scale,
             "accumulate": _accumulate,
-            "ema": _ema,
-            "lookahead": _lookahead,
-            "sam": _sam,
             "plateau": _plateau,
+            "sam": _sam,
+            "lookahead": _lookahead,
+            "ema": _ema,
         }
         given = {name: getattr(self, name) for name in makers}
         return {name: makers[name](x) for name, x in given.items() if x is not None}

@@ -1,18 +1,16 @@
 """From rules to links: those of the rules, and the optimizer's without what rules take over."""
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from optimize_loss._checks import InvalidType
 from optimize_loss._engine.kinds import Gate
-from optimize_loss._engine.link import is_transformation, overrides
+from optimize_loss._engine.link import Stage, is_transformation
 from optimize_loss._engine.numbers import has_rate
-from optimize_loss._engine.order import merged
+from optimize_loss._engine.order import arranged, head, merged, stage_of
 from optimize_loss._engine.selection import linked, where
 from optimize_loss._state.rules import Rules
-from optimize_loss._step.options import FIRST
 from optimize_loss.optimizers._optimizer import Optimizer
 from optimize_loss.optimizers._resolve import resolve
 from optimize_loss.optimizers._variable import different_names
@@ -89,15 +87,12 @@ def with_rules(rules: Rules, links: Links, rate: Any) -> Links:
       InvalidType: an optimizer of a rule is none, or has links that are for all parameters.
       ValueError: an optimizer does not allow what a rule asks for.
     """
-    first = dict(itertools.takewhile(lambda pair: isinstance(pair[1], FIRST), links.items()))
-    rest = {name: link for name, link in links.items() if name not in first}
-    groups = _groups(rules, rest, rate)
-    ruled: Links = dict(first)
-    for group in groups:
+    ruled = head(links)
+    rest = {name: link for name, link in links.items() if name not in ruled}
+    for group in _groups(rules, rest, rate):
         ruled = merged(ruled, _with_decay(rules, group))
         _check_multipliers(rules, group)
-    last = {name: ruled[name] for name, x in linked(ruled) if overrides(x, "after")}
-    return merged({n: x for n, x in ruled.items() if n not in last}, _multipliers(rules), last)
+    return arranged(ruled, _multipliers(rules))
 
 
 class _Group(NamedTuple):
@@ -156,7 +151,7 @@ def _resolved(rules: Rules, i: int, rate: Any) -> Links:
         error.add_note(f"This is about `{label}`.")
         raise
     for name, link in linked(links):
-        if isinstance(link, (*FIRST, Gate)):
+        if isinstance(link, Gate) or stage_of(link) < Stage.UPDATE:
             raise InvalidType(
                 f"`{label}` must have no link that is for all parameters: give its option to the "
                 f"`optimizer` of all. Received: {name}={link!r}."

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 from optimize_loss._checks import InvalidType, check_choice, check_takes, received
-from optimize_loss._engine.link import is_transformation, overrides
+from optimize_loss._engine.link import is_transformation
 from optimize_loss._engine.numbers import has_rate
-from optimize_loss._engine.order import merged
+from optimize_loss._engine.order import arranged
 from optimize_loss._engine.selection import linked
 from optimize_loss.optimizers._get import names
 from optimize_loss.optimizers._optimizer import Optimizer
@@ -124,5 +124,4 @@ def _with_rate(links: dict[str, Any], learning_rate: Any) -> dict[str, Any]:
         _refused(learning_rate, links)
     name = different_names([*links, "rate"])[-1]  # `rate`, unless another link has this name
     rate = {name: ScaleByLearningRate(learning_rate)}
-    last = {name: links[name] for name, x in linked(links) if overrides(x, "after")}
-    return merged({n: x for n, x in links.items() if n not in last}, rate, last)
+    return arranged(links, rate)

@@ -10,7 +10,7 @@ import numpy as np
 from optimize_loss._checks import InvalidType, check_choice, received
 from optimize_loss._engine.arrays import zeros
 from optimize_loss._engine.kinds import Gate
-from optimize_loss._engine.link import Count, TreeLink
+from optimize_loss._engine.link import Count, Stage, TreeLink
 
 # Stands in the state where a call came without a loss. It is finite, so that tools which look for
 # NaN and infinities stay quiet where no link needs one.
@@ -64,6 +64,7 @@ class Accumulate(Gate):
     reduce: str = "mean"
     of_loss: bool = False
     needs = "loss_and_weight"
+    stage = Stage.GATHER
     elementwise = True
 
     def __post_init__(self):
@@ -171,6 +172,7 @@ class SumOverAxis(TreeLink):
     """
 
     axis_name: str | tuple[str, ...]
+    stage = Stage.SUM
     reads_params = False
 
     def __post_init__(self):

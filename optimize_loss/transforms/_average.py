@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from optimize_loss._checks import DECAY
 from optimize_loss._engine.arrays import compute_dtype, count
-from optimize_loss._engine.link import Count, Decay, FullDecay, Link
+from optimize_loss._engine.link import Count, Decay, FullDecay, Link, Stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +41,7 @@ class AverageParams(Link):
     decay: FullDecay = 0.999
     overwrite_every: Count | None = None
     bias_free: bool = False
+    stage = Stage.AVERAGE
     reads_params = True
     elementwise = True
 

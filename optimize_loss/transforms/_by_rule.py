@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from optimize_loss import _checks
-from optimize_loss._engine.link import Link, Seed
+from optimize_loss._engine.link import Link, Seed, Stage
 from optimize_loss._engine.selection import told
 from optimize_loss._names import Pattern, first_index, pattern_text
 from optimize_loss.transforms._noise import AddNoise
@@ -76,6 +76,7 @@ class MultiplySteps(_OfRules):
     p_new - p ← multiplier · (p_new - p)
     """
 
+    stage = Stage.MULTIPLY
     elementwise = True
 
     def after(self, param, moved, slots, k):
@@ -89,6 +90,8 @@ class MultiplyLayers(_OfRules):
 
     `values` are tuples here, and the numbers are called `pattern[0]`, `pattern[1]`, …
     """
+
+    stage = Stage.MULTIPLY
 
     def numbers(self):
         """Return the multiplier of each layer under the text of its pattern, with its index."""

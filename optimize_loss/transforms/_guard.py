@@ -13,7 +13,7 @@ from optimize_loss._checks import AT_LEAST_1, STEP
 from optimize_loss._engine.arrays import sqrt
 from optimize_loss._engine.health import A_SCHEDULE, NOBODY, THE_LOSS, THE_NORM, Health
 from optimize_loss._engine.kinds import Gate
-from optimize_loss._engine.link import Decay, NotNegative, Numbers, Positive
+from optimize_loss._engine.link import Decay, NotNegative, Numbers, Positive, Stage
 from optimize_loss.transforms._loss_scale import DivideByDynamicLossScale
 
 Most = Annotated[int, dataclasses.replace(AT_LEAST_1, initial=True)]
@@ -27,6 +27,7 @@ class Guard(Gate):
     """
 
     needs = "health"
+    stage = Stage.GUARD
     elementwise = True
 
     def memory(self):

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from optimize_loss._engine.arrays import is_narrow
 from optimize_loss._engine.bits import round_to
 from optimize_loss._engine.chain import Chain, chain
-from optimize_loss._engine.link import Link, Seed, overrides
+from optimize_loss._engine.link import Link, Seed, Stage
+from optimize_loss._engine.order import arranged
 from optimize_loss._engine.precision import Precision, check_precision
 from optimize_loss._engine.selection import ForParameters, linked
 from optimize_loss._random import quick_bits
@@ -52,6 +53,7 @@ class RoundParams(Link):
     reads_params = True
     elementwise = True
     needs = "random_bits"
+    stage = Stage.ROUND
 
     def after(self, param, moved, slots, k):
         """Lead to a neighbour; as it is where the parameter is not finite."""
@@ -101,12 +103,10 @@ def with_precision(links: Chain, precision: Any, *, seed: int = 0) -> Chain:
     entries = dict(links.links)
     has_one = any(isinstance(link, RoundParams) for _, link in linked(entries))
     if chosen.params == "stochastic" and not has_one:
-        last = {n: entries[n] for n, x in linked(entries) if overrides(x, "after")}
-        first = {n: x for n, x in entries.items() if n not in last}
         if "round_params" in entries:
             raise ValueError("The links must have other names than 'round_params'.")
         rounds = ForParameters(can_be_rounded, RoundParams(chosen.seed or 0), optional=True)
-        entries = {**first, "round_params": rounds, **last}
+        entries = arranged(entries, {"round_params": rounds})
     return dataclasses.replace(chain(**entries), precision=chosen)
 
 

@@ -4,7 +4,6 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -31,7 +30,6 @@ class Remember(T.Link):
     """An observer of a user, which remembers a number by any name."""
 
     key: str
-    observes = True
 
     def memory(self):
         return {self.key: 4.0}
@@ -48,7 +46,6 @@ class Numbered(T.Link):
     norm: T.Positive = 4.0
     scale_shrinks: T.Positive = 4.0
     schedules_hold: T.Positive = 4.0
-    observes = True
 
 
 @pytest.mark.parametrize("name", [*TAKEN, *OTHERS])
@@ -169,13 +166,10 @@ class Largest(T.Link):
     """An observer of a user that reports what it keeps."""
 
     metric: str
-    observes = True
+    needs = "global_norm"
 
     def memory(self):
         return {"size": 0.0}
-
-    def measure(self, update):
-        return jnp.sum(jnp.abs(update))
 
     def scalars(self, numbers, memory, total, step):
         return {}, {"size": total}

@@ -393,7 +393,7 @@ def behind_gates():
     split = NamedSharding(mesh, P("data"))
     report = {}
     for case in CASES:
-        if not any(getattr(case.chain.link(n), "gates", False) for n, _ in case.chain.links):
+        if not any(isinstance(case.chain.link(n), T.Gate) for n, _ in case.chain.links):
             continue
         p = jax.device_put(case.params(), NamedSharding(mesh, P()))
         p["encoder"]["layer_0"]["kernel"] = jax.device_put(

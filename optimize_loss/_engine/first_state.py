@@ -24,7 +24,6 @@ def init_link(place: Place, params: Params, precision: Precision | None) -> Stat
       ValueError: a pattern of the link matches no parameter, or two of these have one name.
     """
     link = place.link
-    names = [n for n, takes in zip(params.names, place.takes, strict=True) if takes]
     if not params.are_unknown:
         link.check_names(place.names(params))
     arrays = {
@@ -32,28 +31,38 @@ def init_link(place: Place, params: Params, precision: Precision | None) -> Stat
         for name, value in link.numbers().items()
     }
     memory = {name: _memory(value, params.dtype) for name, value in link.memory().items()}
-    pairs = list(zip(params.leaves, place.takes, strict=True))
-    if isinstance(link, TreeLink):
-        own = dict(zip(names, (p for p, takes in pairs if takes), strict=True))
-        trees = made_from(link.init, own)
-        if params.are_unknown:
-            trees = {n: x if jax.tree.leaves(x) else params.tree for n, x in trees.items()}
-    else:
-        slots = [made_from(link.slots, p) if takes else {} for p, takes in pairs]
-        slots = [
-            own if (codec := place.codec(j)) is None else codec.encoded(own)
-            for j, own in enumerate(slots)
-        ]
-        if params.are_unknown:
-            slots = possible_slots(link, precision)
-        kinds = dict.fromkeys(name for own in slots for name in own)
-        leaves = [[] if params.are_unknown else [own.get(n) for own in slots] for n in kinds]
-        trees = dict(zip(kinds, map(params.unflatten, leaves), strict=True))
+    find = _trees_of_whole if isinstance(link, TreeLink) else _trees_of_leaves
+    trees = _unknown_trees(link, params, precision) if params.are_unknown else find(place, params)
     if len({**arrays, **memory, **trees}) < len(arrays) + len(memory) + len(trees):
         raise ValueError(
             f"Numbers, memory and slots of a link must have different names: {link!r}."
         )
     return {**arrays, **memory, **trees}
+
+
+def _trees_of_whole(place: Place, params: Params) -> State:
+    """Return what a link keeps that sees all its parameters at once."""
+    trios = zip(params.names, params.leaves, place.takes, strict=True)
+    return made_from(place.link.init, {name: p for name, p, takes in trios if takes})
+
+
+def _trees_of_leaves(place: Place, params: Params) -> State:
+    """Return the slots of a link, each a tree like the parameters."""
+    slots = []
+    for j, (param, takes) in enumerate(zip(params.leaves, place.takes, strict=True)):
+        own, codec = made_from(place.link.slots, param) if takes else {}, place.codec(j)
+        slots.append(own if codec is None else codec.encoded(own))
+    kinds = dict.fromkeys(name for own in slots for name in own)
+    return {name: params.unflatten([own.get(name) for own in slots]) for name in kinds}
+
+
+def _unknown_trees(link: Link, params: Params, precision: Precision | None) -> State:
+    """Return, for each slot that there may be, the tree that stands for the parameters."""
+    if isinstance(link, TreeLink):
+        made = made_from(link.init, {})
+        return {name: x if jax.tree.leaves(x) else params.tree for name, x in made.items()}
+    names = dict.fromkeys(name for own in possible_slots(link, precision) for name in own)
+    return {name: params.unflatten([]) for name in names}
 
 
 def made_from(function: Callable[[Any], Any], params: Any) -> Any:

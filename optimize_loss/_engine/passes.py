@@ -1,7 +1,7 @@
 """Run the links of a chain over a tree: pass after pass, behind gates only if they are open."""
 
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,8 +12,8 @@ from optimize_loss._engine.arrays import compute_dtype
 from optimize_loss._engine.kinds import Opening
 from optimize_loss._engine.leaf import Leaf, Wanted, averaged_leaf, for_all, run_leaf
 from optimize_loss._engine.link import State, overrides, passes
-from optimize_loss._engine.plan import Place, Plan, Segment
-from optimize_loss._engine.totals import Call, Squares, Totals
+from optimize_loss._engine.plan import Place, Plan, Segment, parts
+from optimize_loss._engine.totals import Call, Prepared, Squares, Totals
 from optimize_loss._engine.trees import Params
 from optimize_loss._engine.whole_tree import run_optax, run_tree
 
@@ -26,10 +26,15 @@ class Flow(NamedTuple):
     gate: Opening | None = None  # whose factor is still to be applied
     squares: Squares = types.MappingProxyType({})  # if known
 
+    @property
+    def factor(self) -> jax.Array | None:
+        """What the updates are still to be multiplied by."""
+        return self.gate.factor if self.gate else None
+
 
 def _applied(plan: Plan, flow: Flow) -> Flow:
     """Return the same with the factor of the gate before applied."""
-    if flow.gate is None or (factor := flow.gate.factor) is None:
+    if (factor := flow.factor) is None:
         return flow._replace(gate=None)
     dtypes = [compute_dtype(plan.params.leaves[j].dtype) for j in plan.live]
     updates = [
@@ -122,41 +127,51 @@ def _run_leaves(
 ) -> tuple[Flow, State]:
     """Run links over one parameter after another; the last of them may be a gate."""
     slots = [plan.slots(place, call.state) for place in segment.places]
-    held = [
-        plan.held_slots(place, mine, call.step)
-        for place, mine in zip(segment.places, slots, strict=True)
-    ]
-    own = [segment.own(j) for j in plan.live]
-    factor = flow.gate.factor if flow.gate else None
-    leaves = [
-        Leaf(update, plan.params.leaves[j], moved, factor, tuple(held[i][n] for i in own[n]))
-        for n, (j, update, moved) in enumerate(
-            zip(plan.live, flow.updates, flow.moved, strict=True)
-        )
-    ]
+    leaves = _leaves_with_slots(plan, segment, call, flow, slots)
     ready = Totals(plan, segment, leaves, call, flow.squares).prepared()
-    links = [tuple(segment.places[i].link for i in mine) for mine in own]
-    try:
-        arguments = list(zip(links, leaves, ready.ks, strict=True))
-        results = for_all(run_leaf, wanted, arguments, [plan.params.owners[j] for j in plan.live])
-    except Exception as error:
-        names = {place.name: place.link for place in segment.places}
-        error.add_note(f"The links are {names}.")
-        raise
-    for j, mine, (_, _, all_new) in zip(plan.live, own, results, strict=True):
-        for i, new in zip(mine, all_new, strict=True):
+    results = _results(plan, segment, leaves, ready, wanted)
+    for j, (_, _, all_new) in zip(plan.live, results, strict=True):
+        for i, new in zip(segment.own(j), all_new, strict=True):
             for slot, value in new.items():
                 slots[i][slot][j] = value
     new_state = {
         place.name: {**call.state[place.name], **memory, **_trees(plan.params, mine)}
         for place, memory, mine in zip(segment.places, ready.memories, slots, strict=True)
     }
-    gate = None
-    if segment.ends_in_gate:
-        gate = Opening(segment.places[-1].link, ready.shared[-1])
-    same = factor is None and all(passes(place.link) for place in segment.places)
-    updates, moved, _ = map(list, zip(*results, strict=True)) if results else ([], [], [])
+    last = segment.places[-1].link
+    gate = Opening(last, ready.shared[-1]) if segment.ends_in_gate else None
+    same = flow.factor is None and all(passes(place.link) for place in segment.places)
+    updates, moved = [update for update, _, _ in results], [moved for _, moved, _ in results]
     return Flow(updates, moved, gate, ready.squares if same else {}), new_state
+
+
+def _leaves_with_slots(
+    plan: Plan, segment: Segment, call: Call, flow: Flow, slots: Sequence[dict[str, list[Any]]]
+) -> list[Leaf]:
+    """Return the live parameters, each with the slots of its links."""
+    pairs = zip(segment.places, slots, strict=True)
+    held = [plan.held_slots(place, mine, call.step) for place, mine in pairs]
+    trios = zip(plan.live, flow.updates, flow.moved, strict=True)
+    return [
+        Leaf(
+            u, plan.params.leaves[j], moved, flow.factor, tuple(held[i][n] for i in segment.own(j))
+        )
+        for n, (j, u, moved) in enumerate(trios)
+    ]
+
+
+def _results(
+    plan: Plan, segment: Segment, leaves: Sequence[Leaf], ready: Prepared, wanted: Wanted
+) -> list[Any]:
+    """Return what `run_leaf` returns for each live parameter."""
+    links = [tuple(segment.places[i].link for i in segment.own(j)) for j in plan.live]
+    owners = [plan.params.owners[j] for j in plan.live]
+    try:
+        return for_all(run_leaf, wanted, list(zip(links, leaves, ready.ks, strict=True)), owners)
+    except Exception as error:
+        names = {place.name: place.link for place in segment.places}
+        error.add_note(f"The links are {names}.")
+        raise
 
 
 def _trees(params: Params, slots: Mapping[str, list[Any]]) -> State:
@@ -215,16 +230,18 @@ def averaged(plan: Plan, state: State) -> list[Any]:
 
 def decoded(plan: Plan, state: State) -> State:
     """Return the state of each link whose slots are encoded, with these as the link has them."""
-    found = {}
-    for place in plan.places:
-        if any(place.codecs):
-            slots = plan.slots(place, state)
-            own = [_decoded(plan, place, slots, j) for j in range(len(plan.params.leaves))]
-            names = dict.fromkeys(name for x in own for name in x)
-            trees = _trees(plan.params, {n: [x.get(n) for x in own] for n in names})
-            rest = {n: x for n, x in state[place.name].items() if n not in slots}
-            found[place.name] = {**rest, **trees}
-    return found
+    return {
+        place.name: _decoded_state(plan, place, state) for place in plan.places if any(place.codecs)
+    }
+
+
+def _decoded_state(plan: Plan, place: Place, state: State) -> State:
+    numbers, memory, _ = parts(place.link, state[place.name])
+    slots = plan.slots(place, state)
+    own = [_decoded(plan, place, slots, j) for j in range(len(plan.params.leaves))]
+    names = dict.fromkeys(name for x in own for name in x)
+    trees = _trees(plan.params, {n: [x.get(n) for x in own] for n in names})
+    return {**numbers, **memory, **trees}
 
 
 def _decoded(plan: Plan, place: Place, slots: dict[str, list[Any]], j: int) -> dict[str, Any]:

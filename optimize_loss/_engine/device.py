@@ -147,7 +147,11 @@ def of_part(there: Any, first: tuple[int, ...], shape: tuple[int, ...]) -> Any:
     *before, last = *there.spec, *[None] * (len(first) + 1 - len(there.spec))
     along = next((i for i, size in enumerate(shape) if size > 1), None)
     axes = () if last is None else last if isinstance(last, tuple) else (last,)
-    if axes and along is not None and not shape[along] % math.prod(map(there.mesh.shape.get, axes)):
+    if (
+        axes
+        and along is not None
+        and not shape[along] % math.prod(there.mesh.shape[axis] for axis in axes)
+    ):
         before += [*[None] * along, last]
     return NamedSharding(there.mesh, PartitionSpec(*before), memory_kind=there.memory_kind)
 

@@ -36,7 +36,7 @@ def plain(
         link = entry.link if isinstance(entry, ForParameters) else entry
         here = {n: p + moved[n] for n, p in params.items()}
         if not isinstance(link, Link):
-            update = optax.with_extra_args_support(link).update
+            update: Any = optax.with_extra_args_support(link).update
             updates, new[name] = update(updates, state[name], here, value=loss)
             continue
         own = {n: updates[n] for n in _meant(entry, params)}
@@ -45,7 +45,8 @@ def plain(
         k, memory = link.scalars(numbers[name], memory, total, state["step"])
         new[name] = {**state[name], **memory}
         if isinstance(link, TreeLink):
-            own, slots = link.run(own, slots, here, k)
+            changed, slots = link.run(own, slots, here, k)
+            own = dict(changed)
             new[name] |= slots
         ks = dict(zip(own, _each(link, [*own], k, state["step"]), strict=True))
         if overrides(link, "before"):
@@ -105,7 +106,7 @@ def _total(
 
 def _each(link: Link, names: list[str], k: Numbers, step: Any) -> list[Numbers]:
     """Return what a link needs for each parameter."""
-    found = [{**k, **own} for own in link.for_each(names, k)]
+    found: list[Numbers] = [{**k, **own} for own in link.for_each(names, k)]
     if link.needs == "random_bits":
         draws = keys([Owner((n,), None) for n in names], "", k["seed"], step)
         found = [{**own, "draw": draw} for own, draw in zip(found, draws, strict=True)]

@@ -83,7 +83,9 @@ class Totals:
         self.dtype = plan.params.dtype
         self.ks: list[dict[int, Numbers]] = [{} for _ in leaves]
         self.known = dict(squares)
-        self.squares = {((), here): each for here, each in squares.items()}
+        self.squares: dict[tuple[tuple[int, ...], ...], list[jax.Array]] = {
+            ((), here): each for here, each in squares.items()
+        }
 
     def prepared(self) -> Prepared:
         """Return what the leaf functions need, and the new memories."""

@@ -46,7 +46,9 @@ def _moved(leaf: Leaf) -> jax.Array:
     return _wide(leaf.param) if leaf.moved is None else _wide(leaf.param) + leaf.moved
 
 
-def _check_result(place: Place, result: Any, updates: State, slots: State) -> tuple[State, State]:
+def _check_result(
+    place: Place, result: Any, updates: State, slots: Mapping[str, Any]
+) -> tuple[State, State]:
     """Return what `run` of a link returned, in the dtypes of before, if it has the right form.
 
     Raises:

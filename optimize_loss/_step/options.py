@@ -192,7 +192,6 @@ def check_name(name: Any) -> str:
     return f"{name}/" if name else ""
 
 
-Links = dict[str, Any]
 _SCALES = (DivideByLossScale, DivideByDynamicLossScale)
 
 

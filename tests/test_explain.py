@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optimize_loss as ol
+from optimize_loss._engine.bucket import shown_name
 from tests.cases import random_like, rows
 from tests.test_bucket import OPTIMIZERS, linear, steps_of
 
@@ -52,7 +53,7 @@ def assert_told(step, params, **given):
     places = {row.name: row.place for row in told.rows}
     shared = dict(state.layout.buckets) if state.layout else {}
     assert {name: shown for name, shown in places.items() if shown} == {
-        name: bucket for bucket, members in shared.items() for name in members.names
+        name: shown_name(bucket) for bucket, members in shared.items() for name in members.names
     }
     assert str(told).count("\n") >= len(told.rows) + len(told.links)
     return told

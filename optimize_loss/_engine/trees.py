@@ -212,7 +212,9 @@ def copied(what: str, tree: Any) -> Any:
 
 
 def _copy(leaf: Any) -> jax.Array:
-    dtype = leaf.dtype if _is_extended(leaf) else jnp.result_type(leaf)
+    if _is_extended(leaf):
+        return copy(leaf)
+    dtype = jnp.result_type(leaf)
     if has_values(leaf) and leaf.dtype == dtype and not leaf.weak_type:
         return copy(leaf)
     if isinstance(leaf, jax.Array):

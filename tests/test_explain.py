@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optimize_loss as ol
+from optimize_loss.transforms._bucket import shown_name
 from tests.cases import random_like, rows
 from tests.test_bucket import OPTIMIZERS, linear, steps_of
 
@@ -50,7 +51,7 @@ def assert_told(step, params, **given):
     assert sum(row.param_bytes for row in told.rows) == told.param_bytes
     assert sum(row.state_bytes for row in told.rows) <= told.state_bytes
     places = {row.name: row.place for row in told.rows}
-    shared = dict(state.layout.buckets) if state.layout else {}
+    shared = {shown_name(n): m for n, m in state.layout.buckets} if state.layout else {}
     assert {name: shown for name, shown in places.items() if shown} == {
         name: bucket for bucket, members in shared.items() for name in members.names
     }

@@ -51,9 +51,9 @@ def assert_told(step, params, **given):
     assert sum(row.param_bytes for row in told.rows) == told.param_bytes
     assert sum(row.state_bytes for row in told.rows) <= told.state_bytes
     places = {row.name: row.place for row in told.rows}
-    shared = dict(state.layout.buckets) if state.layout else {}
+    shared = {shown_name(n): m for n, m in state.layout.buckets} if state.layout else {}
     assert {name: shown for name, shown in places.items() if shown} == {
-        name: shown_name(bucket) for bucket, members in shared.items() for name in members.names
+        name: bucket for bucket, members in shared.items() for name in members.names
     }
     assert str(told).count("\n") >= len(told.rows) + len(told.links)
     return told

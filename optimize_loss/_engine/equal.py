@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
@@ -167,7 +168,7 @@ def _same_arrays(one: Any, other: Any) -> bool:
         return False
     if (one.shape, one.dtype) != (other.shape, other.dtype) or one.dtype == object:
         return False
-    if jax.numpy.issubdtype(one.dtype, jax.dtypes.extended):
+    if jnp.issubdtype(one.dtype, jax.dtypes.extended):
         one, other = jax.random.key_data(one), jax.random.key_data(other)
     one, other = jax.device_get((one, other))
     return one.tobytes() == other.tobytes()

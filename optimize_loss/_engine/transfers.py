@@ -6,11 +6,11 @@ from collections.abc import Iterator
 import jax
 
 _IMPLICIT = ("disallow", "log")
-_GUARDS = (
-    ("jax_transfer_guard_host_to_device", jax.transfer_guard_host_to_device),
-    ("jax_transfer_guard_device_to_host", jax.transfer_guard_device_to_host),
-    ("jax_transfer_guard_device_to_device", jax.transfer_guard_device_to_device),
-)
+_GUARDS = {
+    "jax_transfer_guard_host_to_device": jax.transfer_guard_host_to_device,
+    "jax_transfer_guard_device_to_host": jax.transfer_guard_device_to_host,
+    "jax_transfer_guard_device_to_device": jax.transfer_guard_device_to_device,
+}
 
 
 @contextlib.contextmanager
@@ -20,7 +20,7 @@ def asked_for() -> Iterator[None]:
     A method that takes numbers from the host, or makes arrays, transfers because it was called.
     `jax.transfer_guard("disallow_explicit")` stops these transfers, too.
     """
-    guards = [guard for name, guard in _GUARDS if getattr(jax.config, name) in _IMPLICIT]
+    guards = [guard for name, guard in _GUARDS.items() if getattr(jax.config, name) in _IMPLICIT]
     with contextlib.ExitStack() as stack:
         for guard in guards:
             stack.enter_context(guard("allow"))

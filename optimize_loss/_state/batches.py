@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from optimize_loss._checks import InvalidType, received
 from optimize_loss._engine.transfers import asked_for
-from optimize_loss._names import flatten
+from optimize_loss._names import check_keys, flatten
 
 
 class Batch(NamedTuple):
@@ -287,17 +287,19 @@ def refusal(
     """Return what to raise for an error of a program that was given this batch; None for itself."""
     if isinstance(error, jax.errors.JaxRuntimeError):
         return _aliased(batch, stacked, state)
+    if not isinstance(error, TypeError):
+        check_keys(batch)
+        return None
     if strange := [x for x in flatten(batch)[0] if _is_strange(x)]:
-        came = getattr(strange[0], "dtype", None)
-        return InvalidType(
-            f"`{'batches' if stacked else 'batch'}` must be arrays and numbers. Received: "
-            + (
-                f"an array of {came}."
-                if came
-                else f"{strange[0]!r} of type {_kind_of(strange[0])}."
-            )
-        )
-    advice = _how_to_stack(batch) if stacked else ""
+        x, dtype = strange[0], getattr(strange[0], "dtype", None)
+        came = f"{x!r} of type {_kind_of(x)}" if dtype is None else f"an array of {dtype}"
+        return InvalidType(f"`{_argument(stacked)}` must be arrays and numbers. Received: {came}.")
+    return _not_stacked(error, batch) if stacked else None
+
+
+def _not_stacked(error: TypeError, batch: tuple[Any, ...]) -> ValueError | None:
+    """Return what to raise where a list of batches may have been meant as a stack of them."""
+    advice = _how_to_stack(batch)
     if advice and isinstance(error, InvalidType):
         error.add_note(advice.strip())
     elif advice:
@@ -308,6 +310,10 @@ def refusal(
     return None
 
 
+def _argument(stacked: bool) -> str:
+    return "batches" if stacked else "batch"
+
+
 def _aliased(batch: tuple[Any, ...], stacked: bool, state: Any) -> ValueError | None:
     """Return what to raise if an array of the state is in the batch as well."""
     mine = _buffers(jax.tree.leaves(state))
@@ -315,7 +321,7 @@ def _aliased(batch: tuple[Any, ...], stacked: bool, state: Any) -> ValueError | 
     if not shared:
         return None
     return ValueError(
-        f"`{'batches' if stacked else 'batch'}` must not hold an array of the state, whose memory "
+        f"`{_argument(stacked)}` must not hold an array of the state, whose memory "
         "goes to the new state. Copy it, as in `jnp.copy(state.params[...])`. "
         f"Received: {jax.typeof(shared[0]).str_short()}."
     )

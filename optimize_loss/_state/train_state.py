@@ -16,7 +16,7 @@ from optimize_loss._engine.health import blamed
 from optimize_loss._engine.link import overrides
 from optimize_loss._engine.plan import parts
 from optimize_loss._engine.reset import reset
-from optimize_loss._engine.sharding import Placement, placement_of
+from optimize_loss._engine.sharding import Placement
 from optimize_loss._engine.transfers import asked_for
 from optimize_loss._engine.trees import as_array, copied_like, distinct, placed_like, spread_like
 from optimize_loss._names import (
@@ -127,31 +127,26 @@ class TrainState:
         packed = self.packed_optimizer
         return packed if self.layout is None else self.layout.split_numbers(packed)
 
+    @functools.cached_property
+    def is_traced(self) -> bool:
+        """Whether an array in it is traced, by jit, vmap or grad."""
+        return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(self))
+
     @property
     def packed(self) -> tuple[Any, dict[str, Any]]:
         """The parameters and the chain's state as a step takes them."""
         return self.packed_params, self.packed_optimizer
 
-    def with_packed(self, packed: tuple[Any, dict[str, Any]]) -> "TrainState":
-        """Return the state with others of these.
-
-        Args:
-          packed: the parameters and the chain's state, as the property `packed` shows them.
-        """
-        return dataclasses.replace(self, packed_params=packed[0], packed_optimizer=packed[1])
-
-    def placed(self) -> "TrainState":
-        """Return the state whose parameters and slots are to stay where they are now."""
-        return dataclasses.replace(self, placement=placement_of(self.packed))
-
-    def with_links(self, links: dict[str, Any]) -> "TrainState":
-        """Return the state with another state of the chain.
+    def with_links(self, links: dict[str, Any], packed_params: Any = None) -> "TrainState":
+        """Return the state with these, in the form in which a step takes them.
 
         Args:
           links: in the form of the property of that name.
+          packed_params: in the form of that attribute; None for those that stay.
         """
+        params = self.packed_params if packed_params is None else packed_params
         packed = links if self.layout is None else self.layout.join_numbers(links)
-        return dataclasses.replace(self, packed_optimizer=packed)
+        return dataclasses.replace(self, packed_params=params, packed_optimizer=packed)
 
     def with_trees(self, params: Any = None, optimizer: Any = None) -> "TrainState":
         """Return the state with other parameters, or another state of the chain, in these trees.
@@ -175,18 +170,16 @@ class TrainState:
 
     def _in_place(self, new: "TrainState") -> "TrainState":
         """Return another state of this structure with its arrays spread as they are here."""
-        return new.with_packed(jax.tree.map(spread_like, new.packed, self.packed))
+        return jax.tree.map(spread_like, new, self)
 
     def repacked(self, params: Any = None, optimizer: Any = None) -> "TrainState":
         """Return what `with_trees` does, with these arrays themselves, unchecked."""
-        new = {}
+        packed_params, packed = self.packed
         if params is not None:
-            new["packed_params"] = self.layout.pack(params) if self.layout else params
+            packed_params = self.layout.pack(params) if self.layout else params
         if optimizer is not None:
-            new["packed_optimizer"] = (
-                self.layout.pack_state(optimizer) if self.layout else optimizer
-            )
-        return dataclasses.replace(self, **new)
+            packed = self.layout.pack_state(optimizer) if self.layout else optimizer
+        return dataclasses.replace(self, packed_params=packed_params, packed_optimizer=packed)
 
     def __repr__(self) -> str:
         leaves = jax.tree.leaves((self.packed, self.first_step))

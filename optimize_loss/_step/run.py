@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.core import Tracer
 
 from optimize_loss._checks import (
     AT_LEAST_1,
@@ -194,7 +193,7 @@ class Run:
     def over(self, batches: Iterable[Any]) -> tuple[TrainState, dict[str, Any]]:
         """Return the state after the last step, and the metrics of all."""
         check_batches(batches)
-        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(self.state)):
+        if self.state.is_traced:
             raise InvalidType(
                 "`state` must not be traced by jit or vmap: `run` is a loop in Python. "
                 "`step.many` works there."

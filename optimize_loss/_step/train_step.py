@@ -2,18 +2,22 @@
 
 import dataclasses
 import functools
-import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
 from optimize_loss._checks import InvalidType, TreeMismatch
-from optimize_loss._engine.equal import same
+from optimize_loss._engine.bucket import Layout
+from optimize_loss._engine.device import from_host
+from optimize_loss._engine.sharding import check_on_mesh, placement_of
 from optimize_loss._engine.transfers import asked_for
-from optimize_loss._names import check_keys
+from optimize_loss._engine.trees import PARAMETER, check_on_device, copied, distinct, placed_like
+from optimize_loss._files.state_dict import register_with_flax
+from optimize_loss._names import Pattern
 from optimize_loss._report.explain import Explanation, Setup, explain
 from optimize_loss._report.lint import check_horizon
 from optimize_loss._search.range_test import Ramp
@@ -21,14 +25,26 @@ from optimize_loss._search.results import LearningRateTest, Sweep
 from optimize_loss._search.search import Search
 from optimize_loss._search.sweep import check_grid
 from optimize_loss._state.batches import as_arrays, check_stacked, is_foreign, ranks, refusal
+from optimize_loss._state.form import Form
+from optimize_loss._state.gradients import Trainable
+from optimize_loss._state.loss import Loss
+from optimize_loss._state.rules import NO_RULES, Rules
 from optimize_loss._state.skips import check_ready
 from optimize_loss._state.train_state import TrainState
-from optimize_loss._step.advance import PureStep
+from optimize_loss._step.advance import (
+    Recipe,
+    advance,
+    advance_many,
+    first_arrays,
+    first_key,
+    layout_of,
+)
 from optimize_loss._step.run import Run, check_plan
+from optimize_loss.transforms import Chain
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class TrainStep(PureStep):
+class TrainStep:
     """A training step: `state, metrics = step(state, batch)`. `optimize_loss` makes it.
 
     Attributes:
@@ -57,6 +73,69 @@ class TrainStep(PureStep):
       >>> print(state.params["w"], metrics["loss"])
       0.5 1.0
     """
+
+    loss: Loss
+    chain: Chain
+    variables: tuple[Pattern, ...] | None
+    update_ops: tuple[Callable[..., Any], ...]
+    summaries: tuple[str, ...]
+    name: str
+    first_step: int
+    increment_step: bool
+    colocate_gradients: bool
+    seed: int
+    learning_rate: Any
+    bucket: int | None
+    shard_state: str | None = None
+    rules: Rules = NO_RULES
+
+    @asked_for()
+    def init(self, params: Any, *, model_state: Any = None, key: Any = None) -> TrainState:
+        """Return the state before the first step.
+
+        Args:
+          params: the parameters, a tree of arrays and numbers. They are copied, as a step takes
+            the memory of the state that it is given.
+          model_state: the first model state, for losses and update ops that take one.
+          key: a random key, for losses that take one; made from `seed` if not given.
+
+        Raises:
+          InvalidType: a leaf of `params` is no array and no number.
+          ValueError: a pattern matches no parameter; there is nothing to train; a parameter to
+            train is in the memory of the host; or `model_state` or `key` is missing or given in
+            vain.
+        """
+        if isinstance(params, TrainState):
+            raise InvalidType("`params` must be a tree of arrays. Received: a TrainState.")
+        register_with_flax()
+        params = copied(PARAMETER, params)
+        self.rules.check(params)
+        trainable, axis = self._recipe.trainable(params), self.shard_state
+        check_on_device(trainable.names, trainable.leaves)
+        if axis:
+            check_on_mesh(axis, trainable.names, trainable.leaves)
+        try:
+            packed, optimizer, layout = first_arrays(
+                self.chain, axis, trainable, self._layout(trainable)
+            )
+        except ValueError as error:
+            if self.variables is not None:
+                error.add_note(f"Only these parameters are trained: {trainable.names}.")
+            raise
+        model_state = self._recipe.check_model_state(model_state)
+        state = TrainState(
+            packed_params=packed,
+            packed_optimizer=optimizer,
+            model_state=copied("`model_state` at", model_state),
+            key=first_key(self.loss.takes("key"), self.seed, key),
+            first_step=from_host(self.first_step, jnp.int32),
+            chain=self.chain,
+            increment_step=self.increment_step,
+            layout=layout,
+        )
+        state = placed_like(params, distinct(state))
+        placement = placement_of(state.packed) if axis else None
+        return dataclasses.replace(state, placement=placement)
 
     def __call__(self, state: TrainState, *batch: Any) -> tuple[TrainState, dict[str, Any]]:
         """Take one step; compiled once for each shape and dtype of batch.
@@ -209,7 +288,7 @@ class TrainStep(PureStep):
             Setup(
                 chain=self.chain,
                 rules=self.rules,
-                trainable=self._trainable,
+                trainable=self._recipe.trainable,
                 layout=self._layout,
                 horizon=check_horizon(self.first_step, steps, self.increment_step),
                 spread=self.shard_state,
@@ -345,9 +424,26 @@ class TrainStep(PureStep):
         return self._search.sweep(self._shardings(state), state, as_arrays(batches), points)
 
     @functools.cached_property
+    def _recipe(self) -> Recipe:
+        return Recipe(
+            loss=self.loss,
+            chain=self.chain,
+            variables=self.variables,
+            rules=self.rules,
+            update_ops=self.update_ops,
+            summaries=self.summaries,
+            name=self.name,
+            learning_rate=self.learning_rate,
+        )
+
+    def _layout(self, trainable: Trainable) -> Layout | None:
+        return layout_of(self.chain, self.bucket, self.shard_state, trainable)
+
+    @functools.cached_property
     def _search(self) -> Search:
         """The programs of searches; they live as long as this object."""
-        return Search(self._advance, self._advance_many, f"{self.name}loss")
+        one, many = (functools.partial(f, self._recipe) for f in (advance, advance_many))
+        return Search(one, many, f"{self.name}loss")
 
     @functools.cached_property
     def _programs(self) -> dict[tuple[bool, bool], Any]:
@@ -373,13 +469,11 @@ class TrainStep(PureStep):
         return self._programs[many, donate]
 
     def _take_one(self, shardings: Any, state: TrainState, *batch: Any) -> Any:
-        """Take one step, while being traced."""
         self._ranks.add(ranks(batch))
-        return self._advance(shardings, state, batch)
+        return advance(self._recipe, shardings, state, batch)
 
     def _take_many(self, shardings: Any, state: TrainState, *batches: Any) -> Any:
-        """Take as many steps as the batches have entries, while being traced."""
-        return self._advance_many(shardings, state, batches)
+        return advance_many(self._recipe, shardings, state, batches)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the options, for pickle: compiled programs stay behind."""
@@ -397,34 +491,40 @@ class TrainStep(PureStep):
         program = self._program(False, True)
         return program.lower(self._shardings(state), state, *as_arrays(batch))
 
+    def _shardings(self, state: TrainState) -> tuple[Any, ...] | None:
+        """Return where gradients are to lie; None where XLA may choose."""
+        if not self.colocate_gradients:
+            return None
+        trained = self._recipe.trainable(state.outline).leaves
+        return tuple(getattr(leaf, "sharding", None) for leaf in trained)
+
     def _dispatch(self, many: bool, state: TrainState, batch: tuple[Any, ...]) -> Any:
         self._check_state(state)
         if state.chain is not self.chain:  # so that the next state need not be compared
             state = dataclasses.replace(state, chain=self.chain)
         check_ready(state)
-        last = self._last.get("state")
-        is_last = last is not None and last() is state  # whose leaves need no look
-        kinds = set(map(type, jax.tree.leaves(batch if is_last else (state, batch))))
+        kinds = set(map(type, jax.tree.leaves(batch)))
         if any(map(is_foreign, kinds)):
             batch = as_arrays(batch)
-        traced = any(issubclass(kind, Tracer) for kind in kinds)
+        traced = state.is_traced or any(issubclass(kind, Tracer) for kind in kinds)
         try:
             new, metrics = self._program(many, not traced)(self._shardings(state), state, *batch)
-        except (TypeError, jax.errors.JaxRuntimeError) as error:
+        except (TypeError, ValueError, jax.errors.JaxRuntimeError) as error:
             if (refused := refusal(error, batch, stacked=many, state=state)) is None:
                 raise
             raise refused from error
-        except ValueError:
-            check_keys(batch)
-            raise
         if not traced and not isinstance(new.packed_optimizer["step"], Tracer):
-            self._last["state"] = weakref.ref(new)
+            vars(new)["is_traced"] = False  # so that the next call need not look at each leaf
         return new, metrics
 
     @functools.cached_property
-    def _last(self) -> dict[str, weakref.ref[TrainState]]:
-        """The last state that a call without traced arguments has returned, outside of jit."""
-        return {}
+    def _form(self) -> Form:
+        return Form(self.increment_step, (), self.shard_state is not None, self.chain)
+
+    @functools.cached_property
+    def _needed(self) -> tuple[str, ...]:
+        """What the loss takes of the state besides parameters."""
+        return tuple(name for name in ("model_state", "key") if self.loss.takes(name))
 
     def _check_state(self, state: Any) -> None:
         """Raise unless `state` is one of this step, or of one with equal options, and alive."""
@@ -433,37 +533,8 @@ class TrainStep(PureStep):
                 "`state` must be a TrainState, from `step.init(params)` or the step before. "
                 f"Received: {type(state).__name__}."
             )
-        if state.increment_step != self.increment_step:
-            raise TreeMismatch(
-                "`state` must come from a step with this `increment_global_step`, "
-                f"{self.increment_step}. Received: {state.increment_step}."
-            )
-        for name in ("model_state", "key"):
-            if self.loss.takes(name) and getattr(state, name) is None:
-                raise TreeMismatch(f"`state` must have a `{name}`, which the loss takes.")
-        if (state.placement is None) != (self.shard_state is None):
-            raise TreeMismatch(
-                "`state` must come from a step with this `shard_state`, "
-                f"{self.shard_state!r}. Received: one whose slots are "
-                f"{'not ' if state.placement is None else ''}spread over a mesh axis."
-            )
-        if state.chain != self.chain:
-            ours, theirs = dict(self.chain.links), dict(state.chain.links)
-            differ = [n for n in {**ours, **theirs} if not same(ours.get(n), theirs.get(n))]
-            as_here = state.chain.precision == self.chain.precision
-            what = differ or ("their order" if as_here else f"precision {state.chain.precision}")
-            advice = (
-                " Functions are equal where they have the same code, closure and defaults. To go "
-                "on with a state whose links do the same: "
-                "`dataclasses.replace(state, chain=step.chain)`."
-            )
-            alike = differ and all(type(ours.get(n)) is type(theirs.get(n)) for n in differ)
-            raise TreeMismatch(
-                "`state` must come from the `init` of this step, or of one with equal options. "
-                f"Links that differ: {what}. Received: "
-                f"{ {n: theirs.get(n) for n in differ} }, for a step with "
-                f"{ {n: ours.get(n) for n in differ} }.{advice if alike else ''}"
-            )
+        if (form := Form.of(state, self._needed)) != self._form:
+            raise TreeMismatch(self._form.difference(form))
         step = state.packed_optimizer["step"]
         if isinstance(step, jax.Array) and not isinstance(step, Tracer) and step.is_deleted():
             raise RuntimeError(

@@ -6,9 +6,9 @@ from typing import Any
 from optimize_loss._checks import InvalidType, check_choice, check_takes, received
 from optimize_loss._engine.link import is_transformation
 from optimize_loss._engine.plan import has_rate, linked, merged
+from optimize_loss.optimizers._config import CLASSES
 from optimize_loss.optimizers._get import names
 from optimize_loss.optimizers._optimizer import Optimizer
-from optimize_loss.optimizers._options import CLASSES
 from optimize_loss.optimizers._tf1 import OPTIMIZER_CLS_NAMES
 from optimize_loss.optimizers._variable import different_names
 from optimize_loss.transforms import Chain, Link, ScaleByLearningRate

@@ -1022,9 +1022,9 @@ def on_a_mesh():
 
 
 def _compiled_programs():
-    from optimize_loss.optimizers import _held
+    from optimize_loss.optimizers import _boxes
 
-    compiled: Any = _held._apply_compiled
+    compiled: Any = _boxes._apply_compiled
     return compiled._cache_size()
 
 

@@ -1,12 +1,18 @@
 """Optimizers as dicts that JSON can hold, and back."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from optimize_loss.optimizers._options import CLASSES
+from optimize_loss.optimizers._declaration import options_of
 from optimize_loss.schedules import _config
 from optimize_loss.schedules._config import SCHEDULES
 from optimize_loss.schedules._config import serialize as serialize
+
+CLASSES: dict[str, type] = {}
+"""The optimizers of this package, by name; `optimizers/_get.py` enters them."""
+
+_IF_GIVEN = ("gradient_accumulation_steps", "loss_scale_factor", "axis_name")
 
 
 def deserialize(config: Any, custom_objects: Mapping[str, type] | None = None) -> Any:
@@ -31,3 +37,47 @@ def deserialize(config: Any, custom_objects: Mapping[str, type] | None = None) -
 def plain(value: Any, custom_objects: Mapping[str, type] | None = None) -> Any:
     """Return a value of a configuration with the objects in it made."""
     return _config.plain(value, custom_objects, {**SCHEDULES, **CLASSES})
+
+
+def config_of(optimizer: Any, is_complete: bool) -> dict[str, Any]:
+    """Return the options of an optimizer as a dict that JSON can hold.
+
+    Args:
+      optimizer: the optimizer.
+      is_complete: whether its class adds the options that its constructor takes beside.
+    """
+    cls, elsewhere = type(optimizer), ("learning_rate", "mesh")
+    names = sorted(options_of(cls), key=_IF_GIVEN.__contains__)
+    values = {name: getattr(optimizer, name) for name in names if name not in elsewhere}
+    given = {n: x for n, x in values.items() if x is not None or n not in _IF_GIVEN}
+    if optimizer.rate is not None:
+        given["learning_rate"] = optimizer.rate
+    given["name"] = optimizer.name or cls.__name__
+    parameters = inspect.signature(cls).parameters
+    if not takes_any(parameters):
+        given = {name: x for name, x in given.items() if name in parameters}
+    if not is_complete:
+        absent = (*given, *elsewhere, *_IF_GIVEN)
+        named = [n for n, p in parameters.items() if not _is_any(p) and n not in absent]
+        given |= {name: _own_option(optimizer, name) for name in named}
+    return {name: serialize(x) for name, x in given.items()}
+
+
+def _own_option(optimizer: Any, name: str) -> Any:
+    """Return an option of a subclass, which is an attribute of the same name."""
+    for attribute in (name, f"_{name}"):
+        if attribute in vars(optimizer):
+            return vars(optimizer)[attribute]
+    raise NotImplementedError(
+        f"`get_config` of {type(optimizer).__name__} must be defined: its constructor takes "
+        f"`{name}`, which is no attribute of it."
+    )
+
+
+def takes_any(parameters: Mapping[str, inspect.Parameter]) -> bool:
+    """Return whether a function with these parameters takes any keyword."""
+    return any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _is_any(parameter: inspect.Parameter) -> bool:
+    return parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)

@@ -7,9 +7,8 @@ from typing import Any
 
 from optimize_loss._checks import InvalidType, nearest, received
 from optimize_loss.optimizers import _keras, _multi, _muon, _tf1
-from optimize_loss.optimizers._config import deserialize
+from optimize_loss.optimizers._config import CLASSES, deserialize
 from optimize_loss.optimizers._optimizer import Optimizer
-from optimize_loss.optimizers._options import CLASSES
 
 for _module in (_keras, _muon, _tf1, _multi):
     for _name, _made in vars(_module).items():

@@ -1,256 +1,134 @@
-"""The state of a chain in boxes: what an optimizer keeps between calls."""
+"""What an optimizer keeps beside its options and its rule."""
 
-import collections
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
-from jax.core import Tracer
+import jax.numpy as jnp
 
-from optimize_loss._checks import CheckpointMismatch, InvalidType, nearest, received
-from optimize_loss._names import leaf_names
-from optimize_loss.optimizers._update_step import UpdateStep
-from optimize_loss.optimizers._variable import Variable
-from optimize_loss.transforms import Chain, ForParameters, Link
-
-ITERATION = "iteration"
+from optimize_loss._checks import InvalidType, nearest
+from optimize_loss._names import Pattern
+from optimize_loss.optimizers._boxes import Boxes
+from optimize_loss.optimizers._update_step import attributes_of, duplicate
+from optimize_loss.optimizers._variable import Variable, different_names
+from optimize_loss.transforms import Chain
 
 
+@dataclasses.dataclass(eq=False)
 class Held:
-    """The state of a chain over named parameters, each array of it in a `Variable`.
+    """What an optimizer keeps; all its other attributes are options or part of the rule.
 
     Args:
-      chain: the chain.
-      params: the parameters by name, as they are now.
-      boxes: variables that stand for arrays of the state, by their names in it. Others than the
-        state has are kept beside it.
-      mesh: where given, arrays that are not on a mesh yet are placed there, one copy a device.
+      iterations: the number of updates made.
+      rate: the learning rate, a `Variable` or a schedule; None for none.
+      excluded: the variables and patterns that are not decayed.
+      from_arrays: whether an option was an array, and no state has been made since.
+      outers: the optimizers around this one.
+      chains: the rates that the chains were made with, and the chains, if they are made.
+      constructing: how many constructors are running; attributes may come until all are over.
+      building: whether `build` is running.
+      built: whether the variables that are trained are known.
+      names: the variables that are trained, in order, with their names in the state.
+      unbuilt: the attributes of the rule before `build`, with those assigned since; None until
+        then.
+      boxes: the state, if it has been made.
     """
 
-    def __init__(
-        self,
-        chain: Chain,
-        params: Mapping[str, jax.Array],
-        boxes: Mapping[str, Variable],
-        mesh: jax.sharding.Mesh | None,
-    ):
-        self.chain = self._last = chain  # the one that is compiled, and the one with the numbers
-        self.names = list(params)
-        state = on_mesh(chain.init(self._in_order(params)), mesh)
-        leaves, self._structure = jax.tree.flatten(state)
-        self._names = leaf_names(state)
-        pairs = zip(self._names, leaves, strict=True)
-        self._boxes = [boxes[n] if n in boxes else Variable(x, n) for n, x in pairs]
-        self._dtypes = [x.dtype for x in leaves]
-        self._given = dict(boxes)
-        self._avals = {n: jax.ShapeDtypeStruct(p.shape, p.dtype) for n, p in params.items()}
-        for box, leaf in zip(self._boxes, leaves, strict=True):
-            if (value := placed(leaf, box.value)) is not box.value:
-                box.assign(value)
-
-    def _in_order(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a dict in the order of the variables; the leaves of a plain one are sorted."""
-        return collections.OrderedDict((name, params.get(name)) for name in self.names)
+    iterations: Variable = dataclasses.field(
+        default_factory=lambda: Variable(jnp.int32(0), "iteration")
+    )
+    rate: Any = None
+    excluded: tuple[Pattern | Variable, ...] = ()
+    from_arrays: bool = False
+    outers: tuple[Any, ...] = ()
+    chains: tuple[list[jax.Array], tuple[Chain, Chain]] | None = None
+    constructing: int = 0
+    building: bool = False
+    built: bool = False
+    names: dict[Variable, str] = dataclasses.field(default_factory=dict)
+    unbuilt: dict[str, Any] | None = None
+    boxes: Boxes | None = None
 
     @property
-    def state(self) -> dict[str, Any]:
-        """The state, as the chain knows it."""
-        pairs = zip(self._boxes, self._dtypes, strict=True)
-        leaves = [box.value if box.dtype == d else box.value.astype(d) for box, d in pairs]
-        return jax.tree.unflatten(self._structure, leaves)
+    def is_closed(self) -> bool:
+        """Whether no more attributes may come: neither a constructor nor `build` is running."""
+        return not self.constructing and not self.building
 
-    def keep(self, state: Mapping[str, Any], with_numbers: bool = False) -> None:
-        """Put another state of the same chain into the boxes; no update changes the numbers."""
-        skipped = set() if with_numbers else self._numbers()
-        leaves = zip(self._names, self._boxes, jax.tree.leaves(state), self._dtypes, strict=True)
-        for name, box, x, dtype in leaves:
-            if name not in skipped and box.dtype == dtype:
-                box.assign(x)
+    def know(self, variables: list[Variable]) -> None:
+        """Note the variables that are trained."""
+        self.names = dict(zip(variables, different_names([v.name for v in variables]), strict=True))
+        self.built = True
 
-    def _numbers(self) -> set[str]:
-        """Return the names of hyperparameters in the state."""
-        return {
-            f"{name}/{number}"
-            for name, _ in self.chain.links
-            if isinstance(link := self.chain.link(name), Link)
-            for number in link.numbers()
-        }
-
-    @property
-    def variables(self) -> dict[str, Variable]:
-        """The boxes by name, without those of hyperparameters; those given come last."""
-        numbers, pairs = self._numbers(), zip(self._names, self._boxes, strict=True)
-        kept = {n: box for n, box in pairs if n not in numbers}
-        steps = {ITERATION: kept.pop("step")}
-        given = {n: box for n, box in self._given.items() if n not in numbers and n != "step"}
-        return {**steps, **{n: box for n, box in kept.items() if n not in given}, **given}
-
-    def after(
-        self, grads: Mapping[str, Any], params: Mapping[str, Any], compiled: bool
-    ) -> tuple[dict[str, Any], Any]:
-        """Return the parameters and the state after an update; nothing is kept.
-
-        Args:
-          grads: the gradients of some of the parameters.
-          params: all parameters.
-          compiled: whether to compile the update.
-        """
-        run, before = _apply_compiled if compiled else _apply, [box.value for box in self._boxes]
-        result = run(self.chain, self._in_order(grads), self.state, self._in_order(params))
-        changed = [b for b, x in zip(self._boxes, before, strict=True) if b.value is not x]
-        if changed:
-            for box, x in zip(self._boxes, before, strict=True):
-                box.assign(x)
+    def name_of(self, variable: Variable) -> str:
+        """Return the name under which the state has a variable."""
+        if variable not in self.names:
+            advice = "Build it with all of them, or use one optimizer for each list. "
+            near = f"Nearest: {nearest(variable.name, self.names.values())}."
+            if self.built and not self.names:
+                advice, near = "It was used with trees; use another one for variables.", ""
             raise ValueError(
-                "`update_step` must assign to variables of the optimizer that it is called on, "
-                "`self`, and not through functions that were made for another one. "
-                f"Received: a new value for {changed[0].name!r}."
+                f"The variable {variable.name!r} is none of those that the optimizer was built "
+                f"with. {advice}{near}"
             )
-        return result
+        return self.names[variable]
 
-    def averaged(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """Return all parameters by name, averaged where the chain keeps averages."""
-        return self.chain.averaged(self.state, self._in_order(params))
+    def values(self) -> dict[str, jax.Array]:
+        """Return the values of the variables that are trained, by name."""
+        return {name: variable.value for variable, name in self.names.items()}
 
-    def check_names(self, names: Iterable[str]) -> None:
-        """Raise unless these are the names of all parameters."""
-        names = list(names)
-        if unknown := [name for name in names if name not in self.names]:
-            raise ValueError(
-                f"The optimizer was built for other parameters: it has no {unknown}. "
-                f"Nearest: {nearest(unknown[0], self.names)}."
-            )
-        if missing := [name for name in self.names if name not in names]:
-            raise ValueError(
-                f"The optimizer was built for more parameters. Missing: {missing}. "
-                f"Received: {names}."
-            )
+    def exclude(self) -> tuple[Pattern, ...]:
+        """Return the names or patterns of the parameters that are not decayed."""
+        held = (self, *(outer._held for outer in self.outers))
+        names = {v: name for each in held for v, name in each.names.items()}
+        return tuple(names.get(x, x.name) if isinstance(x, Variable) else x for x in self.excluded)
 
-    def renew(self, chain: Chain) -> None:
-        """Go on with a chain that has other numbers, or other attributes of a custom rule.
+    def not_of_the_rule(self) -> list[Variable]:
+        """Return the variables that are no part of the rule's state."""
+        others = (*self.excluded, self.rate)
+        return [self.iterations, *self.names, *(x for x in others if isinstance(x, Variable))]
 
-        Raises:
-          ValueError: it differs in more; nothing is changed.
-        """
-        start = _with_recipes_of(chain, self._last)
-        new, state = start.with_numbers_of(chain, self.state)
-        if start is not self._last:
-            made = jax.eval_shape(new.init, self._in_order(self._avals))
-            same = jax.tree.structure(made) == self._structure and all(
-                (x.shape, x.dtype) == (box.shape, dtype)
-                for x, box, dtype in zip(
-                    jax.tree.leaves(made), self._boxes, self._dtypes, strict=True
+
+@contextlib.contextmanager
+def undone_if_it_fails(optimizer: Any) -> Iterator[None]:
+    """Leave an optimizer that is not built as it is, if the block raises."""
+    all_attributes = () if optimizer.built else (vars(optimizer), vars(optimizer._held))
+    before = [duplicate(attributes, None) for attributes in all_attributes]
+    try:
+        yield
+    except Exception:
+        for attributes, old in zip(all_attributes, before, strict=True):
+            attributes.clear()
+            attributes.update(old)
+        raise
+
+
+def as_a_whole(build: Any) -> Any:
+    """Return a `build` that runs once, and changes nothing if it fails.
+
+    What the optimizer is before it is built is kept: `Recipe` begins with that.
+    """
+
+    @functools.wraps(build)
+    def whole(self: Any, *args: Any, **options: Any) -> None:
+        held = self._held
+        if held.building:
+            build(self, *args, **options)
+            return
+        if held.built:
+            return
+        with undone_if_it_fails(self):
+            held.unbuilt = duplicate(attributes_of(self), {})
+            held.building = True
+            build(self, *args, **options)
+            if not held.built:
+                raise InvalidType(
+                    f"`build` of {type(self).__name__} must call `super().build(var_list)`."
                 )
-            )
-            if not same:
-                raise ValueError(
-                    f"`build` must make the variables of before, {self._names}. "
-                    f"Received: {leaf_names(made)}."
-                )
-        self.chain, self._last = self.chain if new is self._last else new, chain
-        self.keep(state, with_numbers=True)
+            held.building = False
+            if not held.constructing:
+                self._hold()
 
-    def save(self, store: Any) -> None:
-        """Write all variables into a mapping.
-
-        Raises:
-          ValueError: a name is the beginning of another: in h5py it would be an array and a group.
-        """
-        variables = self.variables
-        for name in variables:
-            if inside := [other for other in variables if other.startswith(f"{name}/")]:
-                raise ValueError(
-                    f"The names of variables must not begin with another and '/'. "
-                    f"Received: {name!r} and {inside[0]!r}."
-                )
-        for name, box in variables.items():
-            store[name] = box.numpy()
-
-    def load(self, store: Any) -> None:
-        """Read all variables from a mapping that has the same ones, or change nothing.
-
-        Raises:
-          CheckpointMismatch: names, a shape or a dtype differ.
-          InvalidType: `store` is no mapping.
-        """
-        if not hasattr(store, "keys"):
-            raise InvalidType(f"`store` must be a mapping of arrays. {received('store', store)}")
-        own, found = self.variables, flattened(store)
-        for name in own.keys() & found.keys():
-            # numpy and h5py write bfloat16 as bytes without a name
-            if found[name].dtype == np.dtype(f"V{own[name].dtype.itemsize}"):
-                found[name] = found[name].view(own[name].dtype)
-        missing, extra = sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys())
-        if missing or extra:
-            raise CheckpointMismatch(
-                "The store must have this optimizer's variables. "
-                f"Missing: {missing}. Extra: {extra}."
-            )
-        for name, box in own.items():
-            came, wanted = (found[name].shape, found[name].dtype), (box.shape, box.dtype)
-            if came != wanted:
-                raise CheckpointMismatch(
-                    f"The variable {name!r} must have the shape and dtype {wanted}. "
-                    f"Received: {came}."
-                )
-        for name, box in own.items():
-            box.assign(placed(box.value, found[name]))
-
-
-def _with_recipes_of(chain: Chain, old: Chain) -> Chain:
-    """Return the old chain with the custom rules of a new one, where it has the same classes."""
-    entries = dict(chain.links)
-    links = tuple((name, _renewed(entry, entries.get(name))) for name, entry in old.links)
-    return old if links == old.links else dataclasses.replace(old, links=links)
-
-
-def _renewed(old: Any, new: Any) -> Any:
-    if isinstance(old, ForParameters) and isinstance(new, ForParameters):
-        return dataclasses.replace(old, link=_renewed(old.link, new.link))
-    if isinstance(old, UpdateStep) and isinstance(new, UpdateStep):
-        same_class = old.recipe.cls is new.recipe.cls
-        return dataclasses.replace(old, recipe=new.recipe) if same_class else old
-    return old
-
-
-def placed(old: jax.Array, value: Any) -> jax.Array:
-    """Return `value` where the array `old` is."""
-    stays = isinstance(old, Tracer) or isinstance(value, Tracer) or not old.committed
-    return jax.numpy.asarray(value) if stays else jax.device_put(value, old.sharding)
-
-
-def on_mesh(state: Any, mesh: jax.sharding.Mesh | None) -> Any:
-    """Return the state with all arrays on the mesh; what is not sharded over it is copied."""
-    if mesh is None:
-        return state
-    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-
-    def put(x: Any) -> Any:
-        if isinstance(x, jax.ShapeDtypeStruct):
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or everywhere)
-        there = isinstance(x.sharding, jax.sharding.NamedSharding) and x.sharding.mesh == mesh
-        return x if there else jax.device_put(x, everywhere)
-
-    return jax.tree.map(put, state)
-
-
-def flattened(store: Any, prefix: str = "") -> dict[str, np.ndarray]:
-    """Return the arrays of a mapping by name; those of groups in it, as h5py has, by path."""
-    arrays = {}
-    for name in store:
-        value = store[name]
-        inside = hasattr(value, "keys")
-        arrays |= (
-            flattened(value, f"{prefix}{name}/") if inside else {prefix + name: np.asarray(value)}
-        )
-    return arrays
-
-
-def _apply(chain: Chain, grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
-    return chain.apply(grads, state, params)
-
-
-_apply_compiled = functools.partial(jax.jit, static_argnums=0)(_apply)
+    return whole

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from optimize_loss._checks import Rule, nearest_option
 from optimize_loss._engine.numbers import at_step, replaced, to_array
 from optimize_loss.optimizers import LossScaleOptimizer, MultiOptimizer, Optimizer
-from optimize_loss.optimizers._options import options_of
+from optimize_loss.optimizers._declaration import options_of
 from optimize_loss.transforms import (
     Accumulate,
     AverageParams,

@@ -2,13 +2,13 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from optimize_loss._checks import InvalidType, received
 from optimize_loss._engine.order import merged
 from optimize_loss._names import Pattern, check_pattern, first_matches
+from optimize_loss.optimizers._declaration import options_of
 from optimize_loss.optimizers._optimizer import Optimizer
-from optimize_loss.optimizers._options import options_of
 from optimize_loss.optimizers._variable import Variable, different_names
 from optimize_loss.transforms import Count, DivideByDynamicLossScale, ForParameters, PositiveStart
 
@@ -46,8 +46,8 @@ def _refuse_options(outer: Optimizer, argument: str) -> None:
 
 def _watch(outer: Optimizer, inner: Optimizer) -> None:
     """Let the optimizer inside tell when its options change."""
-    if not any(known is outer for known in inner._outers):
-        inner._outers.append(outer)
+    if not any(known is outer for known in inner._held.outers):
+        inner._held.outers = (*inner._held.outers, outer)
 
 
 def _decays_inside(argument: str) -> ValueError:
@@ -100,17 +100,16 @@ class LossScaleOptimizer(Optimizer):
     """
 
     learning_rate: Any = dataclasses.field(default=None, init=False)
-    inner_optimizer: Optimizer
+    inner_optimizer: Final[Optimizer]
     initial_scale: PositiveStart = 2.0**15
     dynamic_growth_steps: Count = 2000
-    _given_at_first = ("inner_optimizer",)
 
     def __post_init__(self):
         _check_inner(self.inner_optimizer, "inner_optimizer", ("loss_scale_factor",))
         _refuse_options(self, "inner_optimizer")
         super().__post_init__()
-        self._from_arrays = self._from_arrays or self.inner_optimizer._from_arrays
-        self._iterations = self.inner_optimizer._iterations
+        self._held.from_arrays |= self.inner_optimizer._held.from_arrays
+        self._held.iterations = self.inner_optimizer._held.iterations
 
     def links(self):
         """Return the loss scale, then the links of the optimizer inside."""
@@ -227,9 +226,8 @@ class MultiOptimizer(Optimizer):
     """
 
     learning_rate: Any = dataclasses.field(default=None, init=False)
-    optimizers: Mapping[Pattern, Optimizer]
-    default_optimizer: Optimizer | None = None
-    _given_at_first = ("optimizers", "default_optimizer")
+    optimizers: Final[Mapping[Pattern, Optimizer]]
+    default_optimizer: Final[Optimizer | None] = None
 
     def __post_init__(self):
         if not isinstance(self.optimizers, Mapping) or not self.optimizers:
@@ -249,8 +247,8 @@ class MultiOptimizer(Optimizer):
         object.__setattr__(self, "optimizers", _Fixed(self.optimizers))
         super().__post_init__()
         for _, inner in self._inner().values():
-            inner._iterations = self._iterations
-            self._from_arrays = self._from_arrays or inner._from_arrays
+            inner._held.iterations = self._held.iterations
+            self._held.from_arrays |= inner._held.from_arrays
 
     def _inner(self) -> dict[str, tuple[Group, Optimizer]]:
         """Return the optimizers with their parameters, by a name for their links."""

@@ -1,6 +1,6 @@
 """What an optimizer is: options that become a chain, and three ways to use it."""
 
-import inspect
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -9,21 +9,41 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from optimize_loss._checks import InvalidType, check_options, received
+from optimize_loss._checks import STEP, InvalidType, check_integer, received
+from optimize_loss._engine.kinds import LossScale
 from optimize_loss._engine.trees import is_inexact, take_apart, with_strangers, without_strangers
-from optimize_loss._names import flatten, same_leaves
-from optimize_loss._state.gradients import Trainable, derivatives
-from optimize_loss.optimizers._config import plain, serialize
-from optimize_loss.optimizers._held import on_mesh, placed
-from optimize_loss.optimizers._options import options_of
-from optimize_loss.optimizers._pairs import check_pairs, constrained, gradient_of, paired
-from optimize_loss.optimizers._stateful import Stateful
-from optimize_loss.optimizers._update_step import undone_if_it_fails
-from optimize_loss.optimizers._variable import Variable, check_variables, is_variable, value_of
+from optimize_loss._names import check_patterns, flatten, same_leaves
+from optimize_loss.optimizers._boxes import Boxes, on_mesh, placed
+from optimize_loss.optimizers._held import undone_if_it_fails
+from optimize_loss.optimizers._options import Options
+from optimize_loss.optimizers._pairs import (
+    check_pairs,
+    constrained,
+    gradient_of,
+    gradients_of,
+    paired,
+)
+from optimize_loss.optimizers._slots import initial, initial_like
+from optimize_loss.optimizers._update_step import UpdateStep, tracked
+from optimize_loss.optimizers._variable import (
+    Variable,
+    check_variables,
+    different_names,
+    is_variable,
+    value_of,
+)
+from optimize_loss.transforms import chain
 from optimize_loss.transforms._accumulate import summed
 
 
-class Optimizer(Stateful):
+class VariableList(list[Variable]):
+    """A list that returns itself when it is called, as code for Keras 2 does."""
+
+    def __call__(self) -> "VariableList":
+        return self
+
+
+class Optimizer(Options):
     """Options that become a chain of links, and the variables that training with them needs.
 
     Every optimizer of this package is one: a few options of its own, those below, and a rule. What
@@ -217,7 +237,7 @@ class Optimizer(Stateful):
         Args:
           params: the parameters, a tree of arrays and numbers.
         """
-        self._from_arrays = False
+        self._held.from_arrays = False
         state = self.chain.init(params)
         for path, box in self._rates().items():
             link, _, number = path.rpartition("/")
@@ -242,7 +262,7 @@ class Optimizer(Stateful):
         was built with which has made no state itself, as `optax.inject_hyperparams` builds one for
         each update.
         """
-        if self._from_arrays and not isinstance(state["step"], Tracer):
+        if self._held.from_arrays and not isinstance(state["step"], Tracer):
             state = self.chain.with_own_numbers(state)
         return self.chain.update(updates, state, params, **extra)
 
@@ -288,7 +308,7 @@ class Optimizer(Stateful):
           ValueError: there is no gradient at all; or the parameters are not those of before.
         """
         if params is None:
-            params = self._given
+            params = list(self._held.names)
             if not params:
                 raise ValueError(
                     "`params` must be given unless the optimizer was built with variables."
@@ -310,7 +330,8 @@ class Optimizer(Stateful):
         with undone_if_it_fails(self):
             if not self.built:
                 self.build([Variable(p, name) for name, p in values.items()])
-                self._forget_variables()  # the caller keeps the values
+                self._hold()
+                self._held.names = {}  # the caller keeps the values
             new, state = self._advance({name: g for name, (g, _) in trained.items()}, values)
         self._hold().keep(state)
         result = taken.unflatten([new.get(name, p) for name, (_, p) in named.items()])
@@ -363,33 +384,7 @@ class Optimizer(Stateful):
         if callable(var_list):
             loss()  # the first call may make the variables
             var_list = var_list()
-        variables = check_variables(var_list)
-
-        def loss_of(values: list[jax.Array]) -> tuple[jax.Array, None]:
-            before = [v.value for v in variables]
-            try:
-                for v, value in zip(variables, values, strict=True):
-                    v._value = value
-                return jnp.asarray(value_of(loss())), None
-            finally:
-                for v, value in zip(variables, before, strict=True):
-                    v._value = value
-
-        values = [v.value for v in variables]
-        trained = Trainable(values, tuple(map(is_inexact, values)))
-        try:
-            _, _, found = derivatives(loss_of, trained, self._loss_scale())
-        except jax.errors.UnexpectedTracerError as error:
-            raise InvalidType(
-                "`loss` must not call a function under `jax.jit` that reads variables from "
-                "outside: it sees the values of its first call only. Pass it `v.value`, or leave "
-                "jit out. "
-                f"{received('loss', loss)}"
-            ) from error
-        grads = iter(found)
-        return [
-            (next(grads) if t else None, v) for t, v in zip(trained.marks, variables, strict=True)
-        ]
+        return gradients_of(loss, check_variables(var_list), self._loss_scale())
 
     def apply_gradients(
         self,
@@ -429,9 +424,9 @@ class Optimizer(Stateful):
             self.build(check_variables([v for _, v in pairs]))
             if aggregates:
                 pairs = list(self.aggregate_gradients(pairs))
-            named = {self._name_of(v): (gradient_of(g, v), v) for g, v in pairs}
-            values = {self._name_of(v): v.value for v in self._given}
-            new, state = self._advance({name: g for name, (g, _) in named.items()}, values)
+            named = {self._held.name_of(v): (gradient_of(g, v), v) for g, v in pairs}
+            grads = {name: g for name, (g, _) in named.items()}
+            new, state = self._advance(grads, self._held.values())
             moved = [(v, constrained(v, new[n])) for n, (g, v) in named.items() if g is not None]
         self._hold().keep(state)
         for v, value in moved:
@@ -467,26 +462,26 @@ class Optimizer(Stateful):
           ValueError: the optimizer is not built.
         """
         leaves = jax.tree.leaves(var_list, is_leaf=is_variable)
-        held = self._require_built("finalize_variable_values")
+        boxes = self._require_built("finalize_variable_values")
         if any(map(is_variable, leaves)):
-            named = {self._name_of(v): v for v in check_variables(leaves)}
-            averages = held.averaged({self._name_of(v): v.value for v in self._given})
+            named = {self._held.name_of(v): v for v in check_variables(leaves)}
+            averages = boxes.averaged(self._held.values())
             for name, v in named.items():
                 v.assign(averages[name])
             return None
         taken = take_apart(var_list)
         named = dict(zip(taken.names, taken.leaves, strict=True))
         values = {name: p for name, p in named.items() if is_inexact(p)}
-        held.check_names(values)
-        return taken.unflatten([*{**named, **held.averaged(values)}.values()])
+        boxes.check_names(values)
+        return taken.unflatten([*{**named, **boxes.averaged(values)}.values()])
 
     def _advance(
         self, grads: Mapping[str, Any], params: Mapping[str, Any]
     ) -> tuple[dict[str, Any], Any]:
         """Return the new parameters by name, and the new state."""
         self._check_trace([*grads.values(), *params.values()])
-        held = self._hold()
-        held.check_names(params)
+        boxes = self._hold()
+        boxes.check_names(params)
         missing = [name for name, grad in grads.items() if grad is None]
         if len(missing) == len(grads):
             raise ValueError(
@@ -496,78 +491,259 @@ class Optimizer(Stateful):
             warnings.warn(
                 f"There is no gradient for {missing}: they are left as they are.", stacklevel=4
             )
-        return held.after(grads, params, self.jit_compile)
+        return boxes.after(grads, params, self.jit_compile)
 
-    # Configurations.
+    # Building.
 
-    def get_config(self) -> dict[str, Any]:
-        """Return the options as a dict that JSON can hold: plain values, and dicts for schedules.
+    @property
+    def built(self) -> bool:
+        """Whether the variables that are trained are known."""
+        return self._held.built
 
-        Subclasses with an `__init__` of their own add their options to what `super()` returns; if
-        they do not define `get_config`, options are read from attributes of the same names.
-        `mesh` is of this process, and is left out.
+    @built.setter
+    def built(self, value: bool) -> None:
+        """Let a `build` for Keras say so; only the one here makes it true."""
 
-        Raises:
-          InvalidType: a value has no configuration, as plain functions have none.
-          NotImplementedError: an option of a subclass without `get_config` is no attribute.
-        """
-        values = {n: getattr(self, n) for n in options_of(type(self)) if n != "learning_rate"}
-        later = ("gradient_accumulation_steps", "loss_scale_factor", "axis_name")
-        config = {n: serialize(x) for n, x in values.items() if n not in ("mesh", *later)}
-        config |= {n: serialize(values[n]) for n in later if values[n] is not None}
-        config |= {} if self.rate is None else {"learning_rate": serialize(self.rate)}
-        config["name"] = self.name or type(self).__name__
-        parameters = inspect.signature(type(self)).parameters
-        if not _takes_any(parameters):
-            config = {name: x for name, x in config.items() if name in parameters}
-        if type(self).get_config is Optimizer.get_config:
-            absent = ("mesh", "learning_rate", *later)
-            named = [
-                n for n, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
-            ]
-            config |= {n: self._own_option(n) for n in named if n not in (*config, *absent)}
-        return config
+    def build(self, var_list: Iterable[Any]) -> None:
+        """Make the optimizer's variables. Subclasses with an `update_step` extend it.
 
-    def _own_option(self, name: str) -> Any:
-        """Return an option of a subclass for its configuration."""
-        for attribute in (name, f"_{name}"):
-            if attribute in vars(self):
-                return serialize(vars(self)[attribute])
-        raise NotImplementedError(
-            f"`get_config` of {type(self).__name__} must be defined: its constructor takes "
-            f"`{name}`, which is no attribute of it."
-        )
-
-    @classmethod
-    def from_config(
-        cls, config: Mapping[str, Any], custom_objects: Mapping[str, type] | None = None
-    ) -> "Optimizer":
-        """Return an optimizer with these options; the inverse of `get_config`.
+        Such a subclass calls `super().build(var_list)` first, then `add_variable` or
+        `add_variable_from_reference`. Building a second time does nothing.
 
         Args:
-          config: as `get_config` returns it, from here or from Keras. It is not changed.
-          custom_objects: classes by name, for schedules and optimizers in it that are not of this
-            package.
+          var_list: the variables to be trained.
+        """
+        variables = check_variables(var_list)
+        self._check_trace([v.value for v in variables])
+        self._held.know(variables)
+        self._chain_changed()  # variables that are not decayed have their names now
+
+    def _hold(self) -> Boxes:
+        """Return the state in boxes, made when it is first needed."""
+        held = self._held
+        if held.boxes is None:
+            links = dict(self._summed_chain.links)
+            has_rule = isinstance(links.get("update_step"), UpdateStep)
+            prefix = "update_step/" if has_rule else ""
+            boxes = {f"{prefix}{name}": box for name, box in tracked(self).items()}
+            boxes |= {**self._rates(), "step": held.iterations}
+            held.boxes = Boxes(self._summed_chain, held.values(), boxes, self.mesh)
+        return held.boxes
+
+    def _require_built(self, method: str) -> Boxes:
+        if not self.built:
+            raise ValueError(
+                f"`{method}` needs the optimizer's variables: call `build(var_list)` first, or "
+                "apply gradients."
+            )
+        return self._hold()
+
+    def _check_trace(self, values: Iterable[Any]) -> None:
+        """Raise if the optimizer was made outside of the transformation that uses it."""
+        if self._held.iterations.is_elsewhere(*values):
+            raise InvalidType(
+                "An optimizer that is made outside of a JAX transformation (jit, grad, vmap, scan) "
+                "cannot keep what is traced inside. Make it inside, or use its functions `init` "
+                f"and `update`. Received: {self!r}."
+            )
+
+    def _var_key(self, variable: Variable) -> str:
+        """Return what tells one variable from all others."""
+        return variable._unique_id
+
+    @property
+    def _index_dict(self) -> dict[str, int]:
+        """The places of the variables that the optimizer was built with, by their keys."""
+        return {self._var_key(v): i for i, v in enumerate(self._held.names)}
+
+    def _get_variable_index(self, variable: Variable) -> int:
+        """Return the place of a variable in the list that the optimizer was built with."""
+        return list(self._held.names.values()).index(self._held.name_of(variable))
+
+    # Variables.
+
+    @property
+    def iterations(self) -> Variable:
+        """The number of updates made, an int32; can be set until the optimizer is built."""
+        return self._held.iterations
+
+    @iterations.setter
+    def iterations(self, value: Any) -> None:
+        if self.built:
+            raise RuntimeError(
+                "`iterations` must be set before the optimizer is built; afterwards use "
+                f"`optimizer.iterations.assign(...)`. {received('iterations', value)}"
+            )
+        self._held.iterations.assign(check_integer("iterations", value_of(value), STEP))
+
+    def scale_loss(self, loss: Any) -> Any:
+        """Return the loss multiplied by the loss scale, if there is one.
+
+        For gradients that are taken by hand: `minimize` and `optimize_loss` do this themselves.
+
+        Args:
+          loss: a number or an array.
+        """
+        scale = self._loss_scale()
+        return loss if scale is None else loss * scale
+
+    def _loss_scale(self) -> jax.Array | None:
+        if self.built:
+            return self._hold().chain.loss_scale(self._hold().state)
+        scaling = {n: x for n, x in self.chain.links if isinstance(x, LossScale)}
+        return chain(**scaling).loss_scale(chain(**scaling).init({})) if scaling else None
+
+    @property
+    def variables(self) -> VariableList:
+        """The optimizer's variables, the counter first; hyperparameters are not among them."""
+        known = self._hold().variables.values() if self.built else [self._held.iterations]
+        return VariableList(known)
+
+    def add_variable(
+        self,
+        shape: Sequence[int] = (),
+        dtype: Any = None,
+        initializer: str | Callable[..., Any] = "zeros",
+        name: str | None = None,
+    ) -> Variable:
+        """Return a new variable of the optimizer; for use in `build`.
+
+        Args:
+          shape: its shape.
+          dtype: float32 if not given.
+          initializer: `zeros`, `ones`, or a function of a shape and a dtype.
+          name: its name, different from those of the other variables.
 
         Raises:
-          InvalidType: `config` is no dict, or an option is unknown.
-          ValueError: it is of one of Keras' legacy optimizers, or the value of an option is wrong.
+          TreeMismatch: `initializer` returned another shape.
+          ValueError: another variable has that name; or `build` is over.
         """
-        if not isinstance(config, Mapping):
-            raise InvalidType(f"`config` must be a dict. {received('config', config)}")
-        if config.get("is_legacy_optimizer"):
-            raise ValueError("`config` must not be of one of Keras' legacy optimizers.")
-        given = {n: plain(x, custom_objects) for n, x in config.items()}
-        given.pop("is_legacy_optimizer", None)
-        parameters = inspect.signature(cls).parameters
-        if not _takes_any(parameters):
-            check_options(cls, given, parameters)
-        return cls(**given)
+        value = initial(shape, dtype, initializer)
+        if name is None:
+            name = different_names([*(v.name for v in self._variables), "variable"])[-1]
+        return self._add(value, name)
 
-    def _serialize_hyperparameter(self, hyperparameter: Any) -> Any:
-        """Return a rate or another hyperparameter for a configuration, as Keras' helper does."""
-        return serialize(hyperparameter)
+    def add_variable_from_reference(
+        self,
+        model_variable: Variable,
+        variable_name: str,
+        shape: Sequence[int] | None = None,
+        initial_value: Any = None,
+    ) -> Variable:
+        """Return a new variable of the optimizer that belongs to one of the model.
 
+        Its name is `{variable_name}/{name of the model's variable}`, its dtype that of the model's
+        variable, and its sharding too if it has the same shape.
 
-def _takes_any(parameters: Mapping[str, inspect.Parameter]) -> bool:
-    return any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        Args:
+          model_variable: the model's variable.
+          variable_name: such as `momentum`.
+          shape: that of the model's variable if not given.
+          initial_value: 0 if not given.
+
+        Raises:
+          ValueError: another variable has that name; or `build` is over.
+        """
+        if not isinstance(model_variable, Variable):
+            raise InvalidType(
+                "`model_variable` must be a `Variable`, of those that `build` is given. "
+                f"{received('model_variable', model_variable)}"
+            )
+        if not isinstance(variable_name, str):
+            raise InvalidType(
+                f"`variable_name` must be text. {received('variable_name', variable_name)}"
+            )
+        value = initial_like(model_variable, shape, initial_value)
+        name = self._held.names.get(model_variable, model_variable.name)
+        return self._add(value, f"{variable_name}/{name}")
+
+    def _add(self, value: Any, name: str) -> Variable:
+        if self.built and not self._held.building:
+            raise ValueError(
+                "Variables must be added in `build`, as the state is made of them then. "
+                f"{received('name', name)}"
+            )
+        if name in (known := [v.name for v in self._variables]):
+            raise ValueError(
+                f"`name` must differ from those of the optimizer's other variables, {known}. "
+                f"{received('name', name)}"
+            )
+        self._variables.append(Variable(value, name))
+        return self._variables[-1]
+
+    def assign(self, variable: Variable, value: Any) -> None:
+        """Assign to a variable, as `update_step` for Keras 3 does; `variable.assign(value)`."""
+        variable.assign(value)
+
+    def assign_add(self, variable: Variable, value: Any) -> None:
+        """Add to a variable: `variable.assign_add(value)`."""
+        variable.assign_add(value)
+
+    def assign_sub(self, variable: Variable, value: Any) -> None:
+        """Subtract from a variable: `variable.assign_sub(value)`."""
+        variable.assign_sub(value)
+
+    def set_weights(self, weights: Sequence[Any]) -> None:
+        """Assign to all variables, in the order of `variables`; if that fails, to none.
+
+        Args:
+          weights: arrays, as many as there are variables.
+
+        Raises:
+          ValueError: the optimizer is not built, or the number of weights differs.
+          TreeMismatch: a shape differs.
+        """
+        self._require_built("set_weights").set(list(weights))
+
+    def save_own_variables(self, store: Any) -> None:
+        """Write the variables by name, hyperparameters not among them.
+
+        Args:
+          store: a mapping that can be written to, such as a dict or an h5py group.
+
+        Raises:
+          ValueError: the optimizer is not built.
+        """
+        self._require_built("save_own_variables").save(store)
+
+    def load_own_variables(self, store: Any) -> None:
+        """Read the variables from what `save_own_variables` wrote.
+
+        Args:
+          store: a mapping of names to arrays, such as a dict, an h5py group, or what `numpy.load`
+            gives.
+
+        Raises:
+          CheckpointMismatch: the store has other variables; nothing is changed.
+          ValueError: the optimizer is not built.
+        """
+        self._require_built("load_own_variables").load(store)
+
+    def exclude_from_weight_decay(
+        self, var_list: Iterable[Variable] | None = None, var_names: Iterable[str] | None = None
+    ) -> None:
+        """Leave variables out of weight decay; each call replaces what the last one said.
+
+        Args:
+          var_list: variables.
+          var_names: regular expressions that are searched for in the names, such as `bias`. One
+            that is found in none raises a `ValueError` at the first update. A `:0`, as at the end
+            of TensorFlow's names, is ignored.
+
+        Raises:
+          ValueError: the optimizer is built.
+        """
+        if self.built:
+            raise ValueError(
+                "`exclude_from_weight_decay` must be called before the optimizer is built."
+            )
+        listed = check_variables([] if var_list is None else var_list)
+        texts = check_patterns("var_names", () if var_names is None else var_names)
+        try:
+            searched = [re.compile(t.replace(":0", "")) if isinstance(t, str) else t for t in texts]
+        except re.error as error:
+            raise ValueError(
+                "`var_names` must be regular expressions. " + received("var_names", texts)
+            ) from error
+        self._held.excluded = (*listed, *searched)
+        self._chain_changed()

@@ -1,28 +1,29 @@
 """The options that all optimizers share, and the chain that they make."""
 
+import copy
 import dataclasses
-import functools
 import inspect
 import operator
 import typing
-from typing import Annotated, Any, ClassVar
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Self
 
 import jax
+import jax.numpy as jnp
 from jax.core import Tracer
 
-from optimize_loss._checks import (
-    NOT_NEGATIVE,
-    POSITIVE,
-    InvalidType,
-    check_flags,
-    check_options,
-    received,
-)
-from optimize_loss._engine.link import number_rules
+from optimize_loss._checks import NOT_NEGATIVE, POSITIVE, InvalidType, check_options, received
+from optimize_loss._engine.numbers import to_array
 from optimize_loss._engine.order import merged
-from optimize_loss._engine.transformation import Transformation, made_once
+from optimize_loss._engine.transformation import Transformation
 from optimize_loss._names import Pattern
-from optimize_loss.optimizers._variable import Variable
+from optimize_loss.optimizers._assignment import assign
+from optimize_loss.optimizers._config import config_of, plain, serialize, takes_any
+from optimize_loss.optimizers._declaration import constructor, options_of
+from optimize_loss.optimizers._held import Held, as_a_whole
+from optimize_loss.optimizers._update_step import Recipe, UpdateStep, attributes_of
+from optimize_loss.optimizers._variable import Variable, value_of
+from optimize_loss.schedules import evaluate
 from optimize_loss.transforms import (
     Accumulate,
     AverageParams,
@@ -33,6 +34,7 @@ from optimize_loss.transforms import (
     Count,
     DivideByLossScale,
     FullDecay,
+    Link,
     NotNegative,
     Positive,
     ShrinkParams,
@@ -46,70 +48,22 @@ PositiveRate = Annotated[Any, POSITIVE]
 
 CLIPS = {"clipnorm": ClipByNorm, "global_clipnorm": ClipByGlobalNorm, "clipvalue": ClipByValue}
 
-CLASSES: dict[str, type["Options"]] = {}
-"""The optimizers of this package, by name; `optimizers/_get.py` enters them."""
 
-
-class _LearningRate:
-    """What `optimizer.learning_rate` gives and takes, in every subclass."""
-
-    def __init__(self):
-        self.__doc__ = "The rate: a `Variable`, or with a schedule that of the last update."
+class _LearningRate(property):
+    """A property that a class does not show, so that dataclasses see no default."""
 
     def __get__(self, optimizer: Any, owner: Any = None) -> Any:
         if optimizer is None:
-            raise AttributeError("learning_rate")  # so that dataclasses see no default
-        return optimizer._get_learning_rate()
-
-    def __set__(self, optimizer: Any, value: Any) -> None:
-        optimizer._set_learning_rate(value)
+            raise AttributeError("learning_rate")
+        return super().__get__(optimizer, owner)
 
 
+@dataclasses.dataclass(frozen=True)
 class _Static:
     """An optimizer in the structure of a tree: equal to itself as long as its chain is."""
 
-    def __init__(self, kept: "Options"):
-        self.kept, self.chain = kept, kept.chain
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Static) and (self.kept, self.chain) == (other.kept, other.chain)
-
-    def __hash__(self) -> int:
-        return id(self.kept)
-
-
-def _flattened(optimizer: Any) -> tuple[tuple[()], Any]:
-    return (), _Static(optimizer)
-
-
-def _unflattened(static: Any, nothing: tuple[()]) -> Any:
-    return static.kept
-
-
-def _told_of_wrong_options(init: Any) -> Any:
-    """Return a constructor that names the nearest option where there is none of a name."""
-    parameters = inspect.signature(init).parameters
-
-    @functools.wraps(init)
-    def __init__(self: Any, *args: Any, **options: Any) -> None:
-        check_options(type(self), options, parameters)
-        init(self, *args, **options)
-
-    return __init__
-
-
-def _completing(init: Any) -> Any:
-    """Return a constructor after whose outermost call the optimizer takes no new attributes."""
-
-    @functools.wraps(init)
-    def __init__(self: Any, *args: Any, **options: Any) -> None:
-        is_outermost = self.__dict__.setdefault("_complete", None) is None
-        self.__dict__["_complete"] = False
-        init(self, *args, **options)
-        if is_outermost:
-            self.__dict__["_complete"] = True
-
-    return __init__
+    kept: Any
+    chain: Any = dataclasses.field(hash=False)
 
 
 @typing.dataclass_transform(eq_default=False, field_specifiers=(dataclasses.field,))
@@ -133,12 +87,14 @@ class Options(Transformation):
     axis_name: str | None = None
 
     _init_of_fields: ClassVar[Any] = None
-    _given_at_first: ClassVar[tuple[str, ...]] = ()
-    """Options that must stay as they were given to the constructor."""
-    _from_arrays = False  # whether an option was, and no state has been made since
+    _held: ClassVar[Held]  # of each optimizer its own; so written, it is no option
 
-    @_completing
-    @_told_of_wrong_options
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        made = super().__new__(cls, *args, **options)
+        made.__dict__.setdefault("_held", Held())
+        return made
+
+    @constructor
     def __init__(
         self,
         name=None,
@@ -169,20 +125,22 @@ class Options(Transformation):
         In a tree, an optimizer is a part of the structure.
         """
         super().__init_subclass__()
-        jax.tree_util.register_pytree_node(cls, _flattened, _unflattened)
+        jax.tree_util.register_pytree_node(
+            cls, lambda x: ((), _Static(x, x.chain)), lambda static, _: static.kept
+        )
+        if "build" in vars(cls):
+            cls.build = as_a_whole(cls.build)
         if "__init__" in vars(cls):
-            cls.__init__ = made_once(_completing(cls.__init__))
-            return
-        if not inspect.get_annotations(cls):
-            return
-        dataclasses.dataclass(eq=False, repr=False)(cls)
-        cls.__init__.__annotations__ = {}  # their rules are for us, not for `help`
-        init = _told_of_wrong_options(cls.__init__)
-        cls.__init__ = cls._init_of_fields = made_once(_completing(init))
-        if "learning_rate" in vars(cls):
-            del cls.learning_rate  # the default, which would hide the descriptor
+            cls.__init__ = constructor(cls.__init__, checks=False)
+        elif inspect.get_annotations(cls):
+            dataclasses.dataclass(eq=False, repr=False)(cls)
+            cls.__init__.__annotations__ = {}  # their rules are for us, not for `help`
+            cls.__init__ = cls._init_of_fields = constructor(cls.__init__)
+            if "learning_rate" in vars(cls):
+                del cls.learning_rate  # the default, which would hide the property
 
     def __post_init__(self):
+        self._variables: list[Variable] = []
         self._clips()
         if type(self).__init__ is type(self)._init_of_fields:
             _ = self.chain  # building the links checks the rest
@@ -199,69 +157,135 @@ class Options(Transformation):
         return {"clip": links[0]} if links else {}
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in options_of(type(self)):
-            value = self._checked(name, value)
-        object.__setattr__(self, name, value)
+        """Set an option or an attribute; raise, and change nothing, if it must stay."""
+        assign(self, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        """Delete an attribute; raise where the optimizer is complete, which needs all it has."""
+        if self._held.is_closed and name in (*vars(self), *options_of(type(self))):
+            raise AttributeError(
+                f"`{name}` must stay, as the state was made with it. Assign another value; None "
+                "where an option may be absent."
+            )
+        super().__delattr__(name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_held": copy.copy(self._held)}
 
     def _note_array(self, value: Any) -> None:
         """Note that an option was given as an array, as `optax.inject_hyperparams` gives all."""
         if isinstance(value, jax.Array) and not isinstance(value, Tracer):
-            self._from_arrays = True
+            self._held.from_arrays = True
 
-    def _checked(self, name: str, value: Any) -> Any:
-        """Return the value of an option, if the option's rule allows it."""
-        self._note_array(value)
-        if isinstance(options_of(type(self))[name], bool):
-            check_flags(**{name: value})
-        rule = number_rules(type(self)).get(name)
-        if value is None and (rule is None or name in _optional(type(self))):
-            return value
-        if name == "axis_name" and isinstance(value, list):
-            value = tuple(value)  # as JSON has it
-        kind, words = _KINDS.get(name, (object, rule.words if rule else ""))
-        if value is None or not isinstance(value, kind):
-            raise InvalidType(f"`{name}` must be {words}. {received(name, value)}")
-        scheduled = callable(value) and not isinstance(value, Variable)
-        if rule is None or (scheduled and not rule.initial):
-            return value
-        return rule.check(name, value.value if isinstance(value, Variable) else value)
-
-    def get_config(self) -> dict[str, Any]:
-        """Return the options as a dict that JSON can hold."""
-        raise NotImplementedError
+    # The learning rate.
 
     def _get_learning_rate(self) -> Any:
-        raise NotImplementedError
+        kept = self._held.rate
+        if kept is None:
+            raise ValueError(
+                f"{type(self).__name__} has no learning rate: give `learning_rate`, or set "
+                "`self._learning_rate = self._build_learning_rate(...)` in its `__init__`."
+            )
+        if isinstance(kept, Variable):
+            return kept
+        last = jnp.maximum(self._held.iterations.value - 1, 0)
+        return evaluate("learning_rate", kept, last, jnp.float32)
 
     def _set_learning_rate(self, value: Any) -> None:
-        raise NotImplementedError
+        held = self._held
+        if value is None and held.rate is None:
+            return  # a rule may do without
+        scheduled = callable(value) and not isinstance(value, Variable)
+        if isinstance(held.rate, Variable) and not scheduled:
+            held.rate.assign(self._build_learning_rate(value).value.astype(held.rate.dtype))
+        elif scheduled or not held.built:
+            held.rate = self._build_learning_rate(value)
+            self._chain_changed()
+        else:
+            raise InvalidType(
+                f"`learning_rate` must stay a schedule, as the optimizer was built with "
+                f"{held.rate!r}. Assign another schedule, or build the optimizer with a number. "
+                f"{received('learning_rate', value)}"
+            )
 
-    def _rate_boxes(self) -> list[Variable]:
-        """Return the variables of the learning rates in the chain."""
-        kept = self.__dict__.get("_learning_rate")
-        return [kept] if isinstance(kept, Variable) else []
+    def _build_learning_rate(self, learning_rate: Any) -> Any:
+        """Return a variable for a number, and a schedule as it is."""
+        if callable(learning_rate) and not isinstance(learning_rate, Variable):
+            return learning_rate
+        self._note_array(learning_rate)
+        value, dtype = value_of(learning_rate), jnp.result_type(float)
+        value = NOT_NEGATIVE.check("learning_rate", value)
+        if not isinstance(value, Tracer):
+            with jax.ensure_compile_time_eval():
+                value = to_array("learning_rate", value, NOT_NEGATIVE, dtype)
+        return Variable(value, "learning_rate", dtype)
 
-    def __repr__(self) -> str:
-        plain = {n: x for n, x in options_of(type(self)).items() if n != "learning_rate"}
-        own = {n: getattr(self, n) for n, x in plain.items() if getattr(self, n) != x}
-        if "_learning_rate" in self.__dict__:
-            own = {"learning_rate": self.rate, **own}
-        shown = ", ".join(f"{name}={value!r}" for name, value in own.items())
-        return f"{type(self).__name__}({shown})"
+    @property
+    def _learning_rate(self) -> Any:
+        """The variable or the schedule, where a constructor as for Keras puts it."""
+        return self._held.rate
+
+    @_learning_rate.setter
+    def _learning_rate(self, value: Any) -> None:
+        self._held.rate = value
+
+    @property
+    def lr(self) -> Any:
+        """The `learning_rate`, as code for Keras 2 calls it."""
+        return self.learning_rate
+
+    @lr.setter
+    def lr(self, value: Any) -> None:
+        self.learning_rate = value
 
     @property
     def rate(self) -> Any:
         """The learning rate as links take it: a number or a schedule; None if there is none."""
-        kept = self.__dict__.get("_learning_rate")
+        kept = self._held.rate
         if not isinstance(kept, Variable):
             return kept
         # The shortest number that rounds to what is kept: 0.001 and not 0.0010000000475.
         return kept.value if isinstance(kept.value, Tracer) else float(str(kept.numpy()[()]))
 
+    def _rate_boxes(self) -> list[Variable]:
+        """Return the variables of the learning rates in the chain."""
+        return [self._held.rate] if isinstance(self._held.rate, Variable) else []
+
+    def _rates(self) -> dict[str, Variable]:
+        """Return the variables of learning rates, by the names of their numbers in the state."""
+        links = {name: self.chain.link(name) for name, _ in self.chain.links}
+        numbers = {n: link.numbers() for n, link in links.items() if isinstance(link, Link)}
+        owners = [n for n, found in numbers.items() if "learning_rate" in found]
+        return {f"{n}/learning_rate": box for box in self._rate_boxes() for n in owners}
+
+    def __repr__(self) -> str:
+        plain = {n: x for n, x in options_of(type(self)).items() if n != "learning_rate"}
+        own = {n: getattr(self, n) for n, x in plain.items() if getattr(self, n) != x}
+        if self._held.rate is not None:
+            own = {"learning_rate": self.rate, **own}
+        shown = ", ".join(f"{name}={value!r}" for name, value in own.items())
+        return f"{type(self).__name__}({shown})"
+
+    # The chain.
+
     def links(self) -> dict[str, Any]:
         """Return the links of the rule, by name, in order, with the one that has the rate."""
         raise NotImplementedError(
             f"{type(self).__name__} must define `links`, or `build` and `update_step`."
+        )
+
+    def update_step(self, gradient: jax.Array, variable: Variable) -> None:
+        """Update one variable and what belongs to it, in place; for subclasses to define.
+
+        It may take `learning_rate` as a third parameter, as in Keras 3.
+
+        Args:
+          gradient: its gradient, after clipping.
+          variable: a box around its value, after weight decay.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} is made of links and has no `update_step` to call. To change "
+            "what it does, add links of your own to those that `links` returns."
         )
 
     @property
@@ -277,15 +301,31 @@ class Options(Transformation):
     def _chains(self) -> tuple[Chain, Chain]:
         """Return both chains, made anew if a rate was assigned since they were made."""
         rates = [box.value for box in self._rate_boxes()]
-        kept = self.__dict__.get("_kept_chains")
+        kept = self._held.chains
         if kept is not None and all(map(operator.is_, kept[0], rates)):
             return kept[1]
         whole = summed = chain(**self._links_behind_aggregation())
         if self.axis_name is not None:
             first = {"aggregate": SumOverAxis(self.axis_name)}
             whole = chain(**merged(first, dict(summed.links)))
-        self._kept_chains = rates, (whole, summed)
+        self._held.chains = rates, (whole, summed)
         return whole, summed
+
+    def _chain_changed(self) -> None:
+        """Make the chain again after something in it has changed, if it was made."""
+        held = self._held
+        if held.chains is not None:
+            held.chains = None
+            _ = self.chain
+        if held.boxes is not None:
+            try:
+                held.boxes.renew(self._summed_chain)
+            except ValueError as error:
+                raise ValueError(
+                    "Once an optimizer is built, only its numbers can be changed. " + str(error)
+                ) from error
+        for outer in held.outers:
+            outer._chain_changed()
 
     def _links_behind_aggregation(self) -> dict[str, Any]:
         links: dict[str, Any] = {}
@@ -296,16 +336,17 @@ class Options(Transformation):
         last: dict[str, Any] = {}
         if self.use_ema:
             last["ema"] = AverageParams(self.ema_momentum, self.ema_overwrite_frequency)
-        decays = self.decay_links(self._exclude())
+        decays = self.decay_links(self._held.exclude())
         return merged(links, self._clips(), decays, self._rule(), last)
 
     def _rule(self) -> dict[str, Any]:
-        """Return the links of the rule."""
-        return self.links()
-
-    def _exclude(self) -> tuple[Pattern, ...]:
-        """Return the names or patterns of the parameters that are not decayed."""
-        return ()
+        """Return the links, or the `update_step` where a subclass defines that above them."""
+        first = next(c for c in type(self).__mro__ if {"links", "update_step"} & vars(c).keys())
+        if "links" in vars(first):
+            return self.links()
+        unbuilt = self._held.unbuilt
+        attributes = attributes_of(self) if unbuilt is None else unbuilt
+        return {"update_step": UpdateStep(Recipe.of(self, attributes), self.rate)}
 
     def decay_links(self, exclude: tuple[Pattern, ...]) -> dict[str, Any]:
         """Return the links that decay the parameters, but for those that `exclude` names."""
@@ -313,25 +354,54 @@ class Options(Transformation):
             return {}
         return {"weight_decay": ShrinkParams(self.weight_decay, exclude)}
 
+    # Configurations.
 
-Options.learning_rate = _LearningRate()  # afterwards: it is no default
+    def get_config(self) -> dict[str, Any]:
+        """Return the options as a dict that JSON can hold: plain values, and dicts for schedules.
+
+        Subclasses with an `__init__` of their own add their options to what `super()` returns; if
+        they do not define `get_config`, options are read from attributes of the same names.
+        `mesh` is of this process, and is left out.
+
+        Raises:
+          InvalidType: a value has no configuration, as plain functions have none.
+          NotImplementedError: an option of a subclass without `get_config` is no attribute.
+        """
+        return config_of(self, is_complete=type(self).get_config is not Options.get_config)
+
+    @classmethod
+    def from_config(
+        cls, config: Mapping[str, Any], custom_objects: Mapping[str, type] | None = None
+    ) -> Self:
+        """Return an optimizer with these options; the inverse of `get_config`.
+
+        Args:
+          config: as `get_config` returns it, from here or from Keras. It is not changed.
+          custom_objects: classes by name, for schedules and optimizers in it that are not of this
+            package.
+
+        Raises:
+          InvalidType: `config` is no dict, or an option is unknown.
+          ValueError: it is of one of Keras' legacy optimizers, or the value of an option is wrong.
+        """
+        if not isinstance(config, Mapping):
+            raise InvalidType(f"`config` must be a dict. {received('config', config)}")
+        if config.get("is_legacy_optimizer"):
+            raise ValueError("`config` must not be of one of Keras' legacy optimizers.")
+        given = {n: plain(x, custom_objects) for n, x in config.items()}
+        given.pop("is_legacy_optimizer", None)
+        parameters = inspect.signature(cls).parameters
+        if not takes_any(parameters):
+            check_options(cls, given, parameters)
+        return cls(**given)
+
+    def _serialize_hyperparameter(self, hyperparameter: Any) -> Any:
+        """Return a rate or another hyperparameter for a configuration, as Keras' helper does."""
+        return serialize(hyperparameter)
 
 
-@functools.cache
-def options_of(cls: type["Options"]) -> dict[str, Any]:
-    """Return the options of a class with their defaults."""
-    return {field.name: field.default for field in dataclasses.fields(cls)}
-
-
-@functools.cache
-def _optional(cls: type["Options"]) -> frozenset[str]:
-    """Return the options that may be None."""
-    hints = typing.get_type_hints(cls)
-    return frozenset(name for name, hint in hints.items() if type(None) in typing.get_args(hint))
-
-
-_KINDS: dict[str, tuple[Any, str]] = {
-    "name": (str, "text; a learning rate is given by keyword"),
-    "mesh": (jax.sharding.Mesh, "a `jax.sharding.Mesh`"),
-    "axis_name": (str | tuple, "the name of an axis, or a tuple of names"),
-}
+Options.learning_rate = _LearningRate(  # afterwards: it is no default
+    lambda optimizer: optimizer._get_learning_rate(),
+    lambda optimizer, value: optimizer._set_learning_rate(value),
+    doc="The rate: a `Variable`, or with a schedule that of the last update.",
+)

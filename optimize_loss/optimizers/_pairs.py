@@ -1,12 +1,15 @@
 """Pairs of a gradient and a variable, as Keras' methods take them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from optimize_loss._checks import InvalidType, received
-from optimize_loss._engine.trees import as_array
+from optimize_loss._engine.trees import as_array, is_inexact
 from optimize_loss._names import same_leaves
+from optimize_loss._state.gradients import Trainable, derivatives
 from optimize_loss.optimizers._variable import Variable, is_variable, value_of
 
 
@@ -30,6 +33,41 @@ def constrained(variable: Variable, value: jax.Array) -> jax.Array:
     if variable.constraint is None:
         return value
     return Variable(value, variable.name).assign(variable.constraint(value)).value
+
+
+def gradients_of(
+    loss: Callable[[], Any], variables: list[Variable], scale: jax.Array | None
+) -> list[tuple[jax.Array | None, Variable]]:
+    """Return the gradients of a loss that reads variables, each with its variable.
+
+    Args:
+      loss: a function without arguments.
+      variables: the variables; those of integers have no gradient.
+      scale: what to multiply the loss by, if anything.
+    """
+
+    def loss_of(values: list[jax.Array]) -> tuple[jax.Array, None]:
+        before = [v.value for v in variables]
+        try:
+            for v, value in zip(variables, values, strict=True):
+                v._value = value
+            return jnp.asarray(value_of(loss())), None
+        finally:
+            for v, value in zip(variables, before, strict=True):
+                v._value = value
+
+    values = [v.value for v in variables]
+    trained = Trainable(values, tuple(map(is_inexact, values)))
+    try:
+        _, _, found = derivatives(loss_of, trained, scale)
+    except jax.errors.UnexpectedTracerError as error:
+        raise InvalidType(
+            "`loss` must not call a function under `jax.jit` that reads variables from outside: it "
+            "sees the values of its first call only. Pass it `v.value`, or leave jit out. "
+            f"{received('loss', loss)}"
+        ) from error
+    grads = iter(found)
+    return [(next(grads) if t else None, v) for t, v in zip(trained.marks, variables, strict=True)]
 
 
 def check_pairs(grads_and_vars: Any) -> list[tuple[Any, Any]]:

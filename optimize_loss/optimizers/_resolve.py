@@ -8,9 +8,9 @@ from optimize_loss._engine.link import is_transformation
 from optimize_loss._engine.numbers import has_rate
 from optimize_loss._engine.order import arranged
 from optimize_loss._engine.selection import linked
+from optimize_loss.optimizers._config import CLASSES
 from optimize_loss.optimizers._get import names
 from optimize_loss.optimizers._optimizer import Optimizer
-from optimize_loss.optimizers._options import CLASSES
 from optimize_loss.optimizers._tf1 import OPTIMIZER_CLS_NAMES
 from optimize_loss.optimizers._variable import different_names
 from optimize_loss.transforms import Chain, Link, ScaleByLearningRate

@@ -1,9 +1,9 @@
 """A rule written as `build` and `update_step`, as a link."""
 
-import contextlib
 import copy
 import dataclasses
 import functools
+import inspect
 import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -13,32 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from optimize_loss._checks import InvalidType
 from optimize_loss.optimizers._variable import Variable, different_names, made_meanwhile
 from optimize_loss.schedules import evaluate
 from optimize_loss.transforms import NotNegative, TreeLink
 
-INTERNAL = frozenset(
-    [
-        "_building",
-        "_complete",
-        "_excluded",
-        "_from_arrays",
-        "_given",
-        "_held",
-        "_index_dict",
-        "_is_worker",
-        "_iterations",
-        "_kept_chains",
-        "_learning_rate",
-        "_name_dict",
-        "_outers",
-        "_set_later",
-        "_unbuilt",
-        "built",
-    ]
-)
-"""Attributes that are no part of a rule."""
+
+def attributes_of(optimizer: Any) -> dict[str, Any]:
+    """Return the attributes that are part of the rule: all but what the optimizer keeps."""
+    return {name: value for name, value in vars(optimizer).items() if name != "_held"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +55,7 @@ class Recipe:
             is_own = isinstance(value, types.MethodType) and value.__self__ is optimizer
             return Bound(value.__func__) if is_own else value
 
-        kept = {name: free(x) for name, x in attributes.items() if name not in INTERNAL}
+        kept = {name: free(x) for name, x in attributes.items()}
         return cls(type(optimizer), duplicate(kept, {}))
 
     def __eq__(self, other: object) -> bool:
@@ -90,14 +72,13 @@ class Recipe:
         """Return a fresh optimizer that is at this step and has this rate, if any."""
         cls: Any = self.cls
         made = cls.__new__(cls)
-        made._start()
-        made._is_worker = True
         for name, value in duplicate(self.attributes, {}).items():
             is_bound = isinstance(value, Bound)
             made.__dict__[name] = types.MethodType(value.function, made) if is_bound else value
-        made._iterations = Variable(step, "iteration")
-        if rate is not None:
-            made._learning_rate = Variable(rate, "learning_rate")
+        held = made._held
+        held.constructing = 1  # for good: it holds no state, and takes new attributes
+        held.iterations = Variable(step, "iteration")
+        held.rate = None if rate is None else Variable(rate, "learning_rate")
         return made
 
 
@@ -138,7 +119,7 @@ class UpdateStep(TreeLink):
         others += [boxes[name] for name in boxes if name not in updates]
         before = _attributes(worker), [box.value for box in others]
         for name, update in updates.items():
-            worker._update_step(update, boxes[name])
+            _call_update_step(worker, update, boxes[name])
         self._check_nothing_is_lost(worker, variables, others, *before)
         new = {name: boxes[name].value - params[name] for name in updates}
         return new, {name: box.value for name, box in variables.items()}
@@ -182,18 +163,25 @@ class UpdateStep(TreeLink):
             )
 
 
+def _call_update_step(worker: Any, gradient: jax.Array, variable: Variable) -> None:
+    """Call `update_step`, also where it takes the rate, as in Keras 3."""
+    third = list(inspect.signature(worker.update_step).parameters.values())[2:3]
+    wants_rate = any(p.name == "learning_rate" or p.default is p.empty for p in third)
+    positional = all(p.kind is p.POSITIONAL_OR_KEYWORD for p in third)
+    rate = (worker.learning_rate,) if wants_rate and positional else ()
+    worker.update_step(gradient, variable, *rate)
+
+
 def tracked(optimizer: Any) -> dict[str, Variable]:
     """Return the variables of a built optimizer: those added, and those it merely has.
 
     A variable that is only an attribute is kept under the attribute's name: nothing that an
     `update_step` assigns to is lost between steps.
     """
-    found = {box.name: box for box in optimizer._variables}
-    known = {id(box) for box in (*found.values(), *optimizer._own_boxes())}
-    names = optimizer.__dict__.get("_name_dict", {})
-    for attribute, value in vars(optimizer).items():
-        if attribute in INTERNAL:
-            continue
+    held, found = optimizer._held, {box.name: box for box in optimizer._variables}
+    known = {id(box) for box in (*found.values(), *held.not_of_the_rule())}
+    names = {v._unique_id: name for v, name in held.names.items()}
+    for attribute, value in attributes_of(optimizer).items():
         for name, box in _boxes(attribute, value, names):
             if id(box) not in known:
                 known.add(id(box))
@@ -289,46 +277,4 @@ def as_key(value: Any, by_value: bool = True) -> Any:
 
 def _attributes(worker: Any) -> dict[str, Any]:
     """Return all attributes of an optimizer that are part of its rule, each as a key."""
-    return {n: as_key(x, by_value=False) for n, x in vars(worker).items() if n not in INTERNAL}
-
-
-@contextlib.contextmanager
-def undone_if_it_fails(optimizer: Any) -> Iterator[None]:
-    """Leave an optimizer that is not built as it is, if the block raises."""
-    before = None if optimizer.built else duplicate(vars(optimizer), None)
-    try:
-        yield
-    except Exception:
-        if before is not None:
-            optimizer.__dict__.clear()
-            optimizer.__dict__.update(before)
-        raise
-
-
-def as_a_whole(build: Any) -> Any:
-    """Return a `build` that runs once, and changes nothing if it fails.
-
-    What the optimizer is before it is built is kept: `Recipe` begins with that.
-    """
-
-    @functools.wraps(build)
-    def whole(self: Any, *args: Any, **options: Any) -> None:
-        if self._building:
-            build(self, *args, **options)
-            return
-        if self.built:
-            return
-        with undone_if_it_fails(self):
-            own = {n: x for n, x in vars(self).items() if n not in INTERNAL}
-            self._unbuilt = duplicate(own, {})
-            self._building = True
-            build(self, *args, **options)
-            if "_name_dict" not in self.__dict__:
-                raise InvalidType(
-                    f"`build` of {type(self).__name__} must call `super().build(var_list)`."
-                )
-            self._building = False
-            if not self._is_worker:
-                self._hold()
-
-    return whole
+    return {n: as_key(x, by_value=False) for n, x in attributes_of(worker).items()}

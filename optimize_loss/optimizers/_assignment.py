@@ -1,0 +1,68 @@
+"""Attributes of an optimizer that are assigned to: what may change, and what follows."""
+
+import inspect
+from typing import Any
+
+from jax.core import Tracer
+
+from optimize_loss._checks import nearest_option, received
+from optimize_loss.optimizers._declaration import checked, options_of, stays
+from optimize_loss.optimizers._update_step import has_variables
+
+
+def assign(optimizer: Any, name: str, value: Any) -> None:
+    """Set an option or an attribute; raise, and change nothing, if the variables forbid it."""
+    held, own = optimizer._held, vars(optimizer)
+    there = inspect.getattr_static(type(optimizer), name, None)
+    if held.is_closed:
+        _check_settable(optimizer, name, there)
+    is_plain = not held.building and not isinstance(there, property)
+    if is_plain:
+        _check_change(optimizer, name, value)
+    if name in options_of(type(optimizer)):
+        optimizer._note_array(value)
+        value = checked(type(optimizer), name, value)
+    before, unbuilt = {n: own[n] for n in (name,) if n in own}, held.unbuilt
+    object.__setattr__(optimizer, name, value)
+    if not is_plain:
+        return
+    if unbuilt is not None:
+        held.unbuilt = {**unbuilt, name: value}
+    try:
+        optimizer._chain_changed()
+    except Exception:
+        del own[name]
+        own.update(before)
+        held.unbuilt = unbuilt
+        optimizer._chain_changed()
+        raise
+
+
+def _check_settable(optimizer: Any, name: str, there: Any) -> None:
+    """Raise an `AttributeError` if to set this attribute would do nothing, or harm."""
+    cls = type(optimizer)
+    read_only = isinstance(there, property) and there.fset is None
+    if name == "built" or read_only or stays(cls, name):
+        raise AttributeError(f"`{name}` of {cls.__name__} can be read, and not be set.")
+    known = [n for n in (*options_of(cls), *vars(optimizer)) if not n.startswith("_")]
+    if name not in (*known, *dir(cls)) and not name.startswith("_"):
+        raise AttributeError(
+            f"`{name}` must be an attribute of {cls.__name__}, and is none. Nearest: "
+            f"{nearest_option(name, known)!r}. New attributes are set in `__init__` or `build` "
+            "of a subclass."
+        )
+
+
+def _check_change(optimizer: Any, name: str, value: Any) -> None:
+    """Raise if the variables of an optimizer forbid another value."""
+    if isinstance(value, Tracer):
+        optimizer._check_trace([value])
+    if not optimizer.built:
+        return
+    if name == "mesh" and value != optimizer.mesh:
+        raise ValueError("`mesh` must be set before the optimizer is built.")
+    if has_variables(vars(optimizer).get(name)):
+        raise ValueError(
+            f"`{name}` must stay: it has variables of the optimizer. Give them other values "
+            f"with `assign`. {received(name, value)}"
+        )

@@ -152,13 +152,9 @@ def members(class_name: str) -> tuple[list[str], list[str]]:
     nodes = (node for tree in trees().values() for node in ast.walk(tree))
     classes = (node for node in nodes if isinstance(node, ast.ClassDef))
     body = next(node for node in classes if node.name == class_name).body
-    flags = [n.target.id for n in body if isinstance(n, ast.AnnAssign) and is_name(n.target)]
-    return flags, [n.name for n in body if isinstance(n, ast.FunctionDef)]
-
-
-def is_name(node: ast.expr) -> bool:
-    """Return whether an expression is a plain name."""
-    return isinstance(node, ast.Name)
+    targets = (node.target for node in body if isinstance(node, ast.AnnAssign))
+    flags = [target.id for target in targets if isinstance(target, ast.Name)]
+    return flags, [node.name for node in body if isinstance(node, ast.FunctionDef)]
 
 
 def figures() -> dict[str, int]:

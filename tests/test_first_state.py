@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,7 @@ def compiled():
     """The programs that XLA compiles while the test runs: one entry each."""
     found = []
 
-    def listen(event, seconds, **_):
+    def listen(event: str, seconds: float, **_: Any) -> None:
         if event.endswith("backend_compile_duration"):
             found.append(event)
 
@@ -95,7 +96,8 @@ def test_a_look_at_the_params_leaves_their_memory_to_the_step():
 
 def with_key():
     """As `optax.add_noise`, which keeps the key that it was given, but for the noise."""
-    return optax.GradientTransformation(lambda _: {"key": KEY}, lambda u, s, _=None: (u, s))
+    functions: Any = lambda _: {"key": KEY}, lambda u, s, _=None: (u, s)
+    return optax.GradientTransformation(*functions)
 
 
 TAKE_ARRAYS = {

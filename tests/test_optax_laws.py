@@ -257,6 +257,7 @@ def injected(tx, compiled):
 def test_an_injected_rate_is_that_of_each_update(make, compiled):
     with jax.numpy_dtype_promotion("standard"):
         tx = optax.inject_hyperparams(make)(learning_rate=lambda step: 0.5 * 0.5**step)
+        state: Any
         seen, state = injected(tx, compiled)
     assert seen == [-0.5, -0.25, -0.125]
     assert state.hyperparams["learning_rate"] == 0.125

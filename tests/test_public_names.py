@@ -90,6 +90,7 @@ def test_so_are_those_of_methods(path):
 WITHOUT_ARGS = {
     "optimize_loss.Precision.formats": "what the package calls",
     "optimize_loss.Spike.scalars": "a function of links",
+    "optimize_loss.TrainState.repacked": "what the package calls",
     "optimize_loss.TrainStep.lower": "it takes what the step takes",
     "optimize_loss.Variable.is_elsewhere": "what the package calls",
 }

@@ -17,7 +17,7 @@ from optimize_loss._engine.sharding import check_on_mesh, placement_of
 from optimize_loss._engine.transfers import asked_for
 from optimize_loss._engine.trees import PARAMETER, check_on_device, copied, distinct, placed_like
 from optimize_loss._files.state_dict import register_with_flax
-from optimize_loss._names import Pattern
+from optimize_loss._names import Pattern, flatten
 from optimize_loss._report.explain import Explanation, Setup, explain
 from optimize_loss._report.lint import check_horizon
 from optimize_loss._search.range_test import Ramp
@@ -503,7 +503,7 @@ class TrainStep:
         if state.chain is not self.chain:  # so that the next state need not be compared
             state = dataclasses.replace(state, chain=self.chain)
         check_ready(state)
-        kinds = set(map(type, jax.tree.leaves(batch)))
+        kinds = set(map(type, flatten(batch)[0]))
         if any(map(is_foreign, kinds)):
             batch = as_arrays(batch)
         traced = state.is_traced or any(issubclass(kind, Tracer) for kind in kinds)

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -98,6 +99,7 @@ class Boxes:
           params: all parameters.
           compiled: whether to compile the update.
         """
+        self._check_gradients(grads, params)
         run, before = _apply_compiled if compiled else _apply, [box.value for box in self._boxes]
         result = run(self.chain, self._in_order(grads), self.state, self._in_order(params))
         changed = [b for b, x in zip(self._boxes, before, strict=True) if b.value is not x]
@@ -109,6 +111,19 @@ class Boxes:
                 f"Received: a new value for {changed[0].name!r}."
             )
         return result
+
+    def _check_gradients(self, grads: Mapping[str, Any], params: Mapping[str, Any]) -> None:
+        """Raise if the parameters are others, or without any gradient; warn if one is missing."""
+        self.check_names(params)
+        missing = [name for name, grad in grads.items() if grad is None]
+        if len(missing) == len(grads):
+            raise ValueError(
+                f"No gradients: the gradient of every parameter is None. Parameters: {missing}."
+            )
+        if missing:
+            warnings.warn(
+                f"There is no gradient for {missing}: they are left as they are.", stacklevel=6
+            )
 
     def averaged(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Return all parameters by name, averaged where the chain keeps averages."""
@@ -135,22 +150,24 @@ class Boxes:
           ValueError: it differs in more; nothing is changed.
         """
         start = _with_recipes_of(chain, self._last)
-        new, state = start.with_numbers_of(chain, self.state)
-        if start is not self._last:
-            made = jax.eval_shape(new.init, self._in_order(self._avals))
-            same = jax.tree.structure(made) == self._structure and all(
-                (x.shape, x.dtype) == (box.shape, dtype)
-                for x, box, dtype in zip(
-                    jax.tree.leaves(made), self._boxes, self._dtypes, strict=True
-                )
-            )
-            if not same:
-                raise ValueError(
-                    f"`build` must make the variables of before, {self._names}. "
-                    f"Received: {leaf_names(made)}."
-                )
+        try:
+            new, state = start.with_numbers_of(chain, self.state)
+            if start is not self._last:
+                self._check_same(jax.eval_shape(new.init, self._in_order(self._avals)))
+        except ValueError as error:
+            raise ValueError(
+                "Once an optimizer is built, only its numbers can be changed. " + str(error)
+            ) from error
         self.chain, self._last = self.chain if new is self._last else new, chain
         self.keep(state, with_numbers=True)
+
+    def _check_same(self, made: Any) -> None:
+        """Raise unless another chain has made a state of the same shapes and dtypes."""
+        if _shapes(made) != _shapes(self.state):
+            raise ValueError(
+                f"`build` must make the variables of before, {self._names}. "
+                f"Received: {leaf_names(made)}."
+            )
 
     def set(self, weights: Sequence[Any]) -> None:
         """Assign to all variables, in the order of `variables`, or to none.
@@ -218,6 +235,10 @@ class Boxes:
                 )
         for name, box in own.items():
             box.assign(placed(box.value, found[name]))
+
+
+def _shapes(state: Any) -> Any:
+    return jax.tree.map(lambda x: (x.shape, x.dtype), state)
 
 
 def _put_back(boxes: Iterable[Variable], values: Iterable[jax.Array]) -> None:

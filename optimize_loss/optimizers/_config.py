@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from optimize_loss._checks import InvalidType, check_options, received
 from optimize_loss.optimizers._declaration import options_of
 from optimize_loss.schedules import _config
 from optimize_loss.schedules._config import SCHEDULES
@@ -54,7 +55,7 @@ def config_of(optimizer: Any, is_complete: bool) -> dict[str, Any]:
         given["learning_rate"] = optimizer.rate
     given["name"] = optimizer.name or cls.__name__
     parameters = inspect.signature(cls).parameters
-    if not takes_any(parameters):
+    if not _takes_any(parameters):
         given = {name: x for name, x in given.items() if name in parameters}
     if not is_complete:
         absent = (*given, *elsewhere, *_IF_GIVEN)
@@ -74,7 +75,23 @@ def _own_option(optimizer: Any, name: str) -> Any:
     )
 
 
-def takes_any(parameters: Mapping[str, inspect.Parameter]) -> bool:
+def made_from(
+    cls: Any, config: Mapping[str, Any], custom_objects: Mapping[str, type] | None
+) -> Any:
+    """Return an optimizer; arguments as of `Optimizer.from_config`."""
+    if not isinstance(config, Mapping):
+        raise InvalidType(f"`config` must be a dict. {received('config', config)}")
+    if config.get("is_legacy_optimizer"):
+        raise ValueError("`config` must not be of one of Keras' legacy optimizers.")
+    given = {name: plain(x, custom_objects) for name, x in config.items()}
+    given.pop("is_legacy_optimizer", None)
+    parameters = inspect.signature(cls).parameters
+    if not _takes_any(parameters):
+        check_options(cls, given, parameters)
+    return cls(**given)
+
+
+def _takes_any(parameters: Mapping[str, inspect.Parameter]) -> bool:
     """Return whether a function with these parameters takes any keyword."""
     return any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 

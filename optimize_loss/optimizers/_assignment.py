@@ -13,8 +13,7 @@ from optimize_loss.optimizers._update_step import has_variables
 
 def assign(optimizer: Any, name: str, value: Any) -> None:
     """Set an option or an attribute; raise, and change nothing, if the variables forbid it."""
-    held, own = optimizer._held, vars(optimizer)
-    there = inspect.getattr_static(type(optimizer), name, None)
+    held, there = optimizer._held, inspect.getattr_static(type(optimizer), name, None)
     if held.is_closed:
         _check_settable(optimizer, name, there)
     is_plain = not held.building and not isinstance(there, property)
@@ -23,18 +22,25 @@ def assign(optimizer: Any, name: str, value: Any) -> None:
     if name in options_of(type(optimizer)):
         held.note_array(value)
         value = checked(type(optimizer), name, value)
-    before, unbuilt = {n: own[n] for n in (name,) if n in own}, held.unbuilt
+    if is_plain:
+        _exchange(optimizer, name, value)
+    else:
+        object.__setattr__(optimizer, name, value)
+
+
+def _exchange(optimizer: Any, name: str, value: Any) -> None:
+    """Set an attribute and renew the chain, or do nothing if no chain can be made of it."""
+    held, own = optimizer._held, vars(optimizer)
+    before = {n: own[n] for n in (name,) if n in own}, held.unbuilt
     object.__setattr__(optimizer, name, value)
-    if not is_plain:
-        return
-    if unbuilt is not None:
-        held.unbuilt = {**unbuilt, name: value}
+    if held.unbuilt is not None:
+        held.unbuilt = {**held.unbuilt, name: value}
     try:
         optimizer._chain_changed()
     except Exception:
-        del own[name]
-        own.update(before)
-        held.unbuilt = unbuilt
+        own.pop(name, None)
+        own.update(before[0])
+        held.unbuilt = before[1]
         optimizer._chain_changed()
         raise
 

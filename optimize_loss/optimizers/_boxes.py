@@ -39,7 +39,7 @@ class Boxes:
         mesh: jax.sharding.Mesh | None,
     ):
         self.chain = self._last = chain  # the one that is compiled, and the one with the numbers
-        self.names = list(params)
+        self._params = {n: jax.ShapeDtypeStruct(p.shape, p.dtype) for n, p in params.items()}
         state = on_mesh(chain.init(self._in_order(params)), mesh)
         leaves, self._structure = jax.tree.flatten(state)
         self._names = leaf_names(state)
@@ -47,14 +47,13 @@ class Boxes:
         self._boxes = [boxes[n] if n in boxes else Variable(x, n) for n, x in pairs]
         self._dtypes = [x.dtype for x in leaves]
         self._given = dict(boxes)
-        self._avals = {n: jax.ShapeDtypeStruct(p.shape, p.dtype) for n, p in params.items()}
         for box, leaf in zip(self._boxes, leaves, strict=True):
             if (value := placed(leaf, box.value)) is not box.value:
                 box.assign(value)
 
     def _in_order(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Return a dict in the order of the variables; the leaves of a plain one are sorted."""
-        return collections.OrderedDict((name, params.get(name)) for name in self.names)
+        return collections.OrderedDict((name, params.get(name)) for name in self._params)
 
     @property
     def state(self) -> dict[str, Any]:
@@ -73,12 +72,8 @@ class Boxes:
 
     def _numbers(self) -> set[str]:
         """Return the names of hyperparameters in the state."""
-        return {
-            f"{name}/{number}"
-            for name, _ in self.chain.links
-            if isinstance(link := self.chain.link(name), Link)
-            for number in link.numbers()
-        }
+        found = links_of(self.chain)
+        return {f"{name}/{number}" for name, link in found.items() for number in link.numbers()}
 
     @property
     def variables(self) -> dict[str, Variable]:
@@ -132,12 +127,12 @@ class Boxes:
     def check_names(self, names: Iterable[str]) -> None:
         """Raise unless these are the names of all parameters."""
         names = list(names)
-        if unknown := [name for name in names if name not in self.names]:
+        if unknown := [name for name in names if name not in self._params]:
             raise ValueError(
                 f"The optimizer was built for other parameters: it has no {unknown}. "
-                f"Nearest: {nearest(unknown[0], self.names)}."
+                f"Nearest: {nearest(unknown[0], self._params)}."
             )
-        if missing := [name for name in self.names if name not in names]:
+        if missing := [name for name in self._params if name not in names]:
             raise ValueError(
                 f"The optimizer was built for more parameters. Missing: {missing}. "
                 f"Received: {names}."
@@ -153,7 +148,7 @@ class Boxes:
         try:
             new, state = start.with_numbers_of(chain, self.state)
             if start is not self._last:
-                self._check_same(jax.eval_shape(new.init, self._in_order(self._avals)))
+                self._check_same(jax.eval_shape(new.init, self._in_order(self._params)))
         except ValueError as error:
             raise ValueError(
                 "Once an optimizer is built, only its numbers can be changed. " + str(error)
@@ -244,6 +239,12 @@ def _shapes(state: Any) -> Any:
 def _put_back(boxes: Iterable[Variable], values: Iterable[jax.Array]) -> None:
     for box, value in zip(boxes, values, strict=True):
         box.assign(value)
+
+
+def links_of(chain: Chain) -> dict[str, Link]:
+    """Return the links of a chain by name, also those in a `ForParameters`; none of optax."""
+    found = {name: chain.link(name) for name, _ in chain.links}
+    return {name: link for name, link in found.items() if isinstance(link, Link)}
 
 
 def _with_recipes_of(chain: Chain, old: Chain) -> Chain:

@@ -13,6 +13,7 @@ from optimize_loss.schedules._config import serialize as serialize
 CLASSES: dict[str, type] = {}
 """The optimizers of this package, by name; `optimizers/_get.py` enters them."""
 
+_ELSEWHERE = ("learning_rate", "mesh")
 _IF_GIVEN = ("gradient_accumulation_steps", "loss_scale_factor", "axis_name")
 
 
@@ -47,21 +48,24 @@ def config_of(optimizer: Any, is_complete: bool) -> dict[str, Any]:
       optimizer: the optimizer.
       is_complete: whether its class adds the options that its constructor takes beside.
     """
-    cls, elsewhere = type(optimizer), ("learning_rate", "mesh")
-    names = sorted(options_of(cls), key=_IF_GIVEN.__contains__)
-    values = {name: getattr(optimizer, name) for name in names if name not in elsewhere}
-    given = {n: x for n, x in values.items() if x is not None or n not in _IF_GIVEN}
-    if optimizer.rate is not None:
-        given["learning_rate"] = optimizer.rate
-    given["name"] = optimizer.name or cls.__name__
-    parameters = inspect.signature(cls).parameters
+    given = _given_options(optimizer)
+    parameters = inspect.signature(type(optimizer)).parameters
     if not _takes_any(parameters):
         given = {name: x for name, x in given.items() if name in parameters}
     if not is_complete:
-        absent = (*given, *elsewhere, *_IF_GIVEN)
-        named = [n for n, p in parameters.items() if not _is_any(p) and n not in absent]
+        absent = (*given, *_ELSEWHERE, *_IF_GIVEN)
+        named = [n for n, p in parameters.items() if not is_any(p) and n not in absent]
         given |= {name: _own_option(optimizer, name) for name in named}
     return {name: serialize(x) for name, x in given.items()}
+
+
+def _given_options(optimizer: Any) -> dict[str, Any]:
+    """Return the options that a class declares, with the learning rate and a name."""
+    names = sorted(options_of(type(optimizer)), key=_IF_GIVEN.__contains__)
+    values = {name: getattr(optimizer, name) for name in names if name not in _ELSEWHERE}
+    given = {n: x for n, x in values.items() if x is not None or n not in _IF_GIVEN}
+    rate = {} if optimizer.rate is None else {"learning_rate": optimizer.rate}
+    return {**given, **rate, "name": optimizer.name or type(optimizer).__name__}
 
 
 def _own_option(optimizer: Any, name: str) -> Any:
@@ -96,5 +100,6 @@ def _takes_any(parameters: Mapping[str, inspect.Parameter]) -> bool:
     return any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
-def _is_any(parameter: inspect.Parameter) -> bool:
+def is_any(parameter: inspect.Parameter) -> bool:
+    """Return whether a parameter takes any arguments, by place or by keyword."""
     return parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)

@@ -416,12 +416,12 @@ class Optimizer(Options):
             self.build(check_variables([v for _, v in pairs]))
             if aggregates:
                 pairs = list(self.aggregate_gradients(pairs))
-            named = {self._held.name_of(v): (gradient_of(g, v), v) for g, v in pairs}
-            grads = {name: g for name, (g, _) in named.items()}
+            grads = {self._held.name_of(v): gradient_of(g, v) for g, v in pairs}
             new, state = self._after(grads, self._held.values())
-            moved = [(v, constrained(v, new[n])) for n, (g, v) in named.items() if g is not None]
+            moved = {v: n for v, n in self._held.names.items() if grads.get(n) is not None}
+            values = [constrained(v, new[name]) for v, name in moved.items()]
         self._hold().keep(state)
-        for v, value in moved:
+        for v, value in zip(moved, values, strict=True):
             v.assign(value)
         return self.iterations
 

@@ -17,6 +17,7 @@ from optimize_loss._engine.plan import merged
 from optimize_loss._engine.transformation import Transformation
 from optimize_loss._names import Pattern
 from optimize_loss.optimizers._assignment import assign, check_deletable
+from optimize_loss.optimizers._boxes import links_of
 from optimize_loss.optimizers._config import config_of, made_from, serialize
 from optimize_loss.optimizers._declaration import constructor, options_of, register
 from optimize_loss.optimizers._held import Held, as_a_whole
@@ -34,7 +35,6 @@ from optimize_loss.transforms import (
     Count,
     DivideByLossScale,
     FullDecay,
-    Link,
     NotNegative,
     Positive,
     ShrinkParams,
@@ -212,9 +212,8 @@ class Options(Transformation):
 
     def _rates(self) -> dict[str, Variable]:
         """Return the variables of learning rates, by the names of their numbers in the state."""
-        links = {name: self.chain.link(name) for name, _ in self.chain.links}
-        ours = {name: link for name, link in links.items() if isinstance(link, Link)}
-        owners = [name for name, link in ours.items() if "learning_rate" in link.numbers()]
+        found = links_of(self.chain)
+        owners = [name for name, link in found.items() if "learning_rate" in link.numbers()]
         return {f"{n}/learning_rate": box for box in self._rate_boxes() for n in owners}
 
     def __repr__(self) -> str:

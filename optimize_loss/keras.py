@@ -18,6 +18,7 @@ from optimize_loss._engine.link import overrides
 from optimize_loss._engine.trees import distinct
 from optimize_loss._names import leaf_names
 from optimize_loss.optimizers import Optimizer, serialize
+from optimize_loss.optimizers._boxes import links_of
 from optimize_loss.optimizers._config import plain
 from optimize_loss.optimizers._keras_view import Shown, as_keras_3, inside, rates
 from optimize_loss.optimizers._resolve import instance, resolve
@@ -204,8 +205,7 @@ class KerasOptimizer(Shown, keras.optimizers.Optimizer):
 
     def finalize_variable_values(self, var_list: Iterable[keras.Variable]) -> None:
         """Put the averages that the optimizer keeps, if any, in the place of the parameters."""
-        links = [self._chain.link(name) for name, _ in self._chain.links]
-        if not any(overrides(link, "averaged") for link in links):
+        if not any(overrides(link, "averaged") for link in links_of(self._chain).values()):
             return
         averages = self._chain.averaged(self._state(), self._params())
         wanted = {id(v) for v in var_list}

@@ -7,33 +7,40 @@ from jax.core import Tracer
 
 from optimize_loss._checks import nearest_option, received
 from optimize_loss.optimizers._declaration import checked, options_of, stays
+from optimize_loss.optimizers._held import check_trace
 from optimize_loss.optimizers._update_step import has_variables
 
 
 def assign(optimizer: Any, name: str, value: Any) -> None:
     """Set an option or an attribute; raise, and change nothing, if the variables forbid it."""
-    held, own = optimizer._held, vars(optimizer)
-    there = inspect.getattr_static(type(optimizer), name, None)
+    held, there = optimizer._held, inspect.getattr_static(type(optimizer), name, None)
     if held.is_closed:
         _check_settable(optimizer, name, there)
     is_plain = not held.building and not isinstance(there, property)
     if is_plain:
         _check_change(optimizer, name, value)
     if name in options_of(type(optimizer)):
-        optimizer._note_array(value)
+        held.note_array(value)
         value = checked(type(optimizer), name, value)
-    before, unbuilt = {n: own[n] for n in (name,) if n in own}, held.unbuilt
+    if is_plain:
+        _exchange(optimizer, name, value)
+    else:
+        object.__setattr__(optimizer, name, value)
+
+
+def _exchange(optimizer: Any, name: str, value: Any) -> None:
+    """Set an attribute and renew the chain, or do nothing if no chain can be made of it."""
+    held, own = optimizer._held, vars(optimizer)
+    before = {n: own[n] for n in (name,) if n in own}, held.unbuilt
     object.__setattr__(optimizer, name, value)
-    if not is_plain:
-        return
-    if unbuilt is not None:
-        held.unbuilt = {**unbuilt, name: value}
+    if held.unbuilt is not None:
+        held.unbuilt = {**held.unbuilt, name: value}
     try:
         optimizer._chain_changed()
     except Exception:
-        del own[name]
-        own.update(before)
-        held.unbuilt = unbuilt
+        own.pop(name, None)
+        own.update(before[0])
+        held.unbuilt = before[1]
         optimizer._chain_changed()
         raise
 
@@ -56,7 +63,7 @@ def _check_settable(optimizer: Any, name: str, there: Any) -> None:
 def _check_change(optimizer: Any, name: str, value: Any) -> None:
     """Raise if the variables of an optimizer forbid another value."""
     if isinstance(value, Tracer):
-        optimizer._check_trace([value])
+        check_trace(optimizer, [value])
     if not optimizer.built:
         return
     if name == "mesh" and value != optimizer.mesh:
@@ -65,4 +72,13 @@ def _check_change(optimizer: Any, name: str, value: Any) -> None:
         raise ValueError(
             f"`{name}` must stay: it has variables of the optimizer. Give them other values "
             f"with `assign`. {received(name, value)}"
+        )
+
+
+def check_deletable(optimizer: Any, name: str) -> None:
+    """Raise an `AttributeError` if an optimizer needs an attribute, as a complete one needs all."""
+    if optimizer._held.is_closed and name in (*vars(optimizer), *options_of(type(optimizer))):
+        raise AttributeError(
+            f"`{name}` must stay, as the state was made with it. Assign another value; None "
+            "where an option may be absent."
         )

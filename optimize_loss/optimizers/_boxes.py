@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -38,7 +39,7 @@ class Boxes:
         mesh: jax.sharding.Mesh | None,
     ):
         self.chain = self._last = chain  # the one that is compiled, and the one with the numbers
-        self.names = list(params)
+        self._params = {n: jax.ShapeDtypeStruct(p.shape, p.dtype) for n, p in params.items()}
         state = on_mesh(chain.init(self._in_order(params)), mesh)
         leaves, self._structure = jax.tree.flatten(state)
         self._names = leaf_names(state)
@@ -46,14 +47,13 @@ class Boxes:
         self._boxes = [boxes[n] if n in boxes else Variable(x, n) for n, x in pairs]
         self._dtypes = [x.dtype for x in leaves]
         self._given = dict(boxes)
-        self._avals = {n: jax.ShapeDtypeStruct(p.shape, p.dtype) for n, p in params.items()}
         for box, leaf in zip(self._boxes, leaves, strict=True):
             if (value := placed(leaf, box.value)) is not box.value:
                 box.assign(value)
 
     def _in_order(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Return a dict in the order of the variables; the leaves of a plain one are sorted."""
-        return collections.OrderedDict((name, params.get(name)) for name in self.names)
+        return collections.OrderedDict((name, params.get(name)) for name in self._params)
 
     @property
     def state(self) -> dict[str, Any]:
@@ -72,12 +72,8 @@ class Boxes:
 
     def _numbers(self) -> set[str]:
         """Return the names of hyperparameters in the state."""
-        return {
-            f"{name}/{number}"
-            for name, _ in self.chain.links
-            if isinstance(link := self.chain.link(name), Link)
-            for number in link.numbers()
-        }
+        found = links_of(self.chain)
+        return {f"{name}/{number}" for name, link in found.items() for number in link.numbers()}
 
     @property
     def variables(self) -> dict[str, Variable]:
@@ -98,6 +94,7 @@ class Boxes:
           params: all parameters.
           compiled: whether to compile the update.
         """
+        self._check_gradients(grads, params)
         run, before = _apply_compiled if compiled else _apply, [box.value for box in self._boxes]
         result = run(self.chain, self._in_order(grads), self.state, self._in_order(params))
         changed = [b for b, x in zip(self._boxes, before, strict=True) if b.value is not x]
@@ -110,6 +107,19 @@ class Boxes:
             )
         return result
 
+    def _check_gradients(self, grads: Mapping[str, Any], params: Mapping[str, Any]) -> None:
+        """Raise if the parameters are others, or without any gradient; warn if one is missing."""
+        self.check_names(params)
+        missing = [name for name, grad in grads.items() if grad is None]
+        if len(missing) == len(grads):
+            raise ValueError(
+                f"No gradients: the gradient of every parameter is None. Parameters: {missing}."
+            )
+        if missing:
+            warnings.warn(
+                f"There is no gradient for {missing}: they are left as they are.", stacklevel=6
+            )
+
     def averaged(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Return all parameters by name, averaged where the chain keeps averages."""
         return self.chain.averaged(self.state, self._in_order(params))
@@ -117,12 +127,12 @@ class Boxes:
     def check_names(self, names: Iterable[str]) -> None:
         """Raise unless these are the names of all parameters."""
         names = list(names)
-        if unknown := [name for name in names if name not in self.names]:
+        if unknown := [name for name in names if name not in self._params]:
             raise ValueError(
                 f"The optimizer was built for other parameters: it has no {unknown}. "
-                f"Nearest: {nearest(unknown[0], self.names)}."
+                f"Nearest: {nearest(unknown[0], self._params)}."
             )
-        if missing := [name for name in self.names if name not in names]:
+        if missing := [name for name in self._params if name not in names]:
             raise ValueError(
                 f"The optimizer was built for more parameters. Missing: {missing}. "
                 f"Received: {names}."
@@ -135,22 +145,24 @@ class Boxes:
           ValueError: it differs in more; nothing is changed.
         """
         start = _with_recipes_of(chain, self._last)
-        new, state = start.with_numbers_of(chain, self.state)
-        if start is not self._last:
-            made = jax.eval_shape(new.init, self._in_order(self._avals))
-            same = jax.tree.structure(made) == self._structure and all(
-                (x.shape, x.dtype) == (box.shape, dtype)
-                for x, box, dtype in zip(
-                    jax.tree.leaves(made), self._boxes, self._dtypes, strict=True
-                )
-            )
-            if not same:
-                raise ValueError(
-                    f"`build` must make the variables of before, {self._names}. "
-                    f"Received: {leaf_names(made)}."
-                )
+        try:
+            new, state = start.with_numbers_of(chain, self.state)
+            if start is not self._last:
+                self._check_same(jax.eval_shape(new.init, self._in_order(self._params)))
+        except ValueError as error:
+            raise ValueError(
+                "Once an optimizer is built, only its numbers can be changed. " + str(error)
+            ) from error
         self.chain, self._last = self.chain if new is self._last else new, chain
         self.keep(state, with_numbers=True)
+
+    def _check_same(self, made: Any) -> None:
+        """Raise unless another chain has made a state of the same shapes and dtypes."""
+        if _shapes(made) != _shapes(self.state):
+            raise ValueError(
+                f"`build` must make the variables of before, {self._names}. "
+                f"Received: {leaf_names(made)}."
+            )
 
     def set(self, weights: Sequence[Any]) -> None:
         """Assign to all variables, in the order of `variables`, or to none.
@@ -220,9 +232,19 @@ class Boxes:
             box.assign(placed(box.value, found[name]))
 
 
+def _shapes(state: Any) -> Any:
+    return jax.tree.map(lambda x: (x.shape, x.dtype), state)
+
+
 def _put_back(boxes: Iterable[Variable], values: Iterable[jax.Array]) -> None:
     for box, value in zip(boxes, values, strict=True):
         box.assign(value)
+
+
+def links_of(chain: Chain) -> dict[str, Link]:
+    """Return the links of a chain by name, also those in a `ForParameters`; none of optax."""
+    found = {name: chain.link(name) for name, _ in chain.links}
+    return {name: link for name, link in found.items() if isinstance(link, Link)}
 
 
 def _with_recipes_of(chain: Chain, old: Chain) -> Chain:

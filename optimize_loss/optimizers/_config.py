@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from optimize_loss._checks import InvalidType, check_options, received
 from optimize_loss.optimizers._declaration import options_of
 from optimize_loss.schedules import _config
 from optimize_loss.schedules._config import SCHEDULES
@@ -12,6 +13,7 @@ from optimize_loss.schedules._config import serialize as serialize
 CLASSES: dict[str, type] = {}
 """The optimizers of this package, by name; `optimizers/_get.py` enters them."""
 
+_ELSEWHERE = ("learning_rate", "mesh")
 _IF_GIVEN = ("gradient_accumulation_steps", "loss_scale_factor", "axis_name")
 
 
@@ -46,21 +48,24 @@ def config_of(optimizer: Any, is_complete: bool) -> dict[str, Any]:
       optimizer: the optimizer.
       is_complete: whether its class adds the options that its constructor takes beside.
     """
-    cls, elsewhere = type(optimizer), ("learning_rate", "mesh")
-    names = sorted(options_of(cls), key=_IF_GIVEN.__contains__)
-    values = {name: getattr(optimizer, name) for name in names if name not in elsewhere}
-    given = {n: x for n, x in values.items() if x is not None or n not in _IF_GIVEN}
-    if optimizer.rate is not None:
-        given["learning_rate"] = optimizer.rate
-    given["name"] = optimizer.name or cls.__name__
-    parameters = inspect.signature(cls).parameters
-    if not takes_any(parameters):
+    given = _given_options(optimizer)
+    parameters = inspect.signature(type(optimizer)).parameters
+    if not _takes_any(parameters):
         given = {name: x for name, x in given.items() if name in parameters}
     if not is_complete:
-        absent = (*given, *elsewhere, *_IF_GIVEN)
-        named = [n for n, p in parameters.items() if not _is_any(p) and n not in absent]
+        absent = (*given, *_ELSEWHERE, *_IF_GIVEN)
+        named = [n for n, p in parameters.items() if not is_any(p) and n not in absent]
         given |= {name: _own_option(optimizer, name) for name in named}
     return {name: serialize(x) for name, x in given.items()}
+
+
+def _given_options(optimizer: Any) -> dict[str, Any]:
+    """Return the options that a class declares, with the learning rate and a name."""
+    names = sorted(options_of(type(optimizer)), key=_IF_GIVEN.__contains__)
+    values = {name: getattr(optimizer, name) for name in names if name not in _ELSEWHERE}
+    given = {n: x for n, x in values.items() if x is not None or n not in _IF_GIVEN}
+    rate = {} if optimizer.rate is None else {"learning_rate": optimizer.rate}
+    return {**given, **rate, "name": optimizer.name or type(optimizer).__name__}
 
 
 def _own_option(optimizer: Any, name: str) -> Any:
@@ -74,10 +79,27 @@ def _own_option(optimizer: Any, name: str) -> Any:
     )
 
 
-def takes_any(parameters: Mapping[str, inspect.Parameter]) -> bool:
+def made_from(
+    cls: Any, config: Mapping[str, Any], custom_objects: Mapping[str, type] | None
+) -> Any:
+    """Return an optimizer; arguments as of `Optimizer.from_config`."""
+    if not isinstance(config, Mapping):
+        raise InvalidType(f"`config` must be a dict. {received('config', config)}")
+    if config.get("is_legacy_optimizer"):
+        raise ValueError("`config` must not be of one of Keras' legacy optimizers.")
+    given = {name: plain(x, custom_objects) for name, x in config.items()}
+    given.pop("is_legacy_optimizer", None)
+    parameters = inspect.signature(cls).parameters
+    if not _takes_any(parameters):
+        check_options(cls, given, parameters)
+    return cls(**given)
+
+
+def _takes_any(parameters: Mapping[str, inspect.Parameter]) -> bool:
     """Return whether a function with these parameters takes any keyword."""
     return any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
-def _is_any(parameter: inspect.Parameter) -> bool:
+def is_any(parameter: inspect.Parameter) -> bool:
+    """Return whether a parameter takes any arguments, by place or by keyword."""
     return parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)

@@ -11,7 +11,8 @@ import jax
 from optimize_loss._checks import InvalidType, check_flags, check_options, received
 from optimize_loss._engine.link import number_rules
 from optimize_loss._engine.transformation import is_asked_back
-from optimize_loss.optimizers._variable import Variable, value_of
+from optimize_loss.optimizers._rate import is_schedule
+from optimize_loss.optimizers._variable import value_of
 
 _KINDS: dict[str, tuple[Any, str]] = {
     "name": (str, "text; a learning rate is given by keyword"),
@@ -47,8 +48,7 @@ def checked(cls: type, name: str, value: Any) -> Any:
         return _of_kind(name, value)
     if value is None:
         raise InvalidType(f"`{name}` must be {rule.words}. {received(name, value)}")
-    scheduled = callable(value) and not isinstance(value, Variable)
-    return value if scheduled and not rule.initial else rule.check(name, value_of(value))
+    return value if is_schedule(value) and not rule.initial else rule.check(name, value_of(value))
 
 
 def _of_kind(name: str, value: Any) -> Any:
@@ -59,6 +59,21 @@ def _of_kind(name: str, value: Any) -> Any:
     if not isinstance(value, kind):
         raise InvalidType(f"`{name}` must be {words}. {received(name, value)}")
     return value
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """An optimizer in the structure of a tree: equal to itself as long as its chain is."""
+
+    kept: Any
+    chain: Any = dataclasses.field(hash=False)
+
+
+def register(cls: type) -> None:
+    """Let JAX take the optimizers of a class for parts of a tree's structure."""
+    jax.tree_util.register_pytree_node(
+        cls, lambda x: ((), _Static(x, x.chain)), lambda static, _: static.kept
+    )
 
 
 def constructor(init: Any, checks: bool = True) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 from optimize_loss._checks import InvalidType, nearest, received
 from optimize_loss.optimizers import _keras, _multi, _muon, _tf1
-from optimize_loss.optimizers._config import CLASSES, deserialize
+from optimize_loss.optimizers._config import CLASSES, deserialize, is_any
 from optimize_loss.optimizers._optimizer import Optimizer
 
 for _module in (_keras, _muon, _tf1, _multi):
@@ -76,5 +76,4 @@ def get(identifier: Any, custom_objects: Mapping[str, type[Optimizer]] | None = 
 def _required(made: Any) -> list[str]:
     """Return the names of arguments that must be given."""
     parameters = inspect.signature(made).parameters.values()
-    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    return [p.name for p in named if p.default is p.empty]
+    return [p.name for p in parameters if not is_any(p) and p.default is p.empty]

@@ -3,17 +3,19 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
-from optimize_loss._checks import InvalidType, nearest
-from optimize_loss._names import Pattern
+from optimize_loss._checks import InvalidType, nearest, received
+from optimize_loss._names import Pattern, check_patterns
 from optimize_loss.optimizers._boxes import Boxes
-from optimize_loss.optimizers._update_step import attributes_of, duplicate
-from optimize_loss.optimizers._variable import Variable, different_names
+from optimize_loss.optimizers._update_step import UpdateStep, attributes_of, duplicate, tracked
+from optimize_loss.optimizers._variable import Variable, check_variables, different_names
 from optimize_loss.transforms import Chain
 
 
@@ -57,6 +59,10 @@ class Held:
         """Whether no more attributes may come: neither a constructor nor `build` is running."""
         return not self.constructing and not self.building
 
+    def note_array(self, value: Any) -> None:
+        """Note that an option was given as an array, as `optax.inject_hyperparams` gives all."""
+        self.from_arrays |= isinstance(value, jax.Array) and not isinstance(value, Tracer)
+
     def know(self, variables: list[Variable]) -> None:
         """Note the variables that are trained."""
         self.names = dict(zip(variables, different_names([v.name for v in variables]), strict=True))
@@ -89,6 +95,39 @@ class Held:
         """Return the variables that are no part of the rule's state."""
         others = (*self.excluded, self.rate)
         return [self.iterations, *self.names, *(x for x in others if isinstance(x, Variable))]
+
+
+def excluded(var_list: Any, var_names: Any) -> tuple[Pattern | Variable, ...]:
+    """Return what is not decayed; arguments as of `Optimizer.exclude_from_weight_decay`."""
+    listed = check_variables([] if var_list is None else var_list)
+    texts = check_patterns("var_names", () if var_names is None else var_names)
+    try:
+        searched = [re.compile(t.replace(":0", "")) if isinstance(t, str) else t for t in texts]
+    except re.error as error:
+        raise ValueError(
+            "`var_names` must be regular expressions. " + received("var_names", texts)
+        ) from error
+    return (*listed, *searched)
+
+
+def boxes_of(optimizer: Any) -> Boxes:
+    """Return the state of a built optimizer, in which its variables are boxes."""
+    chain = optimizer._summed_chain
+    has_rule = isinstance(dict(chain.links).get("update_step"), UpdateStep)
+    prefix = "update_step/" if has_rule else ""
+    boxes = {f"{prefix}{name}": box for name, box in tracked(optimizer).items()}
+    boxes |= {**optimizer._rates(), "step": optimizer.iterations}
+    return Boxes(chain, optimizer._held.values(), boxes, optimizer.mesh)
+
+
+def check_trace(optimizer: Any, values: Iterable[Any]) -> None:
+    """Raise if an optimizer was made outside of the transformation that uses it."""
+    if optimizer.iterations.is_elsewhere(*values):
+        raise InvalidType(
+            "An optimizer that is made outside of a JAX transformation (jit, grad, vmap, scan) "
+            "cannot keep what is traced inside. Make it inside, or use its functions `init` "
+            f"and `update`. Received: {optimizer!r}."
+        )
 
 
 @contextlib.contextmanager

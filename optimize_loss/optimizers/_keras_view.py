@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from optimize_loss._checks import Rule, nearest_option
 from optimize_loss._engine.numbers import at_step, replaced, to_array
 from optimize_loss.optimizers import LossScaleOptimizer, MultiOptimizer, Optimizer
+from optimize_loss.optimizers._boxes import links_of
 from optimize_loss.optimizers._declaration import options_of
 from optimize_loss.transforms import (
     Accumulate,
@@ -21,7 +22,6 @@ from optimize_loss.transforms import (
     ClipByValue,
     DivideByLossScale,
     ForParameters,
-    Link,
     ShrinkParams,
 )
 
@@ -81,7 +81,7 @@ def option(made: Any, links: Chain, name: str) -> Any:
     """Return an option of an `Optimizer`, or what a chain has in its place."""
     if isinstance(made, Optimizer):
         return getattr(inside(made), name)
-    found = [link for _, link in _each(links)]
+    found = links_of(links).values()
     if name == "use_ema":
         return any(isinstance(link, AverageParams) for link in found)
     kind, field = _FIELDS[name]
@@ -90,7 +90,7 @@ def option(made: Any, links: Chain, name: str) -> Any:
 
 def rates(made: Any, links: Chain) -> list[list[str]]:
     """Return the names of the links that share a learning rate, for each rate."""
-    owners = [name for name, link in _each(links) if "learning_rate" in link.numbers()]
+    owners = [name for name, link in links_of(links).items() if "learning_rate" in link.numbers()]
     if groups := many(made):
         return [[n for n in owners if n.startswith(f"{group}.")] for group in groups]
     return [owners] if isinstance(made, Optimizer) and owners else [[name] for name in owners]
@@ -104,14 +104,8 @@ def averages(links: Chain, names: list[str], known: Mapping[str, Any]) -> dict[s
       names: the parameters.
       known: the state by name.
     """
-    kept = [name for name, link in _each(links) if isinstance(link, AverageParams)]
+    kept = [name for name, link in links_of(links).items() if isinstance(link, AverageParams)]
     return {n: path for x in kept for n in names if (path := f"{x}/average/{n}") in known}
-
-
-def _each(links: Chain) -> Iterator[tuple[str, Link]]:
-    for name, _ in links.links:
-        if isinstance(link := links.link(name), Link):
-            yield name, link
 
 
 class _Option:

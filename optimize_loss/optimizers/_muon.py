@@ -7,7 +7,7 @@ from typing import Any
 
 from optimize_loss._names import Pattern, any_matches, check_patterns
 from optimize_loss.optimizers._optimizer import Optimizer
-from optimize_loss.optimizers._options import Rate
+from optimize_loss.optimizers._rate import Rate
 from optimize_loss.transforms import (
     Count,
     Decay,

@@ -1,8 +1,6 @@
 """What an optimizer is: options that become a chain, and three ways to use it."""
 
-import re
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -12,9 +10,9 @@ from jax.core import Tracer
 from optimize_loss._checks import STEP, InvalidType, check_integer, received
 from optimize_loss._engine.kinds import LossScale
 from optimize_loss._engine.trees import is_inexact, take_apart, with_strangers, without_strangers
-from optimize_loss._names import check_patterns, flatten, same_leaves
+from optimize_loss._names import flatten, same_leaves
 from optimize_loss.optimizers._boxes import Boxes, on_mesh, placed
-from optimize_loss.optimizers._held import undone_if_it_fails
+from optimize_loss.optimizers._held import boxes_of, check_trace, excluded, undone_if_it_fails
 from optimize_loss.optimizers._options import Options
 from optimize_loss.optimizers._pairs import (
     check_pairs,
@@ -23,10 +21,10 @@ from optimize_loss.optimizers._pairs import (
     gradients_of,
     paired,
 )
-from optimize_loss.optimizers._slots import initial, initial_like
-from optimize_loss.optimizers._update_step import UpdateStep, tracked
+from optimize_loss.optimizers._slots import add, initial, initial_like
 from optimize_loss.optimizers._variable import (
     Variable,
+    VariableList,
     check_variables,
     different_names,
     is_variable,
@@ -34,13 +32,6 @@ from optimize_loss.optimizers._variable import (
 )
 from optimize_loss.transforms import chain
 from optimize_loss.transforms._accumulate import summed
-
-
-class VariableList(list[Variable]):
-    """A list that returns itself when it is called, as code for Keras 2 does."""
-
-    def __call__(self) -> "VariableList":
-        return self
 
 
 class Optimizer(Options):
@@ -332,7 +323,8 @@ class Optimizer(Options):
                 self.build([Variable(p, name) for name, p in values.items()])
                 self._hold()
                 self._held.names = {}  # the caller keeps the values
-            new, state = self._advance({name: g for name, (g, _) in trained.items()}, values)
+            grads = {name: g for name, (g, _) in trained.items()}
+            new, state = self._after(grads, values)
         self._hold().keep(state)
         result = taken.unflatten([new.get(name, p) for name, (_, p) in named.items()])
         return result if known is params else with_strangers(result, params)
@@ -424,12 +416,12 @@ class Optimizer(Options):
             self.build(check_variables([v for _, v in pairs]))
             if aggregates:
                 pairs = list(self.aggregate_gradients(pairs))
-            named = {self._held.name_of(v): (gradient_of(g, v), v) for g, v in pairs}
-            grads = {name: g for name, (g, _) in named.items()}
-            new, state = self._advance(grads, self._held.values())
-            moved = [(v, constrained(v, new[n])) for n, (g, v) in named.items() if g is not None]
+            grads = {self._held.name_of(v): gradient_of(g, v) for g, v in pairs}
+            new, state = self._after(grads, self._held.values())
+            moved = {v: n for v, n in self._held.names.items() if grads.get(n) is not None}
+            values = [constrained(v, new[name]) for v, name in moved.items()]
         self._hold().keep(state)
-        for v, value in moved:
+        for v, value in zip(moved, values, strict=True):
             v.assign(value)
         return self.iterations
 
@@ -475,23 +467,10 @@ class Optimizer(Options):
         boxes.check_names(values)
         return taken.unflatten([*{**named, **boxes.averaged(values)}.values()])
 
-    def _advance(
-        self, grads: Mapping[str, Any], params: Mapping[str, Any]
-    ) -> tuple[dict[str, Any], Any]:
+    def _after(self, grads: dict[str, Any], params: dict[str, Any]) -> tuple[dict[str, Any], Any]:
         """Return the new parameters by name, and the new state."""
-        self._check_trace([*grads.values(), *params.values()])
-        boxes = self._hold()
-        boxes.check_names(params)
-        missing = [name for name, grad in grads.items() if grad is None]
-        if len(missing) == len(grads):
-            raise ValueError(
-                f"No gradients: the gradient of every parameter is None. Parameters: {missing}."
-            )
-        if missing:
-            warnings.warn(
-                f"There is no gradient for {missing}: they are left as they are.", stacklevel=4
-            )
-        return boxes.after(grads, params, self.jit_compile)
+        check_trace(self, [*grads.values(), *params.values()])
+        return self._hold().after(grads, params, self.jit_compile)
 
     # Building.
 
@@ -514,21 +493,15 @@ class Optimizer(Options):
           var_list: the variables to be trained.
         """
         variables = check_variables(var_list)
-        self._check_trace([v.value for v in variables])
+        check_trace(self, [v.value for v in variables])
         self._held.know(variables)
         self._chain_changed()  # variables that are not decayed have their names now
 
     def _hold(self) -> Boxes:
         """Return the state in boxes, made when it is first needed."""
-        held = self._held
-        if held.boxes is None:
-            links = dict(self._summed_chain.links)
-            has_rule = isinstance(links.get("update_step"), UpdateStep)
-            prefix = "update_step/" if has_rule else ""
-            boxes = {f"{prefix}{name}": box for name, box in tracked(self).items()}
-            boxes |= {**self._rates(), "step": held.iterations}
-            held.boxes = Boxes(self._summed_chain, held.values(), boxes, self.mesh)
-        return held.boxes
+        if self._held.boxes is None:
+            self._held.boxes = boxes_of(self)
+        return self._held.boxes
 
     def _require_built(self, method: str) -> Boxes:
         if not self.built:
@@ -537,15 +510,6 @@ class Optimizer(Options):
                 "apply gradients."
             )
         return self._hold()
-
-    def _check_trace(self, values: Iterable[Any]) -> None:
-        """Raise if the optimizer was made outside of the transformation that uses it."""
-        if self._held.iterations.is_elsewhere(*values):
-            raise InvalidType(
-                "An optimizer that is made outside of a JAX transformation (jit, grad, vmap, scan) "
-                "cannot keep what is traced inside. Make it inside, or use its functions `init` "
-                f"and `update`. Received: {self!r}."
-            )
 
     def _var_key(self, variable: Variable) -> str:
         """Return what tells one variable from all others."""
@@ -621,7 +585,7 @@ class Optimizer(Options):
         value = initial(shape, dtype, initializer)
         if name is None:
             name = different_names([*(v.name for v in self._variables), "variable"])[-1]
-        return self._add(value, name)
+        return add(self, value, name)
 
     def add_variable_from_reference(
         self,
@@ -655,21 +619,7 @@ class Optimizer(Options):
             )
         value = initial_like(model_variable, shape, initial_value)
         name = self._held.names.get(model_variable, model_variable.name)
-        return self._add(value, f"{variable_name}/{name}")
-
-    def _add(self, value: Any, name: str) -> Variable:
-        if self.built and not self._held.building:
-            raise ValueError(
-                "Variables must be added in `build`, as the state is made of them then. "
-                f"{received('name', name)}"
-            )
-        if name in (known := [v.name for v in self._variables]):
-            raise ValueError(
-                f"`name` must differ from those of the optimizer's other variables, {known}. "
-                f"{received('name', name)}"
-            )
-        self._variables.append(Variable(value, name))
-        return self._variables[-1]
+        return add(self, value, f"{variable_name}/{name}")
 
     def assign(self, variable: Variable, value: Any) -> None:
         """Assign to a variable, as `update_step` for Keras 3 does; `variable.assign(value)`."""
@@ -737,13 +687,5 @@ class Optimizer(Options):
             raise ValueError(
                 "`exclude_from_weight_decay` must be called before the optimizer is built."
             )
-        listed = check_variables([] if var_list is None else var_list)
-        texts = check_patterns("var_names", () if var_names is None else var_names)
-        try:
-            searched = [re.compile(t.replace(":0", "")) if isinstance(t, str) else t for t in texts]
-        except re.error as error:
-            raise ValueError(
-                "`var_names` must be regular expressions. " + received("var_names", texts)
-            ) from error
-        self._held.excluded = (*listed, *searched)
+        self._held.excluded = excluded(var_list, var_names)
         self._chain_changed()

@@ -2,27 +2,28 @@
 
 import copy
 import dataclasses
+import functools
 import inspect
 import operator
 import typing
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 
-from optimize_loss._checks import NOT_NEGATIVE, POSITIVE, InvalidType, check_options, received
-from optimize_loss._engine.numbers import to_array
+from optimize_loss._checks import InvalidType, received
 from optimize_loss._engine.order import merged
 from optimize_loss._engine.transformation import Transformation
 from optimize_loss._names import Pattern
-from optimize_loss.optimizers._assignment import assign
-from optimize_loss.optimizers._config import config_of, plain, serialize, takes_any
-from optimize_loss.optimizers._declaration import constructor, options_of
+from optimize_loss.optimizers._assignment import assign, check_deletable
+from optimize_loss.optimizers._boxes import links_of
+from optimize_loss.optimizers._config import config_of, made_from, serialize
+from optimize_loss.optimizers._declaration import constructor, options_of, register
 from optimize_loss.optimizers._held import Held, as_a_whole
+from optimize_loss.optimizers._rate import LearningRate, as_variable, for_links, is_schedule
 from optimize_loss.optimizers._update_step import Recipe, UpdateStep, attributes_of
-from optimize_loss.optimizers._variable import Variable, value_of
+from optimize_loss.optimizers._variable import Variable
 from optimize_loss.schedules import evaluate
 from optimize_loss.transforms import (
     Accumulate,
@@ -34,7 +35,6 @@ from optimize_loss.transforms import (
     Count,
     DivideByLossScale,
     FullDecay,
-    Link,
     NotNegative,
     Positive,
     ShrinkParams,
@@ -42,28 +42,7 @@ from optimize_loss.transforms import (
     chain,
 )
 
-# What a learning rate may be when it is given; read back, it is a `Variable` or a schedule's value.
-Rate = Annotated[Any, NOT_NEGATIVE]
-PositiveRate = Annotated[Any, POSITIVE]
-
 CLIPS = {"clipnorm": ClipByNorm, "global_clipnorm": ClipByGlobalNorm, "clipvalue": ClipByValue}
-
-
-class _LearningRate(property):
-    """A property that a class does not show, so that dataclasses see no default."""
-
-    def __get__(self, optimizer: Any, owner: Any = None) -> Any:
-        if optimizer is None:
-            raise AttributeError("learning_rate")
-        return super().__get__(optimizer, owner)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Static:
-    """An optimizer in the structure of a tree: equal to itself as long as its chain is."""
-
-    kept: Any
-    chain: Any = dataclasses.field(hash=False)
 
 
 @typing.dataclass_transform(eq_default=False, field_specifiers=(dataclasses.field,))
@@ -87,12 +66,6 @@ class Options(Transformation):
     axis_name: str | None = None
 
     _init_of_fields: ClassVar[Any] = None
-    _held: ClassVar[Held]  # of each optimizer its own; so written, it is no option
-
-    def __new__(cls, *args: Any, **options: Any) -> Self:
-        made = super().__new__(cls, *args, **options)
-        made.__dict__.setdefault("_held", Held())
-        return made
 
     @constructor
     def __init__(
@@ -125,9 +98,7 @@ class Options(Transformation):
         In a tree, an optimizer is a part of the structure.
         """
         super().__init_subclass__()
-        jax.tree_util.register_pytree_node(
-            cls, lambda x: ((), _Static(x, x.chain)), lambda static, _: static.kept
-        )
+        register(cls)
         if "build" in vars(cls):
             cls.build = as_a_whole(cls.build)
         if "__init__" in vars(cls):
@@ -156,26 +127,23 @@ class Options(Transformation):
         links = [CLIPS[name](bound) for name, bound in given.items()]
         return {"clip": links[0]} if links else {}
 
+    @functools.cached_property
+    def _held(self) -> Held:
+        """What the optimizer keeps beside its options and its rule."""
+        return Held()
+
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an option or an attribute; raise, and change nothing, if it must stay."""
         assign(self, name, value)
 
     def __delattr__(self, name: str) -> None:
         """Delete an attribute; raise where the optimizer is complete, which needs all it has."""
-        if self._held.is_closed and name in (*vars(self), *options_of(type(self))):
-            raise AttributeError(
-                f"`{name}` must stay, as the state was made with it. Assign another value; None "
-                "where an option may be absent."
-            )
+        check_deletable(self, name)
         super().__delattr__(name)
 
     def __getstate__(self) -> dict[str, Any]:
+        """Return the attributes; a shallow copy shares the variables, and keeps its own notes."""
         return {**vars(self), "_held": copy.copy(self._held)}
-
-    def _note_array(self, value: Any) -> None:
-        """Note that an option was given as an array, as `optax.inject_hyperparams` gives all."""
-        if isinstance(value, jax.Array) and not isinstance(value, Tracer):
-            self._held.from_arrays = True
 
     # The learning rate.
 
@@ -195,7 +163,7 @@ class Options(Transformation):
         held = self._held
         if value is None and held.rate is None:
             return  # a rule may do without
-        scheduled = callable(value) and not isinstance(value, Variable)
+        scheduled = is_schedule(value)
         if isinstance(held.rate, Variable) and not scheduled:
             held.rate.assign(self._build_learning_rate(value).value.astype(held.rate.dtype))
         elif scheduled or not held.built:
@@ -210,15 +178,10 @@ class Options(Transformation):
 
     def _build_learning_rate(self, learning_rate: Any) -> Any:
         """Return a variable for a number, and a schedule as it is."""
-        if callable(learning_rate) and not isinstance(learning_rate, Variable):
+        if is_schedule(learning_rate):
             return learning_rate
-        self._note_array(learning_rate)
-        value, dtype = value_of(learning_rate), jnp.result_type(float)
-        value = NOT_NEGATIVE.check("learning_rate", value)
-        if not isinstance(value, Tracer):
-            with jax.ensure_compile_time_eval():
-                value = to_array("learning_rate", value, NOT_NEGATIVE, dtype)
-        return Variable(value, "learning_rate", dtype)
+        self._held.note_array(learning_rate)
+        return as_variable(learning_rate)
 
     @property
     def _learning_rate(self) -> Any:
@@ -241,11 +204,7 @@ class Options(Transformation):
     @property
     def rate(self) -> Any:
         """The learning rate as links take it: a number or a schedule; None if there is none."""
-        kept = self._held.rate
-        if not isinstance(kept, Variable):
-            return kept
-        # The shortest number that rounds to what is kept: 0.001 and not 0.0010000000475.
-        return kept.value if isinstance(kept.value, Tracer) else float(str(kept.numpy()[()]))
+        return for_links(self._held.rate)
 
     def _rate_boxes(self) -> list[Variable]:
         """Return the variables of the learning rates in the chain."""
@@ -253,9 +212,8 @@ class Options(Transformation):
 
     def _rates(self) -> dict[str, Variable]:
         """Return the variables of learning rates, by the names of their numbers in the state."""
-        links = {name: self.chain.link(name) for name, _ in self.chain.links}
-        numbers = {n: link.numbers() for n, link in links.items() if isinstance(link, Link)}
-        owners = [n for n, found in numbers.items() if "learning_rate" in found]
+        found = links_of(self.chain)
+        owners = [name for name, link in found.items() if "learning_rate" in link.numbers()]
         return {f"{n}/learning_rate": box for box in self._rate_boxes() for n in owners}
 
     def __repr__(self) -> str:
@@ -318,12 +276,7 @@ class Options(Transformation):
             held.chains = None
             _ = self.chain
         if held.boxes is not None:
-            try:
-                held.boxes.renew(self._summed_chain)
-            except ValueError as error:
-                raise ValueError(
-                    "Once an optimizer is built, only its numbers can be changed. " + str(error)
-                ) from error
+            held.boxes.renew(self._summed_chain)
         for outer in held.outers:
             outer._chain_changed()
 
@@ -384,23 +337,14 @@ class Options(Transformation):
           InvalidType: `config` is no dict, or an option is unknown.
           ValueError: it is of one of Keras' legacy optimizers, or the value of an option is wrong.
         """
-        if not isinstance(config, Mapping):
-            raise InvalidType(f"`config` must be a dict. {received('config', config)}")
-        if config.get("is_legacy_optimizer"):
-            raise ValueError("`config` must not be of one of Keras' legacy optimizers.")
-        given = {n: plain(x, custom_objects) for n, x in config.items()}
-        given.pop("is_legacy_optimizer", None)
-        parameters = inspect.signature(cls).parameters
-        if not takes_any(parameters):
-            check_options(cls, given, parameters)
-        return cls(**given)
+        return made_from(cls, config, custom_objects)
 
     def _serialize_hyperparameter(self, hyperparameter: Any) -> Any:
         """Return a rate or another hyperparameter for a configuration, as Keras' helper does."""
         return serialize(hyperparameter)
 
 
-Options.learning_rate = _LearningRate(  # afterwards: it is no default
+Options.learning_rate = LearningRate(  # afterwards: it is no default
     lambda optimizer: optimizer._get_learning_rate(),
     lambda optimizer, value: optimizer._set_learning_rate(value),
     doc="The rate: a `Variable`, or with a schedule that of the last update.",

@@ -80,15 +80,20 @@ def check_pairs(grads_and_vars: Any) -> list[tuple[Any, Any]]:
             "`grads_and_vars` must be pairs of a gradient and a variable, as in "
             f"`zip(grads, variables)`. {received('grads_and_vars', grads_and_vars)}"
         ) from error
-    if any(isinstance(x, Variable) for x in firsts) and not any(map(is_variable, seconds)):
+    _check_order(firsts, seconds)
+    return pairs
+
+
+def _check_order(grads: list[Any], variables: list[Any]) -> None:
+    """Raise if gradients and variables are exchanged, or if the variables are of Keras."""
+    if any(map(is_variable, grads)) and not any(map(is_variable, variables)):
         raise InvalidType(
             "`grads_and_vars` must be pairs (gradient, variable), and not the other way round. "
-            f"{received('grads_and_vars', pairs)}"
+            f"{received('grads_and_vars', list(zip(grads, variables, strict=True)))}"
         )
-    if strange := [v for v in seconds if type(v).__module__.startswith("keras.")]:
+    if strange := [v for v in variables if type(v).__module__.startswith("keras.")]:
         raise InvalidType(
             "`grads_and_vars` must have variables of `optimize_loss.Variable`. A Keras model is "
             "trained with `optimize_loss.keras.KerasOptimizer`. "
             f"Received: {strange[0]!r}."
         )
-    return pairs

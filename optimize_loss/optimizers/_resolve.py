@@ -103,25 +103,31 @@ def _links(made: Any) -> dict[str, Any]:
     return {"rule" if isinstance(made, Link) else "optimizer": made}
 
 
-def _with_rate(links: dict[str, Any], learning_rate: Any) -> dict[str, Any]:
-    """Return the links, with the learning rate behind the rule where none has one."""
+def _check_rate(links: dict[str, Any], learning_rate: Any) -> None:
+    """Raise unless there is one learning rate: in the links, or the one that is given."""
     ours = [link for _, link in linked(links) if isinstance(link, Link)]
-    has_one = any(map(has_rate, ours)) or len(ours) < len(links)
+    has_one = any(map(has_rate, ours))
     if learning_rate is None:
-        if not has_one:
+        if not has_one and len(ours) == len(links):
             raise ValueError(
                 "`learning_rate` must be given: no link of `optimizer` has one, and without it the "
                 f"loss would rise. Received: optimizer={links}."
             )
-        return links
-    if len(ours) < len(links):
+    elif len(ours) < len(links):
         raise ValueError(
             "`learning_rate` must be None when `optimizer` contains an optax transformation: that "
             "must contain the rate, as optax.adam(0.1) does, or stand in a chain with a "
             f"`rate=ScaleByLearningRate(...)` of its own. Received: {links}."
         )
-    if has_one:
+    elif has_one:
         _refused(learning_rate, links)
+
+
+def _with_rate(links: dict[str, Any], learning_rate: Any) -> dict[str, Any]:
+    """Return the links, with the learning rate behind the rule where none has one."""
+    _check_rate(links, learning_rate)
+    if learning_rate is None:
+        return links
     name = different_names([*links, "rate"])[-1]  # `rate`, unless another link has this name
     rate = {name: ScaleByLearningRate(learning_rate)}
     return arranged(links, rate)

@@ -43,6 +43,22 @@ def initial_like(model_variable: Variable, shape: Any, initial_value: Any) -> ja
     return placed(like, value) if value.shape == like.shape else value
 
 
+def add(optimizer: Any, value: jax.Array, name: str) -> Variable:
+    """Give an optimizer another variable, and return it."""
+    if optimizer.built and not optimizer._held.building:
+        raise ValueError(
+            "Variables must be added in `build`, as the state is made of them then. "
+            f"{received('name', name)}"
+        )
+    if name in (known := [v.name for v in optimizer._variables]):
+        raise ValueError(
+            f"`name` must differ from those of the optimizer's other variables, {known}. "
+            f"{received('name', name)}"
+        )
+    optimizer._variables.append(Variable(value, name))
+    return optimizer._variables[-1]
+
+
 def _as_shape(shape: Any) -> tuple[int, ...]:
     try:
         lengths = tuple(operator.index(length) for length in shape)

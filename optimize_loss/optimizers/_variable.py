@@ -289,6 +289,14 @@ jax.tree_util.register_pytree_with_keys(
 )
 
 
+class VariableList(list[Variable]):
+    """A list that returns itself when it is called, as code for Keras 2 does."""
+
+    def __call__(self) -> "VariableList":
+        """Return the list."""
+        return self
+
+
 def is_variable(x: Any) -> bool:
     """Return whether `x` is a `Variable`; where given as `is_leaf`, trees keep their boxes."""
     return isinstance(x, Variable)

@@ -21,7 +21,7 @@ from optimize_loss._engine.transfers import asked_for
 from optimize_loss._state.batches import Call, Source, check_batches
 from optimize_loss._state.train_state import TrainState
 from optimize_loss.schedules import Decayed
-from optimize_loss.transforms import ReduceOnPlateau
+from optimize_loss.transforms import Chain, ReduceOnPlateau
 
 AT_LEAST_3 = Rule("an integer of at least 3", lambda x: x >= 3, kind="count")
 ABOVE_1 = Rule("above 1", lambda x: x > 1)
@@ -80,29 +80,33 @@ def _check_bounds(lowest: Any, highest: Any) -> None:
 
 def check_rate(state: TrainState, ramp: Ramp) -> None:
     """Raise unless the rate is a number of the state, and all that decides on the rate."""
-    chain, number = state.chain, ramp.number
+    chain = state.chain
+    owner, name = _owner(chain, ramp.number)
+    for rate in (ramp.lowest, ramp.highest):
+        state.set(**{ramp.number: rate})
+    if isinstance(chain.link(owner).numbers()[name], Decayed):
+        raise ValueError(
+            "`find_learning_rate` must be called on a step without `learning_rate_decay_fn`, which "
+            "would change each rate that is tried: build one without it for the test."
+        )
+    lowered = [n for n, _ in chain.links if isinstance(chain.link(n), ReduceOnPlateau)]
+    if lowered and name == "learning_rate" and has_rate(chain.link(owner)):
+        raise ValueError(
+            f"`find_learning_rate` must be called on a step without {lowered[0]!r}, which would "
+            "change the rates that are tried: build one without it for the test."
+        )
+
+
+def _owner(chain: Chain, number: str) -> tuple[str, str]:
+    """Return the link and the name of a number."""
     try:
-        owner, name = chain.find(number)
+        return chain.find(number)
     except ValueError as error:
         raise ValueError(
             f"`number` must be one of the state, to which `state.set({number}=...)` gives a value. "
             "An optax transformation has its rate built in: stand it in a chain with a "
             f"`rate=ScaleByLearningRate(...)` of its own. {error}"
         ) from error
-    for rate in (ramp.lowest, ramp.highest):
-        state.set(**{number: rate})
-    if isinstance(chain.link(owner).numbers()[name], Decayed):
-        raise ValueError(
-            "`find_learning_rate` must be called on a step without `learning_rate_decay_fn`, which "
-            "would change each rate that is tried: build one without it for the test."
-        )
-    links = {n: chain.link(n) for n, _ in chain.links}
-    lowered = [n for n, link in links.items() if isinstance(link, ReduceOnPlateau)]
-    if lowered and name == "learning_rate" and has_rate(links[owner]):
-        raise ValueError(
-            f"`find_learning_rate` must be called on a step without {lowered[0]!r}, which would "
-            "change the rates that are tried: build one without it for the test."
-        )
 
 
 def gathered(batches: Any, most: int) -> tuple[int, tuple[Any, ...]]:

@@ -1,6 +1,7 @@
 """The points of a sweep, and the states in which its runs begin."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -54,12 +55,15 @@ def check_grid(numbers: Mapping[str, Any], seeds: Any, init: Any, grid: Any) -> 
         raise ValueError(
             "`sweep` must be given lists of numbers, as in `learning_rate=[0.01, 0.1]`, or `seeds`."
         )
+    return Grid(_points(lists, grid), init, seeds is not None)
+
+
+def _points(lists: Mapping[str, list[Any]], grid: bool) -> tuple[dict[str, Any], ...]:
     lengths = {name: len(values) for name, values in lists.items()}
     if not grid and len(set(lengths.values())) > 1:
         raise ValueError(f"Lists must have one length where `grid` is False. Received: {lengths}.")
     rows = itertools.product(*lists.values()) if grid else zip(*lists.values(), strict=True)
-    points = tuple(dict(zip(lists, row, strict=True)) for row in rows)
-    return Grid(points, init, seeds is not None)
+    return tuple(dict(zip(lists, row, strict=True)) for row in rows)
 
 
 def _callable(name: str, value: Any) -> Any:
@@ -104,13 +108,10 @@ def starts(state: TrainState, grid: Grid) -> list[TrainState]:
     """
     if grid.init is not None:
         _check_first(state)
-    seeds = {point["seed"] for point in grid.points} if grid.seeded else set()
-    seeded = {seed: _with_seed(state, seed, grid.init) for seed in seeds}
-    starts = []
-    for point in grid.points:
-        numbers = {n: x for n, x in point.items() if not (grid.seeded and n == "seed")}
-        starts.append((seeded[point["seed"]] if grid.seeded else state).set(**numbers))
-    return starts
+    if not grid.seeded:
+        return [state.set(**point) for point in grid.points]
+    seeded = functools.cache(functools.partial(_with_seed, state, init=grid.init))
+    return [seeded(numbers.pop("seed")).set(**numbers) for numbers in map(dict, grid.points)]
 
 
 def _check_first(state: TrainState) -> None:

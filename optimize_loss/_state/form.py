@@ -1,6 +1,5 @@
 """What must agree between a step and the states that it takes."""
 
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from optimize_loss._engine.chain import Chain
@@ -32,9 +31,9 @@ class Form(NamedTuple):
     chain: Chain
 
     @classmethod
-    def of(cls, state: TrainState, needed: Iterable[str]) -> "Form":
+    def of(cls, state: TrainState, needed: tuple[str, ...]) -> "Form":
         """Return that of a state, for a step whose loss takes these attributes of it."""
-        missing = tuple([name for name in needed if getattr(state, name) is None])
+        missing = needed and tuple(n for n in needed if getattr(state, n) is None)
         return cls(state.increment_step, missing, state.placement is not None, state.chain)
 
     def difference(self, other: "Form") -> str:
@@ -59,9 +58,9 @@ def _difference_of_chains(mine: Chain, other: Chain) -> str:
     differ = [n for n in {**ours, **theirs} if not same(ours.get(n), theirs.get(n))]
     as_here = other.precision == mine.precision
     what: Any = differ or ("their order" if as_here else f"precision {other.precision}")
-    alike = differ and all(type(ours.get(n)) is type(theirs.get(n)) for n in differ)
+    came, wanted = ({n: links.get(n) for n in differ} for links in (theirs, ours))
+    alike = differ and [*map(type, came.values())] == [*map(type, wanted.values())]
     return (
-        "`state` must come from the `init` of this step, or of one with equal options. "
-        f"Links that differ: {what}. Received: { {n: theirs.get(n) for n in differ} }, for a step "
-        f"with { {n: ours.get(n) for n in differ} }.{_ADVICE if alike else ''}"
+        "`state` must come from the `init` of this step, or of one with equal options. Links that "
+        f"differ: {what}. Received: {came}, for a step with {wanted}.{_ADVICE if alike else ''}"
     )

@@ -65,21 +65,24 @@ def find_trainable(
       ValueError: a pattern matches no parameter, or nothing is to be trained.
     """
     names = leaf_names(params)
-    leaves = jax.tree.leaves(params)
-    marks = [jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) for leaf in leaves]
+    chosen: list[Any] = [0] * len(names)
     if variables is not None:
         chosen = first_matches("variables", variables, names)
-        marks = [mark and c is not None for mark, c in zip(marks, chosen, strict=True)]
-    if frozen is not None:
-        marks = [mark and not f for mark, f in zip(marks, frozen(names), strict=True)]
+    kept = [False] * len(names) if frozen is None else frozen(names)
+    each = zip(jax.tree.leaves(params), chosen, kept, strict=True)
+    marks = [c is not None and not k and _is_float(leaf) for leaf, c, k in each]
     if not any(marks):
         raise ValueError(
             "There are no variables to optimize: `params` has no float parameter"
             + (" that `variables` names" if variables else "")
-            + (" and `rules` do not freeze." if frozen and any(frozen(names)) else ".")
+            + (" and `rules` do not freeze." if any(kept) else ".")
             + f" Parameters: {names}; integers are not trained, so write 1.0 for 1."
         )
     return Trainable(params, tuple(marks))
+
+
+def _is_float(leaf: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
 
 
 def gradients(
@@ -183,13 +186,16 @@ def told(loss: jax.Array, aux: Aux, chain: Chain) -> dict[str, Any]:
     """
     links = [link for _, link in chain.links]
     _check_scale(links, loss.dtype)
-    takes = any(isinstance(link, Accumulate) and link.reduce == "weighted" for link in links)
     numbers = {"value": loss}
-    if takes and aux.weight is not None:
+    if aux.weight is not None and any(map(_takes_weight, links)):
         numbers["weight"] = jnp.asarray(aux.weight)
     for axes in [link.axis_name for link in links if isinstance(link, SumOverAxis)]:
         numbers = {name: averaged_over(x, axes) for name, x in numbers.items()}
     return numbers
+
+
+def _takes_weight(link: Any) -> bool:
+    return isinstance(link, Accumulate) and link.reduce == "weighted"
 
 
 def for_line_searches(
@@ -216,14 +222,16 @@ def for_line_searches(
     takes = any(isinstance(link, optax.GradientTransformationExtraArgs) for link in links)
     if not takes or any(isinstance(link, SumOverAxis) for link in links):
         return {}
-    known = [
-        jnp.zeros_like(p) if g is None else g for p, g in zip(trainable.leaves, grads, strict=True)
-    ]
-    known = known if scale is None else [g / scale.astype(g.dtype) for g in known]
+    pairs = zip(trainable.leaves, grads, strict=True)
     return {
-        "grad": trainable.tree(known),
+        "grad": trainable.tree([_unscaled(p, g, scale) for p, g in pairs]),
         "value_fn": lambda params: loss(trainable.replace(jax.tree.leaves(params)))[0],
     }
+
+
+def _unscaled(param: Any, grad: Any, scale: jax.Array | None) -> jax.Array:
+    grad = jnp.zeros_like(param) if grad is None else grad
+    return grad if scale is None else grad / scale.astype(grad.dtype)
 
 
 def _check_scale(links: Sequence[Any], dtype: Any) -> None:

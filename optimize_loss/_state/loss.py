@@ -175,15 +175,20 @@ class Loss:
                 "what float() was for."
             )
             raise
-        loss, aux = result, Aux()
-        if isinstance(result, tuple) and not isinstance(result, Aux) and len(result) == 2:
-            loss, aux = result
-        if not isinstance(aux, Aux) or isinstance(loss, Aux):
-            raise InvalidType(
-                "`loss` must return a scalar, or (scalar, Aux(metrics=..., model_state=...)). "
-                f"Received: {', '.join(type(x).__name__ for x in (loss, aux))}."
-            )
+        loss, aux = _parted(result)
         return _check_scalar(loss), _check_aux(aux, model_state)
+
+
+def _parted(result: Any) -> tuple[Any, Aux]:
+    """Return the loss and what came beside it, of what a loss returns."""
+    is_pair = isinstance(result, tuple) and not isinstance(result, Aux) and len(result) == 2
+    loss, aux = result if is_pair else (result, Aux())
+    if not isinstance(aux, Aux) or isinstance(loss, Aux):
+        raise InvalidType(
+            "`loss` must return a scalar, or (scalar, Aux(metrics=..., model_state=...)). "
+            f"Received: {', '.join(type(x).__name__ for x in (loss, aux))}."
+        )
+    return loss, aux
 
 
 def _check_scalar(loss: Any) -> jax.Array:
@@ -202,21 +207,8 @@ def _check_scalar(loss: Any) -> jax.Array:
 
 
 def _check_aux(aux: Aux, old: Any) -> Aux:
-    if not isinstance(aux.metrics, Mapping):
-        raise InvalidType(f"`metrics` must map names to arrays. {received('metrics', aux.metrics)}")
-    for name, value in aux.metrics.items():
-        leaves = jax.tree.leaves(value)
-        if not isinstance(name, str) or not all(map(is_array, leaves)):
-            raise InvalidType(
-                f"`metrics` must map names to arrays. Received: metrics[{name!r}] = {value!r}."
-            )
-    if aux.weight is not None:
-        if not is_array(aux.weight) or jnp.issubdtype(
-            jnp.result_type(aux.weight), jnp.complexfloating
-        ):
-            raise InvalidType(f"`weight` must be a real number. {received('weight', aux.weight)}")
-        if jnp.shape(aux.weight):
-            raise ValueError(f"`weight` must be a scalar. Received: shape {jnp.shape(aux.weight)}.")
+    _check_metrics(aux.metrics)
+    _check_weight(aux.weight)
     if aux.model_state is None:
         return aux._replace(model_state=old)
     if old is None:
@@ -225,3 +217,22 @@ def _check_aux(aux: Aux, old: Any) -> Aux:
             "to `step.init(params, model_state=...)`."
         )
     return aux._replace(model_state=like_model_state("`loss`", aux.model_state, old))
+
+
+def _check_metrics(metrics: Any) -> None:
+    if not isinstance(metrics, Mapping):
+        raise InvalidType(f"`metrics` must map names to arrays. {received('metrics', metrics)}")
+    for name, value in metrics.items():
+        if not isinstance(name, str) or not all(map(is_array, jax.tree.leaves(value))):
+            raise InvalidType(
+                f"`metrics` must map names to arrays. Received: metrics[{name!r}] = {value!r}."
+            )
+
+
+def _check_weight(weight: Any) -> None:
+    if weight is None:
+        return
+    if not is_array(weight) or jnp.issubdtype(jnp.result_type(weight), jnp.complexfloating):
+        raise InvalidType(f"`weight` must be a real number. {received('weight', weight)}")
+    if jnp.shape(weight):
+        raise ValueError(f"`weight` must be a scalar. Received: shape {jnp.shape(weight)}.")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -40,13 +41,8 @@ def averaged_params(chain: Chain, state: dict[str, Any], params: Any) -> Any:
       params: all parameters, those that are not trained included.
     """
     leaves, treedef = jax.tree.flatten(params)
-    marks = [False] * len(leaves)
-    for name, _ in chain.links:
-        link = chain.link(name)
-        if overrides(link, "averaged"):
-            for slot in parts(link, state[name]).slots.values():
-                kept = treedef.flatten_up_to(slot)
-                marks = [m or x is not None for m, x in zip(marks, kept, strict=True)]
+    slots = [treedef.flatten_up_to(slot) for slot in _averaging_slots(chain, state)]
+    marks = [any(x is not None for x in own) for own in zip(*slots, strict=True)]
     if not any(marks):
         return params
     kept = [x if m else None for x, m in zip(leaves, marks, strict=True)]
@@ -55,6 +51,14 @@ def averaged_params(chain: Chain, state: dict[str, Any], params: Any) -> Any:
     return treedef.unflatten(
         new if m else x for new, x, m in zip(found, leaves, marks, strict=True)
     )
+
+
+def _averaging_slots(chain: Chain, state: dict[str, Any]) -> Iterator[Any]:
+    """Yield the slots of the links that average, each a tree."""
+    for name, _ in chain.links:
+        link = chain.link(name)
+        if overrides(link, "averaged"):
+            yield from parts(link, state[name]).slots.values()
 
 
 @functools.partial(
@@ -182,22 +186,18 @@ class TrainState:
         return dataclasses.replace(self, packed_params=packed_params, packed_optimizer=packed)
 
     def __repr__(self) -> str:
-        leaves = jax.tree.leaves((self.packed, self.first_step))
-        is_gone = any(x.is_deleted() for x in leaves if has_values(x))
-        has_all = all(map(has_values, [self.first_step, *leaves])) and not is_gone
+        arrays = [*jax.tree.leaves(self.packed), self.first_step]
+        is_gone = any(x.is_deleted() for x in filter(has_values, arrays))
+        has_all = not is_gone and all(map(has_values, arrays))
         now = f"at step {shown(self.step)}" if has_all else "without values"
-        params = jax.tree.map(as_shape, self.packed_params)
-        params = params if self.layout is None else self.layout.unpack(params)
-        others = {"model_state": self.model_state, "key": self.key}
-        return "\n".join(
-            [
-                f"TrainState {'of which a step has taken the memory' if is_gone else now}:",
-                *parameters_text(leaf_names(params), jax.tree.leaves(params)),
-                *(arrays_text(n, jax.tree.leaves(x)) for n, x in others.items() if x is not None),
-                "links, in order:",
-                *links_text(dict(self.chain.links), self.links if has_all else None),
-            ]
-        )
+        shapes = jax.tree.map(as_shape, self.packed_params)
+        params = shapes if self.layout is None else self.layout.unpack(shapes)
+        lines = [f"TrainState {'of which a step has taken the memory' if is_gone else now}:"]
+        lines += parameters_text(leaf_names(params), jax.tree.leaves(params))
+        for name, tree in (("model_state", self.model_state), ("key", self.key)):
+            lines += [] if tree is None else [arrays_text(name, jax.tree.leaves(tree))]
+        links = links_text(dict(self.chain.links), self.links if has_all else None)
+        return "\n".join([*lines, "links, in order:", *links])
 
     def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
         """Return what treescope, which shows this in notebooks, asks for."""
@@ -299,20 +299,20 @@ class TrainState:
           >>> print(state.optimizer["rate"]["learning_rate"], state.step)
           0.01 7
         """
-        first_step = self.first_step
-        if step is not None:
-            if isinstance(step, Tracer):
-                if step.shape or not jnp.issubdtype(step.dtype, jnp.integer):
-                    raise InvalidType(
-                        "`step` must be a scalar integer. "
-                        f"Received: shape {step.shape}, {step.dtype}."
-                    )
-            else:
-                step = check_integer("step", step, STEP)
-            made = self.packed_optimizer["step"] if self.increment_step else 0
-            first_step = placed_like(self.first_step, jnp.asarray(step, jnp.int32) - made)
+        first_step = self.first_step if step is None else self._first_step_of(step)
         new = self.with_links(self.chain.set(self.links, **values))
         return dataclasses.replace(new, first_step=first_step)
+
+    def _first_step_of(self, step: Any) -> jax.Array:
+        """Return the step before the first update with which the global step is this one now."""
+        if not isinstance(step, Tracer):
+            step = check_integer("step", step, STEP)
+        elif step.shape or not jnp.issubdtype(step.dtype, jnp.integer):
+            raise InvalidType(
+                f"`step` must be a scalar integer. Received: shape {step.shape}, {step.dtype}."
+            )
+        made = self.packed_optimizer["step"] if self.increment_step else 0
+        return placed_like(self.first_step, jnp.asarray(step, jnp.int32) - made)
 
     @asked_for()
     def reset(self, *patterns: Pattern) -> "TrainState":

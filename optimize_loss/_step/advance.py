@@ -33,6 +33,7 @@ from optimize_loss.transforms import Accumulate, Chain
 from optimize_loss.transforms._guard import kept, was_open
 
 logger = logging.getLogger("optimize_loss")
+Values = dict[str, Any]  # by name
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -93,7 +94,7 @@ def layout_of(
 
 def first_arrays(
     chain: Chain, axis: str | None, trainable: Trainable, layout: Layout | None
-) -> tuple[Any, dict[str, Any], Layout | None]:
+) -> tuple[Any, Values, Layout | None]:
     """Return the parameters and the chain's first state as a step takes them, and the layout."""
     make = functools.partial(init_spread, chain, axis=axis) if axis else chain.init
     if layout is None:
@@ -131,7 +132,7 @@ def _is_one_key(array: jax.Array) -> bool:
 
 def advance_many(
     recipe: Recipe, shardings: Any, state: TrainState, batches: Any
-) -> tuple[TrainState, dict[str, Any]]:
+) -> tuple[TrainState, Values]:
     """Take as many steps as the batches have entries, while being traced."""
     state, metrics = jax.lax.scan(functools.partial(advance, recipe, shardings), state, batches)
     if state.placement is not None:
@@ -141,7 +142,7 @@ def advance_many(
 
 def advance(
     recipe: Recipe, shardings: tuple[Any, ...] | None, state: TrainState, batch: tuple[Any, ...]
-) -> tuple[TrainState, dict[str, Any]]:
+) -> tuple[TrainState, Values]:
     """Take one step, while being traced.
 
     Args:
@@ -203,9 +204,7 @@ def _check_on_device(leaves: list[Any]) -> None:
         )
 
 
-def _updated(
-    recipe: Recipe, state: TrainState, grads: list[Any], extra: dict[str, Any]
-) -> TrainState:
+def _updated(recipe: Recipe, state: TrainState, grads: list[Any], extra: Values) -> TrainState:
     """Return the state after an update, its arrays where they are to stay."""
     if state.placement is None:
         return _moved(recipe, state, grads, extra)
@@ -216,13 +215,11 @@ def _updated(
     return _with_packed(state, state.placement.run(update, state.packed, state, grads, extra))
 
 
-def _with_packed(state: TrainState, packed: tuple[Any, dict[str, Any]]) -> TrainState:
+def _with_packed(state: TrainState, packed: tuple[Any, Values]) -> TrainState:
     return dataclasses.replace(state, packed_params=packed[0], packed_optimizer=packed[1])
 
 
-def _moved(
-    recipe: Recipe, state: TrainState, grads: list[Any], extra: dict[str, Any]
-) -> TrainState:
+def _moved(recipe: Recipe, state: TrainState, grads: list[Any], extra: Values) -> TrainState:
     """Return the state with the parameters and the optimizer's state after an update."""
     trainable = recipe.trainable(state.params)
     apply = functools.partial(recipe.chain.apply, schedule_step=state.step, **extra)
@@ -245,9 +242,7 @@ def _moved(
     return state.with_links(links, {**packed, **trained})
 
 
-def _counts(
-    chain: Chain, state: TrainState, new: TrainState, extra: dict[str, Any]
-) -> jax.Array | None:
+def _counts(chain: Chain, state: TrainState, new: TrainState, extra: Values) -> jax.Array | None:
     """Return whether the batch was let through, and weighs something; None if it always is."""
     is_open = was_open(chain.links, state.links, new.links)
     empty = weighs_nothing((link for _, link in chain.links), extra.get("weight"))
@@ -256,9 +251,9 @@ def _counts(
     return ~empty if is_open is None else is_open & ~empty
 
 
-def _metrics(recipe: Recipe, state: TrainState, new: TrainState, loss: jax.Array) -> dict[str, Any]:
+def _metrics(recipe: Recipe, state: TrainState, new: TrainState, loss: jax.Array) -> Values:
     """Return what the step and its links report."""
-    metrics: dict[str, Any] = {"loss": loss}
+    metrics: Values = {"loss": loss}
     if "learning_rate" in recipe.summaries:
         metrics |= rates(recipe.chain, state.links, state.step, recipe.learning_rate)
     return metrics | read(recipe.chain, new.links, metrics)

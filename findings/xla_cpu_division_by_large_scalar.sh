@@ -2,7 +2,7 @@
 # XLA on the CPU divides an array by one large number by way of the reciprocal, and loses the whole result.
 # x / max(x) of [1.8e38, 2.4e38] is [0, 0]: 1 / 2.4e38 is subnormal in float32 and is flushed to 0.
 # Both numbers and both quotients are ordinary float32 values, so a division by the maximum looks safe.
-# Scaling both sides by 1/4 first does not help: XLA moves the factor. With the divisor as an array argument it is right.
+# Scaling both sides by 1/4 first gives [0, 0] as well. With the divisor as an array argument it is right.
 # Versions: jax and jaxlib 0.10.2. Flushing of subnormals: https://github.com/openxla/xla/issues/22858
 # Instead: x / jax.lax.optimization_barrier(jnp.full_like(x, jnp.max(x))).
 set -euo pipefail

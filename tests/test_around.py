@@ -616,4 +616,4 @@ def test_metrics_have_one_structure_from_the_first_step():
     assert all(s == seen[0] for s in seen)
     wanted = {"m/skipped", "m/skipped_in_a_row", "m/plateau_scale", "m/loss_scale"}
     assert wanted <= set(seen[0])
-    assert step._program(False, True)._cache_size() == 1
+    assert step._programs[False, True]._cache_size() == 1

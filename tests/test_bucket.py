@@ -595,7 +595,7 @@ def sharded():
                 "params": jax.tree.map(lambda p: np.asarray(p).tolist(), state.params),
                 "loss": float(metrics["loss"]),
                 "traced": len(traced),
-                "compiled": step._program(False, True)._cache_size(),
+                "compiled": step._programs[False, True]._cache_size(),
                 "buckets": len(buckets_in(state)) if state.layout else 0,
                 "sharded": str(state.params["big"].sharding.spec),
                 "m": str(state.optimizer["adam"]["m"]["big"].sharding.spec),

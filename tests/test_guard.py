@@ -119,7 +119,7 @@ def test_runs_are_bit_equal_to_those_that_never_saw_the_bad_batches(
         assert left_out == metrics["skipped"][-1]
         assert set(metrics) == set(without)
     assert wanted.step == GOOD // accumulate
-    assert step._program(True, True)._cache_size() == 2
+    assert step._programs[True, True]._cache_size() == 2
 
 
 def test_the_program_of_many_leaves_out_what_single_steps_do():
@@ -410,10 +410,10 @@ def test_77_so_many_in_a_row_raise_and_one_can_go_on(bucket):
         step(state, 1.0)
     assert "before step 1" in str(caught.value)
     assert "'a'" in str(caught.value)
-    before = step._program(False, True)._cache_size()
+    before = step._programs[False, True]._cache_size()
     state, metrics = step(caught.value.state, 1.0)
     assert (state.step, metrics["skipped"], metrics["skipped_in_a_row"]) == (2, 5, 0)
-    assert step._program(False, True)._cache_size() == before
+    assert step._programs[False, True]._cache_size() == before
 
 
 @pytest.mark.parametrize("steps_per_call", [1, 2, 7])

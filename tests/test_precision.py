@@ -415,7 +415,7 @@ def test_all_is_donated_and_traced_once(precision):
     assert memory.alias_size_in_bytes >= held - 8  # all but numbers that no one writes
     for x in BATCHES:
         state, _ = step(state, x)
-    assert step._program(False, True)._cache_size() == 1
+    assert step._programs[False, True]._cache_size() == 1
 
 
 @BY_NAME

@@ -54,7 +54,7 @@ def test_slots_of_every_link_begin_anew(case):
     assert_reset(case.chain, before, before.reset("**/kernel"), [KERNEL])
     assert_reset(case.chain, before, before.reset("**"), leaf_paths(before.params))
     after, _ = step(before.reset("**"), batches[0])
-    assert step._program(False, True)._cache_size() == 1
+    assert step._programs[False, True]._cache_size() == 1
     assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(after.params))
 
 
@@ -137,7 +137,7 @@ def test_the_state_of_an_optax_transformation_begins_anew_by_name(name):
         changed = assert_reset(step.chain, state, new, [BIAS])
         assert changed == 2  # mu and nu; the count stays
         step(new, random_like(SHAPES, 3))
-        assert step._program(False, True)._cache_size() == 1
+        assert step._programs[False, True]._cache_size() == 1
 
 
 def test_names_that_optax_has_too_are_told_apart():
@@ -178,7 +178,7 @@ def test_slots_of_rules_with_optimizers_of_their_own_begin_anew(bucket):
     for pattern, meant, slots in (("scale", "scale", 1), ("**/bias", BIAS, 1), (KERNEL, KERNEL, 2)):
         assert assert_reset(step.chain, state, state.reset(pattern), [meant]) == slots
     step(state.reset("**"), batches[0])
-    assert step._program(False, True)._cache_size() == 1
+    assert step._programs[False, True]._cache_size() == 1
 
 
 def test_variables_of_an_optimizer_written_as_for_keras_begin_anew():
@@ -262,7 +262,7 @@ def sharded():
         results[str(bucket)] = {
             "kept": all(jax.tree.leaves(kept)),
             "m": slots["m"],
-            "compiled": step._program(False, True)._cache_size(),
+            "compiled": step._programs[False, True]._cache_size(),
         }
     return json.dumps(results)
 

@@ -310,7 +310,7 @@ def test_numbers_of_rules_are_set_without_a_new_trace():
             link, number = name.split("/", 1)
             assert state.optimizer[link][number] == np.float32(value)
         state, _ = step(state, BATCHES[1])
-    assert step._program(False, True)._cache_size() == 1
+    assert step._programs[False, True]._cache_size() == 1
     with pytest.raises(ValueError, match="at least 0"):
         state.set(**{"rules.weight_decay/head/bias": -1.0})
     back = state.set(**{"rules.weight_decay/head/bias": None})

@@ -98,7 +98,7 @@ def a_run(name, kind):
     before = {k: v.sharding for k, v in slots(state).items()}
     state, _ = step.many(state, batches[2:])
     assert {k: v.sharding for k, v in slots(state).items()} == before
-    assert [step._program(many, True)._cache_size() for many in (False, True)] == [1, 1]
+    assert [step._programs[many, True]._cache_size() for many in (False, True)] == [1, 1]
     assert all(x.is_fully_replicated for x in jax.tree.leaves(state.params))
     pairs = zip(
         *(jax.tree.leaves((s.params, s.optimizer)) for s in (whole(name), state)), strict=True

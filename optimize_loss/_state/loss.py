@@ -181,8 +181,9 @@ class Loss:
 
 def _parted(result: Any) -> tuple[Any, Aux]:
     """Return the loss and what came beside it, of what a loss returns."""
-    is_pair = isinstance(result, tuple) and not isinstance(result, Aux) and len(result) == 2
-    loss, aux = result if is_pair else (result, Aux())
+    loss, aux = result, Aux()
+    if isinstance(result, tuple) and not isinstance(result, Aux) and len(result) == 2:
+        loss, aux = result
     if not isinstance(aux, Aux) or isinstance(loss, Aux):
         raise InvalidType(
             "`loss` must return a scalar, or (scalar, Aux(metrics=..., model_state=...)). "

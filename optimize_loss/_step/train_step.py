@@ -115,9 +115,8 @@ class TrainStep:
         if axis:
             check_on_mesh(axis, trainable.names, trainable.leaves)
         try:
-            packed, optimizer, layout = first_arrays(
-                self.chain, axis, trainable, self._layout(trainable)
-            )
+            layout = self._layout(trainable)
+            packed, optimizer, layout = first_arrays(self.chain, axis, trainable, layout)
         except ValueError as error:
             if self.variables is not None:
                 error.add_note(f"Only these parameters are trained: {trainable.names}.")
@@ -446,27 +445,22 @@ class TrainStep:
         return Search(one, many, f"{self.name}loss")
 
     @functools.cached_property
-    def _programs(self) -> dict[tuple[bool, bool], Any]:
-        """The compiled programs; they live as long as this object."""
-        return {}
-
-    @functools.cached_property
     def _ranks(self) -> set[Any]:
         """The structures and ranks of the single batches that a program was traced for."""
         return set()
 
-    def _program(self, many: bool, donate: bool) -> Any:
-        """Return the compiled program of one step or of many.
+    @functools.cached_property
+    def _programs(self) -> dict[tuple[bool, bool], Any]:
+        """By whether they take many steps, and the memory of the state; they live as long as this.
 
-        Inside a transformation of the caller's, such as vmap, there is no memory to donate.
+        Inside a transformation of the caller's, such as vmap, there is no memory to take.
         """
-        if (many, donate) not in self._programs:
-            self._programs[many, donate] = jax.jit(
-                self._take_many if many else self._take_one,
-                static_argnums=0,
-                donate_argnums=1 if donate else (),
-            )
-        return self._programs[many, donate]
+        functions = ((False, self._take_one), (True, self._take_many))
+        return {
+            (many, donate): jax.jit(f, static_argnums=0, donate_argnums=[1] * donate)
+            for many, f in functions
+            for donate in (False, True)
+        }
 
     def _take_one(self, shardings: Any, state: TrainState, *batch: Any) -> Any:
         self._ranks.add(ranks(batch))
@@ -488,8 +482,7 @@ class TrainStep:
             state, metrics = compiled(state, x)
         """
         self._check_state(state)
-        program = self._program(False, True)
-        return program.lower(self._shardings(state), state, *as_arrays(batch))
+        return self._programs[False, True].lower(self._shardings(state), state, *as_arrays(batch))
 
     def _shardings(self, state: TrainState) -> tuple[Any, ...] | None:
         """Return where gradients are to lie; None where XLA may choose."""
@@ -508,7 +501,7 @@ class TrainStep:
             batch = as_arrays(batch)
         traced = state.is_traced or any(issubclass(kind, Tracer) for kind in kinds)
         try:
-            new, metrics = self._program(many, not traced)(self._shardings(state), state, *batch)
+            new, metrics = self._programs[many, not traced](self._shardings(state), state, *batch)
         except (TypeError, ValueError, jax.errors.JaxRuntimeError) as error:
             if (refused := refusal(error, batch, stacked=many, state=state)) is None:
                 raise

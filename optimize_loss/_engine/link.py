@@ -306,8 +306,13 @@ def overrides(link: Any, *names: str) -> bool:
 
     Anything but a link defines none.
     """
-    cls = type(link)
-    return isinstance(link, Link) and any(getattr(cls, n) is not getattr(Link, n) for n in names)
+    return isinstance(link, Link) and not _defined(type(link)).isdisjoint(names)
+
+
+@functools.cache
+def _defined(cls: type[Link]) -> frozenset[str]:
+    """Return the methods of `Link` that a class, or a base of it, defines again."""
+    return frozenset(n for n, x in vars(Link).items() if getattr(cls, n) is not x and callable(x))
 
 
 def factors(link: Link, k: Numbers) -> tuple[jax.Array, ...]:

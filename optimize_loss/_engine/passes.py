@@ -131,7 +131,7 @@ def _run_leaves(
     ready = Totals(plan, segment, leaves, call, flow.squares).prepared()
     results = _results(plan, segment, leaves, ready, wanted)
     for j, (_, _, all_new) in zip(plan.live, results, strict=True):
-        for i, new in zip(segment.own(j), all_new, strict=True):
+        for i, new in zip(segment.own[j], all_new, strict=True):
             for slot, value in new.items():
                 slots[i][slot][j] = value
     new_state = {
@@ -154,7 +154,7 @@ def _leaves_with_slots(
     trios = zip(plan.live, flow.updates, flow.moved, strict=True)
     return [
         Leaf(
-            u, plan.params.leaves[j], moved, flow.factor, tuple(held[i][n] for i in segment.own(j))
+            u, plan.params.leaves[j], moved, flow.factor, tuple(held[i][n] for i in segment.own[j])
         )
         for n, (j, u, moved) in enumerate(trios)
     ]
@@ -164,7 +164,7 @@ def _results(
     plan: Plan, segment: Segment, leaves: Sequence[Leaf], ready: Prepared, wanted: Wanted
 ) -> list[Any]:
     """Return what `run_leaf` returns for each live parameter."""
-    links = [tuple(segment.places[i].link for i in segment.own(j)) for j in plan.live]
+    links = [tuple(segment.places[i].link for i in segment.own[j]) for j in plan.live]
     owners = [plan.params.owners[j] for j in plan.live]
     try:
         return for_all(run_leaf, wanted, list(zip(links, leaves, ready.ks, strict=True)), owners)
@@ -202,7 +202,7 @@ def _run_optax(
 def _leaves(plan: Plan, segment: Segment, flow: Flow) -> list[Leaf]:
     """Return the live parameters for a link that sees all of them at once."""
     return [
-        Leaf(update, plan.params.leaves[j], moved, None, ({},) * len(segment.own(j)))
+        Leaf(update, plan.params.leaves[j], moved, None, ({},) * len(segment.own[j]))
         for j, update, moved in zip(plan.live, flow.updates, flow.moved, strict=True)
     ]
 

@@ -1,6 +1,7 @@
 """Which links are for which parameters, in which order, and how their slots are stored."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -58,7 +59,8 @@ class Place(NamedTuple):
         return self.codecs[j] if self.codecs else None
 
 
-class Segment(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Segment:
     """Links that run together: neighbours of the kind `leaf` up to a gate, all others alone."""
 
     places: tuple[Place, ...]
@@ -73,9 +75,11 @@ class Segment(NamedTuple):
         """Whether the links behind run only where its last one lets them."""
         return isinstance(self.places[-1].link, Gate)
 
-    def own(self, j: int) -> tuple[int, ...]:
-        """Return which of its links are for the parameter numbered `j`."""
-        return tuple(i for i, place in enumerate(self.places) if place.takes[j])
+    @functools.cached_property
+    def own(self) -> list[tuple[int, ...]]:
+        """For each parameter, which of the links are for it."""
+        takes = zip(*(place.takes for place in self.places), strict=True)
+        return [tuple(i for i, mine in enumerate(each) if mine) for each in takes]
 
 
 @dataclasses.dataclass(frozen=True)

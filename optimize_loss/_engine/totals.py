@@ -77,7 +77,7 @@ class Totals:
     ) -> None:
         self.segment, self.leaves, self.call = segment, leaves, call
         self.links: list[Link] = [place.link for place in segment.places]
-        self.own = [segment.own(j) for j in plan.live]
+        self.own = [segment.own[j] for j in plan.live]
         self.owners: list[Owner] = [plan.params.owners[j] for j in plan.live]
         self.meant = [place.names(plan.params) for place in segment.places]
         self.dtype = plan.params.dtype

@@ -125,12 +125,16 @@ class KerasOptimizer(Shown, keras.optimizers.Optimizer):
         with self._as_keras_needs_it():
             super().build(variables)
         self.__dict__.update(_chain=links, _names=names)
+        self._make_boxes(state)
+
+    def _make_boxes(self, state: Mapping[str, Any]) -> None:
+        """Make a variable for each array of the state, but for those that Keras has made."""
         boxes: dict[str, Any] = {"step": self._iterations}
         rates = {f"{link}/learning_rate": box for link, box in self._rate_boxes.items()}
         boxes |= {n: box for n, box in rates.items() if box is self._learning_rate}
         leaves, self._structure = jax.tree.flatten(state)
         named = dict(zip(leaf_names(state), leaves, strict=True))
-        for name in _ordered([n for n in named if n not in boxes], names):
+        for name in _ordered([n for n in named if n not in boxes], self._names):
             if name in rates:  # one of several: it takes its place among the others
                 self._untrack_variable(rates[name])
                 self._track_variable(rates[name])

@@ -96,6 +96,19 @@ def test_a_wrapper_has_the_lr_of_what_is_inside_or_none():
     assert not hasattr(many, "lr")
 
 
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+@pytest.mark.parametrize("cls", [optim.SGD, MomentumSGD])
+def test_an_option_of_a_copy_is_its_own(cls, copied):
+    optimizer, params = cls(0.25, momentum=0.5), {"v": 1.0}
+    state = optimizer.init(params)
+    other = copied(optimizer)
+    other.clipvalue = 0.5
+    for each, wanted in ((optimizer, -0.25), (other, -0.125)):
+        updates, _ = each.update({"v": 1.0}, each.init(params), params)
+        assert float(updates["v"]) == wanted
+    assert float(optimizer.update({"v": 1.0}, state, params)[0]["v"]) == -0.25
+
+
 @pytest.mark.parametrize("state", ["new", "built"])
 def test_what_is_inside_a_wrapper_cannot_be_exchanged(state):
     inner = optim.SGD(0.25)

@@ -7,8 +7,8 @@ from jax.core import Tracer
 
 from optimize_loss._checks import nearest_option, received
 from optimize_loss.optimizers._declaration import checked, options_of, stays
-from optimize_loss.optimizers._held import check_trace
 from optimize_loss.optimizers._update_step import has_variables
+from optimize_loss.optimizers._variable import check_trace
 
 
 def assign(optimizer: Any, name: str, value: Any) -> None:

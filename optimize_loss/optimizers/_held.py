@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -118,16 +118,6 @@ def boxes_of(optimizer: Any) -> Boxes:
     boxes = {f"{prefix}{name}": box for name, box in tracked(optimizer).items()}
     boxes |= {**optimizer._rates(), "step": optimizer.iterations}
     return Boxes(chain, optimizer._held.values(), boxes, optimizer.mesh)
-
-
-def check_trace(optimizer: Any, values: Iterable[Any]) -> None:
-    """Raise if an optimizer was made outside of the transformation that uses it."""
-    if optimizer.iterations.is_elsewhere(*values):
-        raise InvalidType(
-            "An optimizer that is made outside of a JAX transformation (jit, grad, vmap, scan) "
-            "cannot keep what is traced inside. Make it inside, or use its functions `init` "
-            f"and `update`. Received: {optimizer!r}."
-        )
 
 
 @contextlib.contextmanager

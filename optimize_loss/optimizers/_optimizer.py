@@ -12,7 +12,7 @@ from optimize_loss._engine.kinds import LossScale
 from optimize_loss._engine.trees import is_inexact, take_apart, with_strangers, without_strangers
 from optimize_loss._names import flatten, same_leaves
 from optimize_loss.optimizers._boxes import Boxes, on_mesh, placed
-from optimize_loss.optimizers._held import boxes_of, check_trace, excluded, undone_if_it_fails
+from optimize_loss.optimizers._held import boxes_of, excluded, undone_if_it_fails
 from optimize_loss.optimizers._options import Options
 from optimize_loss.optimizers._pairs import (
     check_pairs,
@@ -25,6 +25,7 @@ from optimize_loss.optimizers._slots import add, initial, initial_like
 from optimize_loss.optimizers._variable import (
     Variable,
     VariableList,
+    check_trace,
     check_variables,
     different_names,
     is_variable,

@@ -364,6 +364,16 @@ def check_variables(variables: Any) -> list[Variable]:
     return found
 
 
+def check_trace(optimizer: Any, values: Iterable[Any]) -> None:
+    """Raise if an optimizer was made outside of the transformation that uses it."""
+    if optimizer.iterations.is_elsewhere(*values):
+        raise InvalidType(
+            "An optimizer that is made outside of a JAX transformation (jit, grad, vmap, scan) "
+            "cannot keep what is traced inside. Make it inside, or use its functions `init` "
+            f"and `update`. Received: {optimizer!r}."
+        )
+
+
 def different_names(names: Iterable[str]) -> list[str]:
     """Return the names, with a number behind those that came before.
 

@@ -289,7 +289,7 @@ class Chain(Transformation):
             Place(name, link, takes(name, entries[name], params, marks))
             for name, link in self._linked()
         ]
-        if self.precision is None:
+        if self.precision is None or params.are_unknown:
             return places
         formats = self.precision.formats(params)
         return [p._replace(codecs=codecs(p.link, p.takes, formats, params)) for p in places]

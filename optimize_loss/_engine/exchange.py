@@ -1,4 +1,4 @@
-"""Links that differ in numbers alone."""
+"""Links that differ in numbers alone, and links without their traced numbers."""
 
 import copy
 import dataclasses

@@ -57,11 +57,6 @@ class Opening(NamedTuple):
     gate: Gate
     k: Numbers
 
-    @property
-    def factor(self) -> jax.Array | None:
-        """What multiplies the updates behind it."""
-        return self.gate.behind(self.k)
-
 
 @dataclasses.dataclass(frozen=True)
 class LossScale(Link):

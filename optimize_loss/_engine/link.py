@@ -28,6 +28,7 @@ functions of all its links over one parameter after another.
 import dataclasses
 import enum
 import functools
+import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar
@@ -81,11 +82,12 @@ def number_rules(cls: type) -> dict[str, Rule]:
     """Return the rule of every field of a link that is a hyperparameter; plain floats count."""
     rules = {}
     for name, hint in typing.get_type_hints(cls, include_extras=True).items():
-        parts = typing.get_args(hint)
+        origin, parts = typing.get_origin(hint), typing.get_args(hint)
         found = [r for part in (hint, *parts) for r in getattr(part, "__metadata__", ())]
+        is_union = origin in (typing.Union, types.UnionType)
         if rule := next((r for r in found if isinstance(r, Rule)), None):
             rules[name] = rule
-        elif hint is float or float in parts:
+        elif hint is float or (is_union and float in parts):
             rules[name] = _checks.FINITE
     return rules
 
@@ -184,8 +186,12 @@ class Link:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Let a class that defines a function of one parameter say again that it is elementwise."""
         super().__init_subclass__(**kwargs)
-        if "elementwise" not in vars(cls) and not _ON_LEAVES.isdisjoint(vars(cls)):
-            cls.elementwise = False
+        for base in cls.__mro__:  # a class that is no link may define such a function, too
+            if "elementwise" in vars(base):
+                break
+            if not _ON_LEAVES.isdisjoint(vars(base)):
+                cls.elementwise = False
+                break
 
     def __post_init__(self):
         check_fields(self)
@@ -319,6 +325,11 @@ def factors(link: Link, k: Numbers) -> tuple[jax.Array, ...]:
     """Return by what a link multiplies the update, one factor after the other."""
     found = link.factor(k)
     return found if isinstance(found, tuple) else (found,)
+
+
+def multiplies(link: Any) -> bool:
+    """Return whether all that a link does to an update is to multiply it by its `factor`."""
+    return overrides(link, "factor") and not overrides(link, "leaf", "direction", "narrow_leaf")
 
 
 def passes(link: Any) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import optax
 
 from optimize_loss._checks import InvalidType
+from optimize_loss._engine.equal import same
 from optimize_loss._engine.kinds import Gate, LossScale, RateScale
 from optimize_loss._engine.link import Link, Stage, TreeLink, number_rules, overrides, passes
 from optimize_loss._engine.numbers import has_rate
@@ -41,7 +42,7 @@ def lender(entries: Mapping[str, Any], borrower: str, number: str) -> str:
     ]
     own = where(entries[borrower])
     wider = (own, getattr(own, "within", None), getattr(own, "whole", None), None)
-    suited = [n for n in others if where(entries[n]) in wider]
+    suited = [n for n in others if any(same(where(entries[n]), x) for x in wider)]
     if len(suited) != 1:
         raise ValueError(
             f"The link {borrower!r} needs the `{number}` of one other link, which is for all "
@@ -55,13 +56,25 @@ def check_order(entries: Mapping[str, Any]) -> None:
     check_last([Place(n, x, (where(entries[n]) is None,)) for n, x in linked(entries)])
     _check_head(entries)
     for name, link in linked(entries):
-        if isinstance(link, TreeLink) and overrides(link, "before", "after"):
-            raise InvalidType(
-                f"The link {name!r} must be a `Link` and no `TreeLink`, as it runs before or after "
-                f"the update of each parameter. Received: {link!r}."
-            )
+        _check_functions(name, link)
         if getattr(link, "needs", None) == "learning_rate":
             lender(entries, name, "learning_rate")
+
+
+def _check_functions(name: str, link: Any) -> None:
+    """Raise if a link has functions of which one would never run."""
+    whole = isinstance(link, TreeLink)
+    if whole and (isinstance(link, Gate) or overrides(link, "before", "after")):
+        raise InvalidType(
+            f"The link {name!r} must be a `Link` and no `TreeLink`, as it is a gate, or runs "
+            f"before or after the update of each parameter. Received: {link!r}."
+        )
+    updates = overrides(link, "leaf", "factor", "remember", "direction")
+    if overrides(link, "after") and (updates or isinstance(link, Gate)):
+        raise InvalidType(
+            f"The link {name!r} must not be a gate, and not have `leaf`, its halves or `factor`, "
+            f"as it has `after`. Received: {link!r}."
+        )
 
 
 def _check_head(entries: Mapping[str, Any]) -> None:
@@ -75,6 +88,13 @@ def _check_head(entries: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"The link {name!r} must stand before {before}, so that nothing of a batch that is "
                 f"left out stays in the state. Received: {[*links]}."
+            )
+        gathers = link.stage == Stage.GATHER and isinstance(link, Gate)
+        weighs = gathers and link.is_empty(1.0) is not None
+        if weighs and any(getattr(links[n], "stage", None) == Stage.GATHER for n in before):
+            raise ValueError(
+                f"The link {name!r} weighs batches, and must not stand behind another link that "
+                f"gathers them. Received: {[*links]}."
             )
         if isinstance(link, Gate | LossScale):
             before.append(name)
@@ -91,8 +111,9 @@ def check_last(places: Sequence[Place]) -> None:
         own = stage_of(place.link)
         for other in places[i + 1 :] if own > Stage.UPDATE else ():
             behind = stage_of(other.link)
+            splits = isinstance(other.link, Gate) or other.kind != "leaf"
             changes = behind < own and not (behind == Stage.UPDATE and passes(other.link))
-            if changes and any(map(operator.and_, place.takes, other.takes)):
+            if splits or (changes and any(map(operator.and_, place.takes, other.takes))):
                 raise ValueError(
                     f"The link {place.name!r} must stand behind {other.name!r}, as it sees all "
                     f"that a parameter moves by. Received: {[p.name for p in places]}."
@@ -137,5 +158,7 @@ def with_losses(entries: Mapping[str, Any]) -> dict[str, Any]:
         if needed and isinstance(link, Gate):
             links[name] = link.with_loss()
         needed = needed or isinstance(link, optax.GradientTransformationExtraArgs)
-        needed = needed or getattr(link, "needs", None) == "loss"
+        needs = getattr(link, "needs", None)
+        needed = needed or needs == "loss"
+        needed = needed or (needs == "loss_and_weight" and not isinstance(link, Gate))
     return links

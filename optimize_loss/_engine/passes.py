@@ -23,19 +23,15 @@ class Flow(NamedTuple):
 
     updates: list[jax.Array]  # in the dtype in which they came, or in float32 or wider
     moved: list[jax.Array | None]  # what each has moved by before its update
-    gate: Opening | None = None  # whose factor is still to be applied
+    gate: Opening | None = None
+    factor: jax.Array | None = None  # of the gate, which is still to be applied
     squares: Squares = types.MappingProxyType({})  # if known
-
-    @property
-    def factor(self) -> jax.Array | None:
-        """What the updates are still to be multiplied by."""
-        return self.gate.factor if self.gate else None
 
 
 def _applied(plan: Plan, flow: Flow) -> Flow:
     """Return the same with the factor of the gate before applied."""
     if (factor := flow.factor) is None:
-        return flow._replace(gate=None)
+        return flow
     dtypes = [compute_dtype(plan.params.leaves[j].dtype) for j in plan.live]
     updates = [
         update.astype(dtype) * factor.astype(jnp.finfo(dtype).dtype).astype(dtype)
@@ -102,7 +98,7 @@ def _behind(gate: Opening, call: Call) -> Call:
     """
     if gate.gate.needs != "loss_and_weight":
         return call
-    call = call._replace(empty=gate.k.get("empty_behind"))
+    call = call._replace(empty=gate.k.get("empty_behind", call.empty))
     if "loss_behind" not in gate.k:
         return call
     extra = {name: x for name, x in call.extra.items() if name not in ("grad", "value_fn")}
@@ -142,7 +138,8 @@ def _run_leaves(
     gate = Opening(last, ready.shared[-1]) if segment.ends_in_gate else None
     same = flow.factor is None and all(passes(place.link) for place in segment.places)
     updates, moved = [update for update, _, _ in results], [moved for _, moved, _ in results]
-    return Flow(updates, moved, gate, ready.squares if same else {}), new_state
+    factor = gate.gate.behind(gate.k) if gate else None
+    return Flow(updates, moved, gate, factor, ready.squares if same else {}), new_state
 
 
 def _leaves_with_slots(
@@ -165,9 +162,10 @@ def _results(
 ) -> list[Any]:
     """Return what `run_leaf` returns for each live parameter."""
     links = [tuple(segment.places[i].link for i in segment.own[j]) for j in plan.live]
-    owners = [plan.params.owners[j] for j in plan.live]
     try:
-        return for_all(run_leaf, wanted, list(zip(links, leaves, ready.ks, strict=True)), owners)
+        return for_all(
+            run_leaf, wanted, list(zip(links, leaves, ready.ks, strict=True)), plan.owners
+        )
     except Exception as error:
         names = {place.name: place.link for place in segment.places}
         error.add_note(f"The links are {names}.")

@@ -1,7 +1,8 @@
 """What a chain means: link after link, parameter after parameter, with nothing shared.
 
 This is the specification of `passes`, which does the same in one pass over the parameters. Tests
-compare the two for every link. Parameters are float32 or wider, by name; no slots are encoded.
+compare the two for every link. Parameters are float32 or wider, by name; no slots are encoded, and
+no batch has a weight of 0.
 """
 
 from collections.abc import Mapping
@@ -51,7 +52,8 @@ def plain(
         ks = dict(zip(own, _each(link, [*own], k, state["step"]), strict=True))
         if overrides(link, "before"):
             moved |= {n: moved[n] + link.before(here[n], ks[n]) for n in own}
-        elif overrides(link, "after"):
+            here |= {n: params[n] + moved[n] for n in own}
+        if overrides(link, "after"):
             late.append((name, link, ks))
         elif not isinstance(link, TreeLink):
             for n in own:

@@ -12,7 +12,7 @@ from optimize_loss._engine.kinds import Gate
 from optimize_loss._engine.link import Link, State, TreeLink
 from optimize_loss._engine.precision import Codec, Encoded, keys
 from optimize_loss._engine.selection import ForParameters
-from optimize_loss._engine.trees import Params
+from optimize_loss._engine.trees import Owner, Params
 from optimize_loss._names import same_leaves
 
 
@@ -98,6 +98,12 @@ class Plan:
     live: tuple[int, ...] = ()
     seed: int = 0
 
+    @functools.cached_property
+    def owners(self) -> list[Owner]:
+        """Which parameters the live leaves are."""
+        owners = self.params.owners
+        return [owners[j] for j in self.live]
+
     def segments(self) -> list[Segment]:
         """Return the links by the pass in which they run."""
         segments: list[Segment] = []
@@ -153,7 +159,7 @@ class Plan:
         own: list[Any] = [self.own_slots(place, slots, j) for j in self.live]
         chosen = {i: codec for i, j in enumerate(self.live) if (codec := place.codec(j))}
         if chosen:
-            owners = [self.params.owners[self.live[i]] for i in chosen]
+            owners = [self.owners[i] for i in chosen]
             found = keys(owners, f"{place.name}/", self.seed, step)
             for (i, codec), key in zip(chosen.items(), found, strict=True):
                 own[i] = Encoded(own[i], key, codec)

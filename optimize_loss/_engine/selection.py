@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 
 from optimize_loss._checks import InvalidType, received
-from optimize_loss._engine.kinds import Gate, LossScale
+from optimize_loss._engine.kinds import Gate, LossScale, RateScale
 from optimize_loss._engine.link import Link
 from optimize_loss._names import Pattern, check_patterns, first_matches
 
@@ -59,9 +59,9 @@ class ForParameters:
     def __post_init__(self):
         if not isinstance(self.link, Link) or isinstance(self.link, Gate):
             raise InvalidType(f"`link` must be a `Link` and no gate. {received('link', self.link)}")
-        if isinstance(self.link, LossScale):
+        if isinstance(self.link, LossScale | RateScale):
             raise InvalidType(
-                "`link` must have no loss scale: the loss has one for all parameters. "
+                "`link` must have no scale of the loss or of rates: these are for all parameters. "
                 f"{received('link', self.link)}"
             )
         if not (callable(self.where) or isinstance(self.where, Selection)):

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from optimize_loss._checks import InvalidType
 from optimize_loss._engine.arrays import (
     abs_squared,
     multiplied,
@@ -23,11 +24,10 @@ from optimize_loss._engine.arrays import (
 from optimize_loss._engine.health import Health, health
 from optimize_loss._engine.kinds import Gate
 from optimize_loss._engine.leaf import Leaf, Links, for_all, update_behind
-from optimize_loss._engine.link import Link, Numbers, State, factors, overrides, passes
+from optimize_loss._engine.link import Link, Numbers, State, factors, multiplies, overrides, passes
 from optimize_loss._engine.order import lender
 from optimize_loss._engine.plan import Plan, Segment, parts
 from optimize_loss._engine.precision import keys
-from optimize_loss._engine.trees import Owner
 
 # For leaves of these numbers, Σ|u|² of each.
 Squares = Mapping[tuple[int, ...], list[jax.Array]]
@@ -78,7 +78,7 @@ class Totals:
         self.segment, self.leaves, self.call = segment, leaves, call
         self.links: list[Link] = [place.link for place in segment.places]
         self.own = [segment.own[j] for j in plan.live]
-        self.owners: list[Owner] = [plan.params.owners[j] for j in plan.live]
+        self.owners = plan.owners
         self.meant = [place.names(plan.params) for place in segment.places]
         self.dtype = plan.params.dtype
         self.ks: list[dict[int, Numbers]] = [{} for _ in leaves]
@@ -97,6 +97,11 @@ class Totals:
     def _link(self, i: int) -> tuple[Numbers, Numbers]:
         """Compute the scalars of one link; return them, and its new memory."""
         link, name = self.links[i], self.segment.places[i].name
+        if link.needs not in TOTALS:
+            known = [needs for needs in TOTALS if needs]
+            raise InvalidType(
+                f"`needs` of the link {name!r} must be one of {known}. Received: {link.needs!r}."
+            )
         total = TOTALS[link.needs](self, i)
         old = parts(link, self.call.state[name]).memory
         k, memory = link.scalars(dict(self.call.numbers[name]), old, total, self.call.step)
@@ -114,10 +119,10 @@ class Totals:
     def _remembered(self, link: Link, k: Numbers, old: Numbers, new: Numbers) -> Numbers:
         """Return the memory of a link: the old one where there was nothing in the batch.
 
-        What weighs batches counts it, and what only shows a norm shows it.
+        What weighs batches counts it.
         """
-        empty, shows = self.call.empty, passes(link) and link.needs == "global_norm"
-        if empty is None or shows or link.needs == "loss_and_weight":
+        empty = self.call.empty
+        if empty is None or link.needs == "loss_and_weight":
             return new
         unseen = empty & k["open"] if isinstance(link, Gate) else empty
         return {name: jnp.where(unseen, old[name], x) for name, x in new.items()}
@@ -186,8 +191,8 @@ class Totals:
     def _multiplies(self, i: int, here: Sequence[int]) -> bool:
         """Return whether a link multiplies every leaf by one number."""
         link = self.links[i]
-        if not overrides(link, "factor") or not overrides(link, "for_each"):
-            return overrides(link, "factor")
+        if not multiplies(link) or not overrides(link, "for_each"):
+            return multiplies(link)
         found = [self.ks[j][i] for j in here if self.owners[j].bucket and i in self.own[j]]
         shapes = (jax.eval_shape(functools.partial(factors, link), k) for k in found)
         return all(shape.shape == () for several in shapes for shape in several)
@@ -195,7 +200,7 @@ class Totals:
     def _multipliers(self, i: int, here: Sequence[int]) -> list[jax.Array]:
         """Return what a link multiplies by: numbers, or arrays of one for each leaf."""
         link, mine = self.links[i], [i in self.own[j] for j in here]
-        if not overrides(link, "factor"):
+        if not multiplies(link):
             return []
         if not overrides(link, "for_each") and all(mine):
             return self._sizes(factors(link, self.ks[here[0]][i]))

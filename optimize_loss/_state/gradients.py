@@ -195,7 +195,8 @@ def told(loss: jax.Array, aux: Aux, chain: Chain) -> dict[str, Any]:
 
 
 def _takes_weight(link: Any) -> bool:
-    return isinstance(link, Accumulate) and link.reduce == "weighted"
+    weighs = not isinstance(link, Accumulate) or link.reduce == "weighted"
+    return getattr(link, "needs", None) == "loss_and_weight" and weighs
 
 
 def for_line_searches(

@@ -1,4 +1,4 @@
-"""The parameters to evaluate, where some link of a chain keeps better ones."""
+"""Everything that changes during training, as one pytree."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""The metrics of a run: in flight, then fetched, then joined."""
+"""The loop around a step: batches in, metrics out, hooks between, and no state lost."""
 
 import collections
 import contextlib

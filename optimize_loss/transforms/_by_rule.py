@@ -63,10 +63,15 @@ class _OfRules(Link):
         pairs = zip(self.patterns, self.values, strict=True)
         return {pattern_text(p): value for p, value in pairs if value is not None}
 
+    def scalars(self, numbers, memory, total, step):
+        """Keep the numbers of rules by themselves, as a pattern may be any text."""
+        return {"of_rules": numbers}, memory
+
     def for_each(self, names, k):
         """Return the number of each parameter."""
         texts = [pattern_text(pattern) for pattern in self.patterns]
-        return ({"number": k[texts[i]]} for i in first_index(self.patterns, tuple(names)))
+        found = first_index(self.patterns, tuple(names))
+        return ({"number": k["of_rules"][texts[i]]} for i in found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +109,7 @@ class MultiplyLayers(_OfRules):
     def for_each(self, names, k):
         """Return the multipliers of each parameter, as an array."""
         stacks = [
-            jnp.stack([k[f"{pattern_text(pattern)}[{i}]"] for i in range(len(each))])
+            jnp.stack([k["of_rules"][f"{pattern_text(pattern)}[{i}]"] for i in range(len(each))])
             if each
             else None
             for pattern, each in zip(self.patterns, self.values, strict=True)
@@ -126,7 +131,7 @@ class ShrinkByRule(_OfRules):
 
     def scalars(self, numbers, memory, total, step):
         """Pass on the learning rate."""
-        return {**numbers, "learning_rate": total}, memory
+        return {"of_rules": numbers, "learning_rate": total}, memory
 
     def before(self, param, k):
         """Return the decay of one parameter."""
@@ -161,7 +166,7 @@ class AddNoiseByRule(_OfRules):
 
     def scalars(self, numbers, memory, total, step):
         """Pass on the step, which keys the noise."""
-        return {**numbers, "step": step}, memory
+        return {"of_rules": numbers, "seed": numbers["seed"], "step": step}, memory
 
     def for_each(self, names, k):
         """Return the scale of each parameter's noise, and its key."""

@@ -102,7 +102,7 @@ opt.apply_gradients([(jnp.array([1.0, 0.0]), w), (jnp.array(0.5), b)])
 print(opt.iterations, w, b)
 
 # %% [markdown]
-# The same object serves trees of arrays, which are not changed but returned anew, and `optimize_loss`:
+# The same object serves trees of arrays, which are not changed but returned again, and `optimize_loss`:
 
 # %%
 params = optimizers.SGD(0.1).apply({"w": jnp.array([1.0, 2.0])}, {"w": jnp.zeros(2)})

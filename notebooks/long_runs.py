@@ -175,7 +175,7 @@ assert all(jax.tree.leaves(same))
 
 # %% [markdown]
 # The code may change in between. Here clipping goes, noise comes, and the body has another name. The report says what had a
-# place and what begins anew.
+# place and what begins again.
 
 # %%
 path = checkpoints.path(checkpoints.steps[-1])

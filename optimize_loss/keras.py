@@ -42,7 +42,7 @@ class KerasOptimizer(Shown, keras.optimizers.Optimizer):
     `model.compile(optimizer=KerasOptimizer(...))`, then `fit` as ever. Parameters have the names
     that Keras has for them, `variable.path`, such as `sequential/dense/kernel`. The state is in
     Keras variables, so that weights are saved and loaded with it. `learning_rate` can be set at
-    any time, by callbacks too, over a schedule or not; nothing is traced anew. With a
+    any time, by callbacks too, over a schedule or not; nothing is traced again. With a
     `MultiOptimizer` each of `optimizers` has its own, which callbacks set; that of an optax
     transformation is there, once built, if it is a number in `optax.inject_hyperparams`. At the end
     of `fit` the model has the averages that the optimizer keeps, if any.

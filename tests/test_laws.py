@@ -123,7 +123,8 @@ def test_every_link_has_a_row():
     exported = {x for x in vars(transforms).values() if isinstance(x, type)}
     wanted = {x for x in exported if hasattr(x, "init") or issubclass(x, transforms.Link)}
     covered = {type(link) for case in CASES for _, link in case.chain.links}
-    assert wanted - {transforms.Link, transforms.TreeLink, transforms.Chain} <= covered
+    kinds = {transforms.Link, transforms.TreeLink, transforms.Gate, transforms.Chain}
+    assert wanted - kinds <= covered
 
 
 @law_where("numbers")

@@ -199,7 +199,7 @@ def _frame(photo: Photo, step: int, state: ol.TrainState) -> Frame:
 def _batches(photo: Photo, steps: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield positions and colours of random pixels, those of several steps at a time."""
     random = np.random.default_rng(seed)
-    # calls of one length: another one would be compiled anew
+    # calls of one length: another one would be compiled again
     length = max(n for n in range(1, PER_CALL + 1) if steps % n == 0)
     for _ in range(steps // length):
         pixels = random.integers(len(photo.colours), size=(length, BATCH))

@@ -157,7 +157,7 @@ class Chain(Transformation):
 
     @asked_for()
     def set(self, state: State, **values: Any) -> State:
-        """Return the state with other hyperparameters; nothing is traced anew.
+        """Return the state with other hyperparameters; nothing is traced again.
 
         Args:
           state: a state of this chain.
@@ -243,7 +243,7 @@ class Chain(Transformation):
     def with_numbers_of(self, other: "Chain", state: State) -> tuple["Chain", State]:
         """Return the chain and the state that go on from `state` with the numbers of `other`.
 
-        The chain is this one, so that nothing is traced anew, unless a schedule comes or goes.
+        The chain is this one, so that nothing is traced again, unless a schedule comes or goes.
 
         Raises:
           ValueError: `other` has other links than this chain, or differs in more than numbers.

@@ -1,4 +1,4 @@
-"""Make the slots of some parameters anew."""
+"""Make the slots of some parameters again."""
 
 import collections
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,19 +26,19 @@ def reset(
     """Return the state of a chain with the slots of some parameters as before the first update.
 
     Numbers and memories for the whole tree stay. A link that sees the whole tree is initialised
-    anew, and what stands in its state under the name of one of these parameters is taken.
+    again, and what stands in its state under the name of one of these parameters is taken.
 
     Args:
       chain: the links.
       state: their state, with slots as trees like `params`, None where a parameter has none.
       params: all parameters, as they are now.
-      names: of those whose slots are made anew.
+      names: of those whose slots are made again.
 
     Returns:
       The state, and the names of all parameters that have slots.
 
     Raises:
-      TreeMismatch: what a link that sees the whole tree makes anew has another structure.
+      TreeMismatch: what a link that sees the whole tree makes again has another structure.
     """
     params = jax.tree.map(on_device, params)
     new, have = dict(state), set()
@@ -173,7 +173,7 @@ def _ends(parts: list[str], known: set[str]) -> Iterator[tuple[str, str]]:
 
 
 def _placed(new: jax.Array, old: jax.Array) -> jax.Array:
-    """Return a fresh slot of the dtype and where the old one is, so that nothing is traced anew.
+    """Return a fresh slot of the dtype and where the old one is, so that nothing is traced again.
 
     It is a copy: whoever made it may keep it.
     """

@@ -153,7 +153,7 @@ class Checkpoints:
         if steps:
             raise CheckpointCorrupt(
                 f"`folder` must have a whole checkpoint: those of the steps {[*steps]} are "
-                f"damaged. Move them away to begin anew. Received: folder={str(self.folder)!r}."
+                f"damaged. Move them away to begin again. Received: folder={str(self.folder)!r}."
             )
         return None
 

@@ -155,7 +155,7 @@ def begun(state: TrainState, frame: Frame, names: Sequence[str]) -> Iterator[tup
     """Yield leaves as the links make them of the parameters that are in a frame now.
 
     Those that no link makes of parameters, such as numbers, are left out. There is a warning if a
-    link cannot be told to begin anew.
+    link cannot be told to begin again.
 
     Args:
       state: of which the frame is; it tells the links.

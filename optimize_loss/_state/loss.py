@@ -44,7 +44,7 @@ def is_array(value: Any) -> bool:
 
 
 def like_model_state(source: str, new: Any, old: Any) -> Any:
-    """Return `new` with the very avals of `old`, so that nothing is traced anew.
+    """Return `new` with the very avals of `old`, so that nothing is traced again.
 
     Args:
       source: what returned it, for messages.

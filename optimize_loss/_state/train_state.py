@@ -275,7 +275,7 @@ class TrainState:
 
     @asked_for()
     def set(self, *, step: Any = None, **values: Any) -> "TrainState":
-        """Return the state with another step or other hyperparameters; nothing is traced anew.
+        """Return the state with another step or other hyperparameters; nothing is traced again.
 
         Traced values make a sweep: `jax.vmap(lambda rate: state.set(learning_rate=rate))(rates)`
         is a state for each rate, to step with `jax.vmap(step)`. Where a `learning_rate_decay_fn`
@@ -318,12 +318,12 @@ class TrainState:
     def reset(self, *patterns: Pattern) -> "TrainState":
         """Return the state in which some parameters have slots as before the first update.
 
-        They are what the links make for the parameters as they are now: means start anew at zero,
+        They are what the links make for the parameters as they are now: means start again at zero,
         averages at the parameter. The step, hyperparameters and memories for the whole tree, such
         as a running mean of the norm, stay. So Adam's correction of the start, which goes by the
         step, is not made again: late in training its first update after this is
         (1-β₁) / √(1-β₂), mostly 3.2, times the rate. What `Accumulate` has gathered for these
-        parameters since the last update is lost. Nothing is traced anew.
+        parameters since the last update is lost. Nothing is traced again.
 
         Args:
           *patterns: names or patterns of the parameters.

@@ -210,7 +210,7 @@ def _check_decay(rules: Rules, chosen: list[int], group: _Group, own: Links) -> 
     recomputed = [x for x in links.values() if isinstance(x, StepByFtrl | StepByDualAveraging)]
     if recomputed and any(rules.options[i]["weight_decay"] != 0 for i in chosen):
         raise ValueError(
-            f"`{label}` must be left out, or 0, where the optimizer makes the parameter anew from "
+            f"`{label}` must be left out, or 0, where the optimizer makes the parameter again from "
             f"its slots: decay would be lost. Received: {recomputed[0]!r}, which has decays of its "
             "own."
         )

@@ -113,12 +113,12 @@ class Optimizer(Options):
         divide it by the number of devices.
 
     Options can be assigned to at any time, `opt.weight_decay = 0.1`; once the optimizer is built,
-    where that changes a number only, not whether there is one. That compiles nothing anew. To
+    where that changes a number only, not whether there is one. That compiles nothing again. To
     assign to an attribute that there is not, or to delete one, is an `AttributeError`.
 
     Attributes:
       learning_rate: a `Variable`, or with a schedule the rate of the last update. A number can be
-        assigned, and a schedule, which compiles anew; in the place of a schedule, once the
+        assigned, and a schedule, which compiles again; in the place of a schedule, once the
         optimizer is built, only another one. `lr` is the same.
       iterations: the number of updates made, a `Variable`. A number can be assigned until the
         optimizer is built, by `iterations.assign` later too.
@@ -208,7 +208,7 @@ class Optimizer(Options):
     `build` and `update_step` are traced: they run on copies of the optimizer, with boxes around
     traced values. What changes from step to step must be a variable that `build` makes and keeps;
     an `update_step` that assigns to anything else raises. Other attributes, as `momentum` here, are
-    compiled in, and to set one compiles anew; new ones come in `__init__` and `build`, elsewhere
+    compiled in, and to set one compiles again; new ones come in `__init__` and `build`, elsewhere
     only those that begin with an underscore. What depends on a value is `jnp.where`, not `if`.
 
     `init`, `update` and `optimize_loss` never touch the optimizer's own variables, so that one

@@ -257,7 +257,7 @@ class Options(Transformation):
         return self._chains()[1]
 
     def _chains(self) -> tuple[Chain, Chain]:
-        """Return both chains, made anew if a rate was assigned since they were made."""
+        """Return both chains, made again if a rate was assigned since they were made."""
         rates = [box.value for box in self._rate_boxes()]
         kept = self._held.chains
         if kept is not None and all(map(operator.is_, kept[0], rates)):

@@ -46,7 +46,7 @@ def compiled():
     """The programs that XLA compiles while the test runs: one entry each."""
     found = []
 
-    def listen(event: str, seconds: float, **_: Any) -> None:
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
         if event.endswith("backend_compile_duration"):
             found.append(event)
 

@@ -89,8 +89,7 @@ def _check_head(entries: Mapping[str, Any]) -> None:
                 f"The link {name!r} must stand before {before}, so that nothing of a batch that is "
                 f"left out stays in the state. Received: {[*links]}."
             )
-        gathers = link.stage == Stage.GATHER and isinstance(link, Gate)
-        weighs = gathers and link.is_empty(1.0) is not None
+        weighs = isinstance(link, Gate) and link.is_empty(1.0) is not None
         if weighs and any(getattr(links[n], "stage", None) == Stage.GATHER for n in before):
             raise ValueError(
                 f"The link {name!r} weighs batches, and must not stand behind another link that "

@@ -484,7 +484,7 @@ class Optimizer(Options):
     def built(self, value: bool) -> None:
         """Let a `build` for Keras say so; only the one here makes it true."""
 
-    def build(self, var_list: Iterable[Any]) -> None:
+    def build(self, var_list: Any) -> None:
         """Make the optimizer's variables. Subclasses with an `update_step` extend it.
 
         Such a subclass calls `super().build(var_list)` first, then `add_variable` or

@@ -57,7 +57,7 @@ BEHIND = {
 
 @pytest.mark.parametrize("behind", BEHIND.values(), ids=BEHIND)
 def test_an_average_stands_in_the_last_segment(behind):
-    with pytest.raises(ValueError, match="The link 'ema' must stand behind"):
+    with pytest.raises(ValueError, match="The link 'ema' must stand last"):
         T.chain(**RATE, ema=T.ForParameters("w", T.AverageParams(0.5)), **behind)
 
 
@@ -148,7 +148,7 @@ def test_batches_are_weighed_once():
 
 
 def test_a_scale_of_all_rates_is_for_all_parameters():
-    with pytest.raises(ol.InvalidType, match="no scale of the loss or of rates"):
+    with pytest.raises(ol.InvalidType, match="no loss scale, nor one of rates"):
         T.ForParameters("w", T.ReduceOnPlateau())
 
 

@@ -114,8 +114,8 @@ def check_last(places: Sequence[Place]) -> None:
             changes = behind < own and not (behind == Stage.UPDATE and passes(other.link))
             if splits or (changes and any(map(operator.and_, place.takes, other.takes))):
                 raise ValueError(
-                    f"The link {place.name!r} must stand behind {other.name!r}, as it sees all "
-                    f"that a parameter moves by. Received: {[p.name for p in places]}."
+                    f"The link {place.name!r} must stand last, behind {other.name!r}, as it sees "
+                    f"all that a parameter moves by. Received: {[p.name for p in places]}."
                 )
 
 

@@ -61,7 +61,7 @@ class ForParameters:
             raise InvalidType(f"`link` must be a `Link` and no gate. {received('link', self.link)}")
         if isinstance(self.link, LossScale | RateScale):
             raise InvalidType(
-                "`link` must have no scale of the loss or of rates: these are for all parameters. "
+                "`link` must have no loss scale, nor one of rates: these are for all parameters. "
                 f"{received('link', self.link)}"
             )
         if not (callable(self.where) or isinstance(self.where, Selection)):

@@ -173,7 +173,7 @@ def train(setting: Setting, photo: Photo, steps: int, seed: int, log: str | None
         for batches in _batches(photo, steps, seed):
             state, metrics = setting.step.many(state, *batches)
             write(state.step, metrics)
-            kept.append({tag: v for tag, v in metrics.items() if tag in _CURVES})
+            kept.append({tag: v for tag, v in metrics.items() if tag in _TAGS})
             done, last = int(state.step), float(metrics["loss"][-1])
             finite = bool(np.isfinite(last))
             if done >= wanted[0] or not finite:
@@ -186,7 +186,7 @@ def train(setting: Setting, photo: Photo, steps: int, seed: int, log: str | None
     return Run(setting, curves, frames, time.perf_counter() - start)
 
 
-_CURVES = ("loss", "global_norm/gradient_norm", "learning_rate")
+_TAGS = ("loss", "global_norm/gradient_norm", "learning_rate")  # of the metrics that are drawn
 
 _paint = jax.jit(paint)
 

@@ -1,6 +1,5 @@
 """The state of a link before the first update."""
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -95,15 +94,15 @@ def _shape(value: jax.Array, placed: bool) -> jax.ShapeDtypeStruct:
 
 
 def possible_slots(link: Link, precision: Precision | None) -> list[Any]:
-    """Return the slots, without values, of parameters of any rank and precision."""
+    """Return the slots, without values, of float32 parameters of any rank and precision."""
     forms = {"float32"}
     if precision is not None:
         forms = {precision.rest} if not isinstance(precision.state, str) else set()
         forms |= {name for _, name in precision.by_pattern}
     forms |= {"bfloat16"} if "float8" in forms else set()
     found = []
-    for rank, dtype in itertools.product(range(4), (jnp.float32, jnp.bfloat16)):
-        param = jax.ShapeDtypeStruct((1,) * rank, dtype)
+    for rank in range(4):
+        param = jax.ShapeDtypeStruct((1,) * rank, jnp.float32)
         try:
             slots = jax.eval_shape(link.slots, param)
         except ValueError:  # it is not for this rank

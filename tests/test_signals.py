@@ -324,7 +324,7 @@ def test_a_run_in_another_thread_changes_no_handler():
 def test_a_process_that_is_forked_in_a_run_has_the_handlers_of_before():
     code = """
 import os, signal, sys, numpy as np
-from optimize_loss._signals import signals
+from optimize_loss._step.signals import signals
 def batches():
     child = os.fork()
     if not child:

@@ -205,11 +205,11 @@ def update_ratios(before: Any, after: Any, *, steps: int = 1) -> Any:
     Some 0.001 a step is usual, the mark in the picture; far less hardly trains, far more is
     unstable. A parameter that was zero has no ratio and is named without a bar, and so is one that
     is not finite before or after, at the top. Of more than 40 parameters, those that are not
-    finite and those with the largest ratios are shown. Random keys are left out.
+    finite and those with the largest ratios are shown. Random keys are skipped.
 
     Args:
-      before: a tree of parameters. A step takes the memory of the state that it is given, so copy
-        them before: `jax.device_get(state.params)`.
+      before: a tree of parameters. A step donates the state that it is given, so copy them
+        first: `jax.device_get(state.params)`.
       after: the same parameters, later.
       steps: how many updates lie between, at least 1.
 

@@ -81,8 +81,8 @@ def can_be_fetched(x: Any) -> bool:
 def fetched(arrays: Sequence[jax.Array]) -> list[np.ndarray]:
     """Return arrays as numpy's. None of them can be written to, and none outlives the device's.
 
-    These are views of other handles of the memory, since a step cannot take the memory of an array
-    that numpy has looked at.
+    These are views of other handles of the memory, since a step cannot donate an array that
+    numpy has looked at.
     """
     handles = [_one_handle(x) for x in arrays]
     for handle in handles:

@@ -36,7 +36,7 @@ def to_array(name: str, value: Any, rule: Rule, dtype: Any) -> jax.Array:
         return from_host([FOLLOW_SCHEDULE] * 2 if rule.kind == "decay" else FOLLOW_SCHEDULE, dtype)
     dtype = DTYPES.get(rule.kind, dtype)
     if isinstance(value, Tracer):
-        # A copy, since the next step takes the memory of the state, not of the caller's array.
+        # A copy: the next step donates the state, not the caller's array.
         value = jnp.copy(value).astype(dtype)
         return jnp.stack([value, 1 - value]) if rule.kind == "decay" else value
     with np.errstate(over="ignore", under="ignore"):

@@ -159,7 +159,7 @@ class Frame:
     def state(self) -> TrainState:
         """Return the state with all that was put into it, and copies of all else.
 
-        A step takes the memory of the state, and must not take that of the first one with it.
+        A step donates its state, and must not donate the first one with it.
         """
         new = list(self._leaves)
         for i, leaf in enumerate(self._leaves):
@@ -176,7 +176,7 @@ def _placed(array: Any, like: jax.Array) -> jax.Array:
         keys = jax.random.wrap_key_data(jnp.array(array), impl=key_kind(like))
         return jax.device_put(keys, like.sharding) if like.committed else keys
     if isinstance(array, jax.Array) and array.sharding == like.sharding:
-        return jnp.copy(array)  # a step takes the memory of the state, and not of the caller
+        return jnp.copy(array)  # a step donates the state, not the caller's array
     if not like.is_fully_addressable:
         whole = np.asarray(array)
         return jax.make_array_from_callback(like.shape, like.sharding, lambda i: whole[i])

@@ -155,7 +155,7 @@ class TrainState:
     def with_trees(self, params: Any = None, optimizer: Any = None) -> "TrainState":
         """Return the state with other parameters, or another state of the chain, in these trees.
 
-        Their arrays are copied, as a step takes the memory of the state that it is given.
+        Their arrays are copied, because a step donates the state that it is given.
 
         Args:
           params: as the property of that name shows them; None for those that stay.

@@ -476,7 +476,7 @@ class TrainStep:
     def lower(self, state: TrainState, *batch: Any) -> jax.stages.Lowered:
         """Return the program of a single step before compilation, to look at or to compile.
 
-        Compiled, it is called as the step is, and takes the memory of the state as well:
+        The compiled program is called like the step, and donates the state as well:
 
             compiled = step.lower(state, x).compile()
             state, metrics = compiled(state, x)

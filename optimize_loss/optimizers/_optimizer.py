@@ -234,7 +234,7 @@ class Optimizer(Options):
         for path, box in self._rates().items():
             link, _, number = path.rpartition("/")
             old = state[link][number]
-            # A copy: a step may take the memory of the state, not that of the variable.
+            # A copy: a step may donate the state, not the variable.
             state[link][number] = placed(old, jnp.array(box.value, old.dtype))
         return on_mesh(state, self.mesh)
 
@@ -261,8 +261,8 @@ class Optimizer(Options):
     def set(self, state: dict[str, Any], **values: Any) -> dict[str, Any]:
         """Return a state of `init` or `update` with other hyperparameters: `Chain.set`.
 
-        The optimizer itself, and the state that it keeps for `minimize` and `apply`, stay as they
-        are: these go by options that are assigned to.
+        The optimizer itself, and the state that it keeps for `minimize` and `apply`, do not
+        change. To change those, assign to the optimizer's options.
 
         Args:
           state: a state of this optimizer.

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import optimize_loss as ol
 from optimize_loss._engine.bucket import Bucket
+from optimize_loss._engine.link import by_entry
 from optimize_loss._engine.members import Members
 from optimize_loss._names import leaf_names
 from tests.cases import on_eight_devices, random_like, rows
@@ -357,10 +358,10 @@ class Broken(T.Link):
 
 
 def test_links_of_users_are_safe():
-    assert T.ScaleByLearningRate(0.1).elementwise
-    assert not Doubled(0.1).elementwise
-    assert not T.Link().elementwise
-    assert not T.AddNoise(0.1).elementwise
+    assert by_entry(T.ScaleByLearningRate)
+    assert not by_entry(Doubled)
+    assert not by_entry(T.Link)
+    assert not by_entry(T.AddNoise)
 
 
 @pytest.mark.parametrize(("link", "says"), [(Wrong(), "scalars"), (Broken(), "shape")], ids=str)

@@ -42,6 +42,11 @@ def test_the_shape_gets_no_worse():
     assert not worse, layout.table(RECORDED, now)
 
 
+def test_a_file_of_tests_has_one_theme():
+    assert not layout.long_test_files(600)
+    assert "tests/cases.py" in layout.long_test_files(100)
+
+
 def test_circles_are_found():
     graph = {"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set()}
     assert layout.circles(graph) == ["b", "c"]

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import inspect
 import operator
+import sys
 import typing
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
@@ -17,7 +18,7 @@ from optimize_loss._engine.order import merged
 from optimize_loss._engine.transformation import Transformation
 from optimize_loss._names import Pattern
 from optimize_loss.optimizers._assignment import assign, check_deletable
-from optimize_loss.optimizers._boxes import links_of
+from optimize_loss.optimizers._boxes import with_rate
 from optimize_loss.optimizers._config import config_of, made_from, serialize
 from optimize_loss.optimizers._declaration import constructor, options_of, register
 from optimize_loss.optimizers._held import Held, as_a_whole
@@ -212,8 +213,7 @@ class Options(Transformation):
 
     def _rates(self) -> dict[str, Variable]:
         """Return the variables of learning rates, by the names of their numbers in the state."""
-        found = links_of(self.chain)
-        owners = [name for name, link in found.items() if "learning_rate" in link.numbers()]
+        owners = with_rate(self.chain)
         return {f"{n}/learning_rate": box for box in self._rate_boxes() for n in owners}
 
     def __repr__(self) -> str:
@@ -223,6 +223,14 @@ class Options(Transformation):
             own = {"learning_rate": self.rate, **own}
         shown = ", ".join(f"{name}={value!r}" for name, value in own.items())
         return f"{type(self).__name__}({shown})"
+
+    def __format__(self, spec: str) -> str:
+        """Return the optimizer as text; for a message of Keras with what to write there."""
+        text = format(repr(self), spec)
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if not caller.startswith("keras."):
+            return text
+        return f"{text}. In Keras write `optimize_loss.keras.KerasOptimizer({text})`"
 
     # The chain.
 

@@ -13,6 +13,7 @@ from optimize_loss._engine.numbers import at_step, replaced, to_array
 from optimize_loss.optimizers import LossScaleOptimizer, MultiOptimizer, Optimizer
 from optimize_loss.optimizers._boxes import links_of, with_rate
 from optimize_loss.optimizers._declaration import options_of
+from optimize_loss.optimizers._rate import SHORT_NAME
 from optimize_loss.transforms import (
     Accumulate,
     AverageParams,
@@ -351,14 +352,7 @@ class Shown:
     def learning_rate(self, learning_rate: Any) -> None:
         self._set_rate(self._one_rate(), learning_rate)
 
-    @property
-    def lr(self) -> Any:
-        """The `learning_rate`, as code for Keras 2 calls it."""
-        return self.learning_rate
-
-    @lr.setter
-    def lr(self, learning_rate: Any) -> None:
-        self.learning_rate = learning_rate
+    lr = SHORT_NAME
 
     @property
     def optimizers(self) -> list[_Part]:

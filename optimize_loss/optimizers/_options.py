@@ -22,7 +22,7 @@ from optimize_loss.optimizers._boxes import with_rate
 from optimize_loss.optimizers._config import config_of, made_from, serialize
 from optimize_loss.optimizers._declaration import constructor, options_of, register
 from optimize_loss.optimizers._held import Held, as_a_whole
-from optimize_loss.optimizers._rate import LearningRate, as_variable, for_links, is_schedule
+from optimize_loss.optimizers._rate import SHORT_NAME, LearningRate, as_variable, for_links, is_schedule
 from optimize_loss.optimizers._update_step import Recipe, UpdateStep, attributes_of
 from optimize_loss.optimizers._variable import Variable
 from optimize_loss.schedules import evaluate
@@ -193,14 +193,7 @@ class Options(Transformation):
     def _learning_rate(self, value: Any) -> None:
         self._held.rate = value
 
-    @property
-    def lr(self) -> Any:
-        """The `learning_rate`, as code for Keras 2 calls it."""
-        return self.learning_rate
-
-    @lr.setter
-    def lr(self, value: Any) -> None:
-        self.learning_rate = value
+    lr = SHORT_NAME
 
     @property
     def rate(self) -> Any:

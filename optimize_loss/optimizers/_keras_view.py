@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -134,16 +134,6 @@ class _Option:
             optimizer._set_option(self.name, value)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Everything:
-    """Takes all parameters, or none, where `MultiOptimizer` has a `Group`."""
-
-    all: bool
-
-    def takes(self, names: Sequence[str], leaves: Sequence[jax.Array]) -> list[bool]:
-        return [self.all] * len(names)
-
-
 class _Part:
     """One of the optimizers of a `MultiOptimizer`, as Keras' callbacks see theirs.
 
@@ -151,17 +141,17 @@ class _Part:
     """
 
     def __init__(self, whole: "Shown", name: str, place: int):
-        self._whole, self.name, self._links = whole, name, whole._rates[place]
-        self._group, self._inner = many(whole._made).get(name, (_Everything(place == 0), None))
+        self._whole, self.name, self._place = whole, name, place
+        self._group, self._inner = many(whole._made).get(name, (None, None))
 
     @property
     def learning_rate(self) -> Any:
         """The rate of the next update, as of a `KerasOptimizer`."""
-        return self._whole._get_rate(self._links)
+        return self._whole._get_rate(self._whole._rates[self._place])
 
     @learning_rate.setter
     def learning_rate(self, learning_rate: Any) -> None:
-        self._whole._set_rate(self._links, learning_rate)
+        self._whole._set_rate(self._whole._rates[self._place], learning_rate)
 
     @property
     def iterations(self) -> Any:
@@ -174,10 +164,11 @@ class _Part:
         return getattr(self._inner, "use_ema", False) or self._whole.use_ema
 
     def _averaged(self) -> dict[str, Any]:
-        named = self._whole._named()
+        named, averages = self._whole._named(), self._whole._averages()
+        if self._group is None:
+            return {} if self._place else averages
         leaves = [v.value for v in named.values()]
         mine = zip(named, self._group.takes(list(named), leaves), strict=True)
-        averages = self._whole._averages()
         return {name: averages[name] for name, is_mine in mine if is_mine and name in averages}
 
     @property

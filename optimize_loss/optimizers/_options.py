@@ -20,9 +20,15 @@ from optimize_loss._names import Pattern
 from optimize_loss.optimizers._assignment import assign, check_deletable
 from optimize_loss.optimizers._boxes import with_rate
 from optimize_loss.optimizers._config import config_of, made_from, serialize
-from optimize_loss.optimizers._declaration import constructor, options_of, register
+from optimize_loss.optimizers._declaration import constructor, options_of, register, signature_of
 from optimize_loss.optimizers._held import Held, as_a_whole
-from optimize_loss.optimizers._rate import SHORT_NAME, LearningRate, as_variable, for_links, is_schedule
+from optimize_loss.optimizers._rate import (
+    SHORT_NAME,
+    LearningRate,
+    as_variable,
+    for_links,
+    is_schedule,
+)
 from optimize_loss.optimizers._update_step import Recipe, UpdateStep, attributes_of
 from optimize_loss.optimizers._variable import Variable
 from optimize_loss.schedules import evaluate
@@ -69,28 +75,11 @@ class Options(Transformation):
     _init_of_fields: ClassVar[Any] = None
 
     @constructor
-    def __init__(
-        self,
-        name=None,
-        weight_decay=None,
-        clipnorm=None,
-        clipvalue=None,
-        global_clipnorm=None,
-        use_ema=False,
-        ema_momentum=0.99,
-        ema_overwrite_frequency=None,
-        jit_compile=True,
-        *,
-        learning_rate=None,
-        mesh=None,
-        gradient_accumulation_steps=None,
-        loss_scale_factor=None,
-        axis_name=None,
-    ):
-        given = dict(locals())
-        for option in options_of(Options):
-            if option != "learning_rate" or learning_rate is not None:
-                setattr(self, option, given[option])
+    def __init__(self, *args: Any, **options: Any):
+        given = inspect.signature(Options).bind(*args, **options).arguments
+        for name, default in options_of(Options).items():
+            if name in given or default is not dataclasses.MISSING:
+                setattr(self, name, given.get(name, default))
         self.__post_init__()
 
     def __init_subclass__(cls):
@@ -345,6 +334,7 @@ class Options(Transformation):
         return serialize(hyperparameter)
 
 
+vars(Options.__init__)["__signature__"] = signature_of(Options, "jit_compile")
 Options.learning_rate = LearningRate(  # afterwards: it is no default
     lambda optimizer: optimizer._get_learning_rate(),
     lambda optimizer, value: optimizer._set_learning_rate(value),

@@ -132,7 +132,7 @@ def _about(link: Link, dtype: Any) -> Iterator[None]:
     is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
     promotion = jax.numpy_dtype_promotion("standard") if is_complex else contextlib.nullcontext()
     try:
-        with promotion:
+        with promotion, jax.named_scope(type(link).__name__):  # for profiles
             yield
     except Exception as error:
         error.add_note(f"This happened in the link {link!r}.")

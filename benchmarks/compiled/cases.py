@@ -49,6 +49,7 @@ class Case:
       layout: "replicated", "zero1" or "fsdp"; of parameters and slots on several devices.
       after: what the step by hand does beside the update: `(params, grads) -> metrics`.
       many: how many steps a call, or None for a single step.
+      closed: whether conditions usually go the cheap way, as between updates of an accumulation.
     """
 
     model: Model
@@ -57,6 +58,7 @@ class Case:
     layout: str = "replicated"
     after: Callable[[Params, Params], Any] | None = None
     many: int | None = None
+    closed: bool = False
 
 
 def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
@@ -73,13 +75,17 @@ MATRICES = Model(leaves(12, 512, 512))
 PARTED = Model(leaves(24, 512, 512))  # for eight devices
 
 
-def _mlp() -> Params:
-    sizes = (64, 128, 128, 10)
+def _mlp(*sizes: int) -> Params:
     weights = {f"w{i}": array(*sizes[i : i + 2]) for i in range(3)}
     return weights | {f"b{i}": array(sizes[i + 1]) for i in range(3)}
 
 
-MLP = Model(_mlp, digits, lambda: (array(64, 64), array(64, dtype=jnp.int32)))
+MLP = Model(
+    lambda: _mlp(64, 128, 128, 10), digits, lambda: (array(64, 64), array(64, dtype=jnp.int32))
+)
+WIDE = Model(  # 5.3e6, with a batch that is spread over the devices
+    lambda: _mlp(512, 2048, 2048, 16), digits, lambda: (array(64, 512), array(64, dtype=jnp.int32))
+)
 
 
 def _transformer(layers: int, width: int, dtype: Any = jnp.float32) -> Params:
@@ -147,6 +153,20 @@ def adamw(clip: bool = True) -> Callable[[], optax.GradientTransformation]:
     return lambda: optax.chain(optax.clip_by_global_norm(CLIP), rule) if clip else rule
 
 
+def averaging(tx: optax.GradientTransformation, decay: float) -> optax.GradientTransformation:
+    """Return a transformation that also keeps the average of the parameters, as users write it."""
+
+    def init(params: Any) -> Any:
+        return tx.init(params), jax.tree.map(jnp.zeros_like, params)
+
+    def update(grads: Any, state: Any, params: Any = None) -> Any:
+        updates, inner = tx.update(grads, state[0], params)
+        new = optax.apply_updates(params, updates)
+        return updates, (inner, optax.incremental_update(new, state[1], 1 - decay))
+
+    return optax.GradientTransformation(init, update)
+
+
 def chain(**links: Any) -> dict[str, Any]:
     """Return the options of a step with these links, which reports the loss alone."""
     return {"learning_rate": RATE, "optimizer": t.chain(**links), "summaries": ["loss"]}
@@ -207,8 +227,9 @@ UPDATES = {
         FOUR,
         {**ADAMW, "accumulate": 4},
         lambda: optax.MultiSteps(adamw(clip=False)(), 4).gradient_transformation(),
+        closed=True,
     ),
-    "ema": Case(FOUR, {**ADAMW, "ema": 0.999}, adamw(clip=False)),
+    "ema": Case(FOUR, {**ADAMW, "ema": 0.999}, lambda: averaging(adamw(clip=False)(), 0.999)),
     "all summaries": Case(
         SIXTEEN,
         {**ADAMW, "summaries": list(ol.OPTIMIZER_SUMMARIES)},
@@ -236,6 +257,7 @@ EIGHT = {
         ("Lion", UPDATES["Lion"].ours, UPDATES["Lion"].optax),
     )
 }
+EIGHT |= {f"MLP, {layout}": _whole(WIDE, layout) for layout in ("replicated", "zero1", "fsdp")}
 CASES = {1: UPDATES | STEPS, 8: EIGHT}
 
 

@@ -42,7 +42,7 @@ def cost(case: Case, target: Target, lowered: jax.stages.Lowered) -> Cost:
     start = time.perf_counter()
     compiled: Any = lowered.compile()
     seconds = time.perf_counter() - start
-    program, memory = Program.read(compiled.as_text()), compiled.memory_analysis()
+    program, memory = Program.read(compiled.as_text(), case.closed), compiled.memory_analysis()
     kinds, exchanged = program.collectives()
     count = entries(case)
     return Cost(

@@ -80,9 +80,10 @@ class Program:
 
     computations: dict[str, list[Instruction]]
     entry: str
+    closed: bool = False  # whether each condition usually goes the cheap way
 
     @classmethod
-    def read(cls, text: str) -> "Program":
+    def read(cls, text: str, closed: bool = False) -> "Program":
         """Return the program of `compiled.as_text()`."""
         computations: dict[str, list[Instruction]] = {}
         here, entry = None, ""
@@ -95,7 +96,7 @@ class Program:
                 here = None
             elif here and (match := _LINE.match(line)):
                 computations[here].append(Instruction(*match.groups()))
-        return cls(computations, entry)
+        return cls(computations, entry, closed)
 
     def _total(self, name: str, cost: Callable[[str, Instruction], float]) -> float:
         """Return the sum of a cost: loops as often as they run, conditions as they usually go."""
@@ -106,11 +107,19 @@ class Program:
                 inner = one.called("body", "condition")
                 total += one.trips * sum(self._total(x, cost) for x in inner)
             elif one.op == "conditional":
-                costs = sorted(self._total(x, cost) for x in one.branches)
-                total += costs[0] if bytes_of(one.kind) < SMALL else costs[-1]
+                total += self.usual(one, [self._total(x, cost) for x in one.branches])
             elif one.op in ("call", "async-start"):
                 total += sum(self._total(x, cost) for x in one.called("to_apply", "calls"))
         return total
+
+    def usual(self, one: Instruction, costs: list[float]) -> float:
+        """Return the cost of the branch that a condition usually takes.
+
+        One that gives a few numbers has a rare way out, such as a norm that overflows. One that
+        gives arrays usually makes an update.
+        """
+        cheap = self.closed or bytes_of(one.kind) < SMALL
+        return min(costs) if cheap else max(costs)
 
     def cycles(self) -> float:
         """Return the cycles that XLA for TPU expects."""

@@ -7,7 +7,7 @@ more. Neither knows how copies delay the kernels that wait for them; here they d
 
 import re
 
-from benchmarks.compiled.hlo import SMALL, Instruction, Program, bytes_of, is_kernel
+from benchmarks.compiled.hlo import Instruction, Program, bytes_of, is_kernel
 
 RATE = 444.0  # bytes a cycle between the main memory and the chip
 LATENCY = 1150.0  # cycles until the first byte of a copy is there
@@ -45,8 +45,7 @@ def _copied(program: Program, name: str, one: Instruction) -> float:
 def _cost(program: Program, name: str, one: Instruction) -> float:
     """Return the cycles of what is no copy."""
     if one.op == "conditional":
-        branches = sorted(_time(program, x) for x in one.branches)
-        return BRANCH + (branches[0] if bytes_of(one.kind) < SMALL else branches[-1])
+        return BRANCH + program.usual(one, [_time(program, x) for x in one.branches])
     if one.op == "while":
         return one.trips * (TRIP + sum(_time(program, x) for x in one.called("body", "condition")))
     if one.op == "call":

@@ -106,9 +106,13 @@ class Layout(Static):
 
     def join_numbers(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """Return the state of a chain with its numbers in few arrays."""
-        joined: dict[str, Any] = _map_links(
-            lambda mine: {name: x for name, x in mine.items() if not _is_number(x)}, state
-        )
+        inside = {name for _, members in self.numbers for name in members.names}
+        joined: dict[str, Any] = {
+            link: {n: x for n, x in mine.items() if f"{link}/{n}" not in inside}
+            if isinstance(mine, dict)
+            else mine
+            for link, mine in state.items()
+        }
         for key, members in self.numbers:
             pairs = (name.split("/", 1) for name in members.names)
             joined[key] = members.join_on_device([state[link][number] for link, number in pairs])

@@ -177,7 +177,7 @@ class Run:
     Attributes:
       single: the function that takes one step.
       many: the function that takes several, with stacked batches.
-      loss: the tag of the loss among the metrics.
+      prefixes: of the metrics of each loss, with that of its links; the main one first.
       plan: the options.
       state: the state reached.
       taken: the number of steps taken.
@@ -185,7 +185,7 @@ class Run:
 
     single: Callable[..., tuple[TrainState, dict[str, Any]]]
     many: Callable[..., tuple[TrainState, dict[str, Any]]]
-    loss: str
+    prefixes: Mapping[str, str]
     plan: Plan
     state: TrainState
     taken: int = 0
@@ -210,7 +210,7 @@ class Run:
     def _take(self, batches: Iterable[Any], held: Signals) -> dict[str, Any]:
         """Take all steps, and return their metrics."""
         with (
-            _bar(self.plan, self.loss) as show,
+            _bar(self.plan, f"{next(iter(self.prefixes))}loss") as show,
             contextlib.closing(Source(batches, self.plan.sharding)) as source,
         ):
             history = History(self._watched(show))
@@ -255,12 +255,12 @@ class Run:
 
     def _watched(self, show: Callable[[int, Any], None]) -> Callable[[int, Any], None]:
         """Return a function that shows fetched metrics, and raises if too much was left out."""
-        tag = f"{self.loss.removesuffix('loss')}skipped_in_a_row"
 
         def seen(steps: int, metrics: Any) -> None:
             show(steps, metrics)
-            if tag in metrics:
-                check_metric(self.state, metrics[tag])
+            for prefix, of_links in self.prefixes.items():
+                if (tag := f"{prefix}skipped_in_a_row") in metrics:
+                    check_metric(self.state, metrics[tag], of_links)
 
         return seen
 

@@ -1,5 +1,6 @@
 """The training step: a compiled program from a state and a batch to the next state."""
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping
@@ -44,97 +45,44 @@ from optimize_loss.transforms import Chain
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class TrainStep:
-    """A training step: `state, metrics = step(state, batch)`. `optimize_loss` makes it.
+class Step(abc.ABC):
+    """Programs from a state and a batch to the next state, and what one does with them.
 
-    Attributes:
-      loss: the loss, a function of `(params, *batch)`.
-      chain: what happens to its gradients.
-      variables: patterns of the parameters to train; None for all.
-      update_ops: functions of the model state, or of it and the batch, run before the loss.
-      summaries: names of what to report.
-      name: prefix of the names of metrics; "" for none.
-      first_step: the global step before the first update.
-      increment_step: whether updates advance the global step.
-      colocate_gradients: whether to keep each gradient where its parameter is.
-      seed: of the random key, for losses that take one.
-      learning_rate: the rate that the optimizer was made with; None if it brings its own.
-      bucket: the most entries of a parameter that shares an array with others; None for none.
-      shard_state: the mesh axis over which slots are spread; None where they lie as parameters do.
-      rules: what some parameters have for themselves.
-
-    Example:
-      Half of the way to x, as the gradient is 2 (w - x):
-
-      >>> import optimize_loss as ol
-      >>> step = ol.optimize_loss(
-      ...     lambda p, x: (p["w"] - x) ** 2, learning_rate=0.25, optimizer="SGD")
-      >>> state, metrics = step(step.init({"w": 0.0}), 1.0)
-      >>> print(state.params["w"], metrics["loss"])
-      0.5 1.0
+    Subclasses say how a state begins, and how one step is taken while being traced.
     """
 
-    loss: Loss
-    chain: Chain
-    variables: tuple[Pattern, ...] | None
-    update_ops: tuple[Callable[..., Any], ...]
-    summaries: tuple[str, ...]
-    name: str
-    first_step: int
-    increment_step: bool
-    colocate_gradients: bool
-    seed: int
-    learning_rate: Any
-    bucket: int | None
-    shard_state: str | None = None
-    rules: Rules = NO_RULES
+    @functools.cached_property
+    @abc.abstractmethod
+    def _form(self) -> Form:
+        """What must agree between this step and its states."""
 
-    @asked_for()
+    @functools.cached_property
+    @abc.abstractmethod
+    def _needed(self) -> tuple[str, ...]:
+        """What a loss takes of the state besides parameters."""
+
+    @property
+    @abc.abstractmethod
+    def _prefixes(self) -> dict[str, str]:
+        """For each loss the prefix of its metrics, with that of its links; the main one first."""
+
+    @abc.abstractmethod
+    def _advance(self, shardings: Any, state: TrainState, batch: Any) -> Any:
+        """Return the next state and the metrics, while being traced."""
+
+    @abc.abstractmethod
+    def _shardings(self, state: TrainState) -> tuple[Any, ...] | None:
+        """Return where gradients are to lie; None where XLA may choose."""
+
+    @abc.abstractmethod
     def init(self, params: Any, *, model_state: Any = None, key: Any = None) -> TrainState:
-        """Return the state before the first step.
+        """Return the state before the first step."""
 
-        Args:
-          params: the parameters, a tree of arrays and numbers. They are copied, as a step takes
-            the memory of the state that it is given.
-          model_state: the first model state, for losses and update ops that take one.
-          key: a random key, for losses that take one; made from `seed` if not given.
-
-        Raises:
-          InvalidType: a leaf of `params` is no array and no number.
-          ValueError: a pattern matches no parameter; there is nothing to train; a parameter to
-            train is in the memory of the host; or `model_state` or `key` is missing or given in
-            vain.
-        """
-        if isinstance(params, TrainState):
-            raise InvalidType("`params` must be a tree of arrays. Received: a TrainState.")
-        register_with_flax()
-        params = copied(PARAMETER, params)
-        self.rules.check(params)
-        trainable, axis = self._recipe.trainable(params), self.shard_state
-        check_on_device(trainable.names, trainable.leaves)
-        if axis:
-            check_on_mesh(axis, trainable.names, trainable.leaves)
-        try:
-            layout = self._layout(trainable)
-            packed, optimizer, layout = first_arrays(self.chain, axis, trainable, layout)
-        except ValueError as error:
-            if self.variables is not None:
-                error.add_note(f"Only these parameters are trained: {trainable.names}.")
-            raise
-        model_state = self._recipe.check_model_state(model_state)
-        state = TrainState(
-            packed_params=packed,
-            packed_optimizer=optimizer,
-            model_state=copied("`model_state` at", model_state),
-            key=first_key(self.loss.takes("key"), self.seed, key),
-            first_step=from_host(self.first_step, jnp.int32),
-            chain=self.chain,
-            increment_step=self.increment_step,
-            layout=layout,
-        )
-        state = placed_like(params, distinct(state))
-        placement = placement_of(state.packed) if axis else None
-        return dataclasses.replace(state, placement=placement)
+    @abc.abstractmethod
+    def explain(
+        self, params: Any, *, steps: int | None = None, model_state: Any = None
+    ) -> Explanation:
+        """Return what this step will do with each parameter, before anything is allocated."""
 
     def __call__(self, state: TrainState, *batch: Any) -> tuple[TrainState, dict[str, Any]]:
         """Take one step; compiled once for each shape and dtype of batch.
@@ -251,50 +199,7 @@ class TrainStep:
         """
         self._check_state(state)
         plan = check_plan(steps, steps_per_call, hooks, prefetch, sharding, progress)
-        return Run(self, self._many, f"{self.name}loss", plan, state).over(batches)
-
-    @asked_for()
-    def explain(
-        self, params: Any, *, steps: int | None = None, model_state: Any = None
-    ) -> Explanation:
-        """Return what this step will do with each parameter, before anything is allocated.
-
-        Printed, it is a table: the rule of each parameter, its rate and decay at the first step,
-        the bytes of its state, and the array that it shares with others, or its sharding; then the
-        links in order, the bytes in all, and warnings of what looks like a mistake: parameters of
-        at most one axis that are decayed, 16-bit parameters that small updates do not move, a
-        schedule that begins at 0 or ends before the run, clipping behind the rule, and options
-        without effect.
-
-        Args:
-          params: as for `init`; `jax.ShapeDtypeStruct`s, too.
-          steps: of the run that is planned, at least 1; None if that is open.
-          model_state: as for `init`; it counts in `total_bytes`.
-
-        Raises:
-          InvalidType, ValueError: as `init`.
-
-        Example:
-          >>> import jax.numpy as jnp, optimize_loss as ol
-          >>> step = ol.optimize_loss(lambda p: p["w"].sum(), learning_rate=0.1,
-          ...                         rules={"w": dict(learning_rate_multiplier=0.5)})
-          >>> told = step.explain({"w": jnp.zeros((2, 3))})
-          >>> told.rows[0].rule, told.rows[0].multiplier, told.rows[0].state_bytes, told.warnings
-          ('w', 0.5, 48, ())
-        """
-        key = jax.random.key(0) if self.loss.takes("key") else None
-        return explain(
-            Setup(
-                chain=self.chain,
-                rules=self.rules,
-                trainable=self._recipe.trainable,
-                layout=self._layout,
-                horizon=check_horizon(self.first_step, steps, self.increment_step),
-                spread=self.shard_state,
-                rest=(np.int32(self.first_step), key, model_state),
-            ),
-            params,
-        )
+        return Run(self, self._many, self._prefixes, plan, state).over(batches)
 
     def find_learning_rate(
         self,
@@ -422,27 +327,16 @@ class TrainStep:
         points = check_grid(numbers, seeds, init, grid)
         return self._search.sweep(self._shardings(state), state, as_arrays(batches), points)
 
-    @functools.cached_property
-    def _recipe(self) -> Recipe:
-        return Recipe(
-            loss=self.loss,
-            chain=self.chain,
-            variables=self.variables,
-            rules=self.rules,
-            update_ops=self.update_ops,
-            summaries=self.summaries,
-            name=self.name,
-            learning_rate=self.learning_rate,
-        )
-
-    def _layout(self, trainable: Trainable) -> Layout | None:
-        return layout_of(self.chain, self.bucket, self.shard_state, trainable)
+    @property
+    def _loss(self) -> str:
+        """The metric that is the loss of a search, and of a progress bar."""
+        return f"{next(iter(self._prefixes))}loss"
 
     @functools.cached_property
     def _search(self) -> Search:
         """The programs of searches; they live as long as this object."""
-        one, many = (functools.partial(f, self._recipe) for f in (advance, advance_many))
-        return Search(one, many, f"{self.name}loss")
+        many = functools.partial(advance_many, self._advance)
+        return Search(self._advance, many, self._loss)
 
     @functools.cached_property
     def _ranks(self) -> set[Any]:
@@ -464,10 +358,10 @@ class TrainStep:
 
     def _take_one(self, shardings: Any, state: TrainState, *batch: Any) -> Any:
         self._ranks.add(ranks(batch))
-        return advance(self._recipe, shardings, state, batch)
+        return self._advance(shardings, state, batch)
 
     def _take_many(self, shardings: Any, state: TrainState, *batches: Any) -> Any:
-        return advance_many(self._recipe, shardings, state, batches)
+        return advance_many(self._advance, shardings, state, batches)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the options, for pickle: compiled programs stay behind."""
@@ -484,17 +378,10 @@ class TrainStep:
         self._check_state(state)
         return self._programs[False, True].lower(self._shardings(state), state, *as_arrays(batch))
 
-    def _shardings(self, state: TrainState) -> tuple[Any, ...] | None:
-        """Return where gradients are to lie; None where XLA may choose."""
-        if not self.colocate_gradients:
-            return None
-        trained = self._recipe.trainable(state.outline).leaves
-        return tuple(getattr(leaf, "sharding", None) for leaf in trained)
-
     def _dispatch(self, many: bool, state: TrainState, batch: tuple[Any, ...]) -> Any:
         self._check_state(state)
-        if state.chain is not self.chain:  # so that the next state need not be compared
-            state = dataclasses.replace(state, chain=self.chain)
+        if state.chain is not self._form.chain:  # so that the next state need not be compared
+            state = dataclasses.replace(state, chain=self._form.chain)
         check_ready(state)
         kinds = set(map(type, flatten(batch)[0]))
         if any(map(is_foreign, kinds)):
@@ -509,15 +396,6 @@ class TrainStep:
         if not traced and not isinstance(new.packed_optimizer["step"], Tracer):
             vars(new)["is_traced"] = False  # so that the next call need not look at each leaf
         return new, metrics
-
-    @functools.cached_property
-    def _form(self) -> Form:
-        return Form(self.increment_step, (), self.shard_state is not None, self.chain)
-
-    @functools.cached_property
-    def _needed(self) -> tuple[str, ...]:
-        """What the loss takes of the state besides parameters."""
-        return tuple(name for name in ("model_state", "key") if self.loss.takes(name))
 
     def _check_state(self, state: Any) -> None:
         """Raise unless `state` is one of this step, or of one with equal options, and alive."""
@@ -534,3 +412,185 @@ class TrainStep:
                 "This state was donated: a step gives its memory to the state that it returns. "
                 "Use that one, as in `state, metrics = step(state, batch)`."
             )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrainStep(Step):
+    """A training step: `state, metrics = step(state, batch)`. `optimize_loss` makes it.
+
+    Attributes:
+      loss: the loss, a function of `(params, *batch)`.
+      chain: what happens to its gradients.
+      variables: patterns of the parameters to train; None for all.
+      update_ops: functions of the model state, or of it and the batch, run before the loss.
+      summaries: names of what to report.
+      name: prefix of the names of metrics; "" for none.
+      first_step: the global step before the first update.
+      increment_step: whether updates advance the global step.
+      colocate_gradients: whether to keep each gradient where its parameter is.
+      seed: of the random key, for losses that take one.
+      learning_rate: the rate that the optimizer was made with; None if it brings its own.
+      bucket: the most entries of a parameter that shares an array with others; None for none.
+      shard_state: the mesh axis over which slots are spread; None where they lie as parameters do.
+      rules: what some parameters have for themselves.
+
+    Example:
+      Half of the way to x, as the gradient is 2 (w - x):
+
+      >>> import optimize_loss as ol
+      >>> step = ol.optimize_loss(
+      ...     lambda p, x: (p["w"] - x) ** 2, learning_rate=0.25, optimizer="SGD")
+      >>> state, metrics = step(step.init({"w": 0.0}), 1.0)
+      >>> print(state.params["w"], metrics["loss"])
+      0.5 1.0
+    """
+
+    loss: Loss
+    chain: Chain
+    variables: tuple[Pattern, ...] | None
+    update_ops: tuple[Callable[..., Any], ...]
+    summaries: tuple[str, ...]
+    name: str
+    first_step: int
+    increment_step: bool
+    colocate_gradients: bool
+    seed: int
+    learning_rate: Any
+    bucket: int | None
+    shard_state: str | None = None
+    rules: Rules = NO_RULES
+
+    @asked_for()
+    def init(self, params: Any, *, model_state: Any = None, key: Any = None) -> TrainState:
+        """Return the state before the first step.
+
+        Args:
+          params: the parameters, a tree of arrays and numbers. They are copied, as a step takes
+            the memory of the state that it is given.
+          model_state: the first model state, for losses and update ops that take one.
+          key: a random key, for losses that take one; made from `seed` if not given.
+
+        Raises:
+          InvalidType: a leaf of `params` is no array and no number.
+          ValueError: a pattern matches no parameter; there is nothing to train; a parameter to
+            train is in the memory of the host; or `model_state` or `key` is missing or given in
+            vain.
+        """
+        if isinstance(params, TrainState):
+            raise InvalidType("`params` must be a tree of arrays. Received: a TrainState.")
+        register_with_flax()
+        params = copied(PARAMETER, params)
+        trainable, axis = self._checked(params), self.shard_state
+        try:
+            layout = self._layout(trainable)
+            packed, optimizer, layout = first_arrays(self.chain, axis, trainable, layout)
+        except ValueError as error:
+            if self.variables is not None:
+                error.add_note(f"Only these parameters are trained: {trainable.names}.")
+            raise
+        model_state = self._recipe.check_model_state(model_state)
+        state = TrainState(
+            packed_params=packed,
+            packed_optimizer=optimizer,
+            model_state=copied("`model_state` at", model_state),
+            key=first_key(self.loss.takes("key"), self.seed, key),
+            first_step=from_host(self.first_step, jnp.int32),
+            chain=self.chain,
+            increment_step=self.increment_step,
+            layout=layout,
+        )
+        state = placed_like(params, distinct(state))
+        placement = placement_of(state.packed) if axis else None
+        return dataclasses.replace(state, placement=placement)
+
+    @asked_for()
+    def explain(
+        self, params: Any, *, steps: int | None = None, model_state: Any = None
+    ) -> Explanation:
+        """Return what this step will do with each parameter, before anything is allocated.
+
+        Printed, it is a table: the rule of each parameter, its rate and decay at the first step,
+        the bytes of its state, and the array that it shares with others, or its sharding; then the
+        links in order, the bytes in all, and warnings of what looks like a mistake: parameters of
+        at most one axis that are decayed, 16-bit parameters that small updates do not move, a
+        schedule that begins at 0 or ends before the run, clipping behind the rule, and options
+        without effect.
+
+        Args:
+          params: as for `init`; `jax.ShapeDtypeStruct`s, too.
+          steps: of the run that is planned, at least 1; None if that is open.
+          model_state: as for `init`; it counts in `total_bytes`.
+
+        Raises:
+          InvalidType, ValueError: as `init`.
+
+        Example:
+          >>> import jax.numpy as jnp, optimize_loss as ol
+          >>> step = ol.optimize_loss(lambda p: p["w"].sum(), learning_rate=0.1,
+          ...                         rules={"w": dict(learning_rate_multiplier=0.5)})
+          >>> told = step.explain({"w": jnp.zeros((2, 3))})
+          >>> told.rows[0].rule, told.rows[0].multiplier, told.rows[0].state_bytes, told.warnings
+          ('w', 0.5, 48, ())
+        """
+        key = jax.random.key(0) if self.loss.takes("key") else None
+        rest = (np.int32(self.first_step), key, model_state)
+        return explain(self._setup(steps, self._layout, rest), params)
+
+    def _setup(self, steps: Any, layout: Callable[[Trainable], Layout | None], rest: Any) -> Setup:
+        return Setup(
+            chain=self.chain,
+            rules=self.rules,
+            trainable=self._recipe.trainable,
+            layout=layout,
+            horizon=check_horizon(self.first_step, steps, self.increment_step),
+            spread=self.shard_state,
+            rest=rest,
+        )
+
+    def _checked(self, params: Any) -> Trainable:
+        """Return which of these arrays are trained, if this step can train them."""
+        self.rules.check(params)
+        trainable = self._recipe.trainable(params)
+        check_on_device(trainable.names, trainable.leaves)
+        if self.shard_state:
+            check_on_mesh(self.shard_state, trainable.names, trainable.leaves)
+        return trainable
+
+    @property
+    def _prefixes(self) -> dict[str, str]:
+        return {self.name: ""}
+
+    def _advance(self, shardings: Any, state: TrainState, batch: Any) -> Any:
+        return advance(self._recipe, shardings, state, batch)
+
+    @functools.cached_property
+    def _recipe(self) -> Recipe:
+        return Recipe(
+            loss=self.loss,
+            chain=self.chain,
+            variables=self.variables,
+            rules=self.rules,
+            update_ops=self.update_ops,
+            summaries=self.summaries,
+            name=self.name,
+            learning_rate=self.learning_rate,
+        )
+
+    def _layout(self, trainable: Trainable) -> Layout | None:
+        return layout_of(self.chain, self.bucket, self.shard_state, trainable)
+
+    def _shardings(self, state: TrainState) -> tuple[Any, ...] | None:
+        """Return where gradients are to lie; None where XLA may choose."""
+        if not self.colocate_gradients:
+            return None
+        trained = self._recipe.trainable(state.outline).leaves
+        return tuple(getattr(leaf, "sharding", None) for leaf in trained)
+
+    @functools.cached_property
+    def _form(self) -> Form:
+        return Form(self.increment_step, (), self.shard_state is not None, self.chain)
+
+    @functools.cached_property
+    def _needed(self) -> tuple[str, ...]:
+        """What the loss takes of the state besides parameters."""
+        return tuple(name for name in ("model_state", "key") if self.loss.takes(name))

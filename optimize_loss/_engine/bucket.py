@@ -141,6 +141,16 @@ class Layout(Static):
         """Return the state of a chain with every slot packed as here, not in another layout."""
         return _map_slots(lambda packed: self.gather(unpacked(packed)), state)
 
+    def own_slots(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the state of a chain with of every slot, packed, what is trained."""
+        return _map_slots(self.only_trained, state)
+
+    def all_slots(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the state of a chain with None in every packed slot for what it does not have."""
+        members = dict(self.buckets)
+        none = {n: Bucket(None, members[n]) if n in members else None for n in self.trained}
+        return _map_slots(lambda packed: {**none, **packed}, state)
+
     def trains(self, names: Sequence[str]) -> bool:
         """Return whether it was made for a step that trains these parameters."""
         buckets = dict(self.buckets)

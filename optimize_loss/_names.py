@@ -4,6 +4,7 @@ A parameter's name is its path in the tree joined by `/`: `encoder/layer_0/kerne
 """
 
 import functools
+import itertools
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -210,21 +211,22 @@ def first_matches(
       ValueError: `variables` has a pattern that matches no parameter: 'haed/bias'. \
 Nearest names: 'head/bias', 'body/bias'.
     """
-    found = {pattern: matching(pattern, names) for pattern in patterns}
-    chosen = [next((p for p in found if found[p][i]), None) for i in range(len(names))]
-    for pattern in found:
-        if pattern in chosen:
-            continue
-        text = pattern_text(pattern)
-        if taken := [
-            name for name, found_it in zip(names, found[pattern], strict=True) if found_it
-        ]:
-            raise ValueError(
-                f"`{argument}` has a pattern that never decides: {text!r}. Earlier patterns "
-                f"match all its parameters: {', '.join(map(repr, taken[:3]))}."
-            )
-        raise _matches_nothing(argument, pattern, names)
+    patterns = tuple(dict.fromkeys(patterns))
+    chosen = [(*patterns, None)[i] for i in first_index(patterns, tuple(names))]
+    for pattern in patterns:
+        if pattern not in chosen:
+            raise _never_decides(argument, pattern, names)
     return chosen
+
+
+def _never_decides(argument: str, pattern: Pattern, names: Sequence[str]) -> ValueError:
+    taken = list(itertools.compress(names, matching(pattern, names)))
+    if not taken:
+        return _matches_nothing(argument, pattern, names)
+    return ValueError(
+        f"`{argument}` has a pattern that never decides: {pattern_text(pattern)!r}. Earlier "
+        f"patterns match all its parameters: {', '.join(map(repr, taken[:3]))}."
+    )
 
 
 @functools.lru_cache(maxsize=64)

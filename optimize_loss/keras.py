@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from optimize_loss._checks import NOT_NEGATIVE, InvalidType, Rule, received
-from optimize_loss._engine.link import overrides
+from optimize_loss._engine.kinds import Averaging
 from optimize_loss._engine.trees import distinct
 from optimize_loss._names import leaf_names
 from optimize_loss.optimizers import Optimizer, serialize
@@ -209,7 +209,7 @@ class KerasOptimizer(Shown, keras.optimizers.Optimizer):
 
     def finalize_variable_values(self, var_list: Iterable[keras.Variable]) -> None:
         """Put the averages that the optimizer keeps, if any, in the place of the parameters."""
-        if not any(overrides(link, "averaged") for link in links_of(self._chain).values()):
+        if not any(isinstance(link, Averaging) for link in links_of(self._chain).values()):
             return
         averages = self._chain.averaged(self._state(), self._params())
         wanted = {id(v) for v in var_list}

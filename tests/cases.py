@@ -1,4 +1,4 @@
-"""One row per transformation: what every law in `test_laws.py` runs over.
+"""One row per transformation: what every law in `links/test_laws.py` runs over.
 
 A new link gets a row here. What it cannot do is a column of its row.
 """
@@ -548,8 +548,8 @@ QUICKLY_COMPILED = "--xla_backend_optimization_level=0"
 
 
 def on_eight_devices(module: str, function: str, flags: str = QUICKLY_COMPILED) -> Any:
-    """Call a function of `tests` that returns JSON, in a process with eight CPU devices."""
-    code = f"from tests import conftest, {module} as tested; print(tested.{function}())"
+    """Call a function of a module that returns JSON, in a process with eight CPU devices."""
+    code = f"from tests import conftest; import {module} as tested; print(tested.{function}())"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=pathlib.Path(__file__).parent.parent,

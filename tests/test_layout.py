@@ -17,8 +17,8 @@ RECORDED = {
     "files in the root": 9,
     "folders in the root": 10,
     "files": 133,
-    "lines of code": 13125,
-    "lines of code of the core": 7770,
+    "lines of code": 13122,
+    "lines of code of the core": 7764,
     "lines of code of the longest file": 251,
     "import depth by file": 25,
     "import depth by room": 11,
@@ -26,8 +26,8 @@ RECORDED = {
     "rooms in circles": 0,
     "imports that point up": 0,
     "private imports across rooms": 43,
-    "functions of ten branches": 55,
-    "members of Link": 24,
+    "functions of ten branches": 50,
+    "members of Link": 21,
     "flags of Link": 6,
 }
 ROOT = pathlib.Path(__file__).parent.parent

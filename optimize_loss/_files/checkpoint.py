@@ -12,7 +12,6 @@ import jax
 import numpy as np
 
 from optimize_loss._checks import CheckpointMismatch, InvalidType, check_flags, nearest, received
-from optimize_loss._engine.link import number_rules
 from optimize_loss._engine.numbers import FOLLOW_SCHEDULE
 from optimize_loss._engine.selection import linked
 from optimize_loss._files.match import Rename, begun, renamed
@@ -275,16 +274,19 @@ class _Match:
 
 def _to_undo(chain: Chain, names: Sequence[str]) -> str:
     """Return the call that gives back what hyperparameters of these names were built with."""
-    links = {name: x for name, x in linked(dict(chain.links)) if isinstance(x, Link)}
-    declared = {name: {*x.numbers()} & {*number_rules(type(x))} for name, x in links.items()}
-    arguments = []
-    for name in names:
-        _, link, number = name.split("/", 2)
-        owners = [other for other, numbers in declared.items() if number in numbers]
-        arguments.append(number if owners == [link] else f"{link}/{number}")
-    if all(argument.isidentifier() for argument in arguments):
+    arguments = [_shortest(chain, *name.split("/", 2)[1:]) for name in names]
+    if all(map(str.isidentifier, arguments)):
         return f"state.set({', '.join(f'{argument}=None' for argument in arguments)})"
     return f"state.set(**{dict.fromkeys(arguments)})"
+
+
+def _shortest(chain: Chain, link: str, number: str) -> str:
+    """Return the name of a number for `state.set`: without its link, if that is enough."""
+    try:
+        is_enough = chain.find(number) == (link, number)
+    except ValueError:
+        is_enough = False
+    return number if is_enough else f"{link}/{number}"
 
 
 def _check_parameters(path: pathlib.Path, frame: Frame, found: Mapping[str, str]) -> None:

@@ -14,7 +14,7 @@ from optimize_loss._engine.bucket import Layout
 from optimize_loss._engine.chain import Chain
 from optimize_loss._engine.device import has_values
 from optimize_loss._engine.health import blamed
-from optimize_loss._engine.link import overrides
+from optimize_loss._engine.kinds import Averaging
 from optimize_loss._engine.plan import parts
 from optimize_loss._engine.reset import reset
 from optimize_loss._engine.sharding import Placement
@@ -57,7 +57,7 @@ def _averaging_slots(chain: Chain, state: dict[str, Any]) -> Iterator[Any]:
     """Yield the slots of the links that average, each a tree."""
     for name, _ in chain.links:
         link = chain.link(name)
-        if overrides(link, "averaged"):
+        if isinstance(link, Averaging):
             yield from parts(link, state[name]).slots.values()
 
 

@@ -43,9 +43,10 @@ class KerasOptimizer(Shown, keras.optimizers.Optimizer):
     that Keras has for them, `variable.path`, such as `sequential/dense/kernel`. The state is in
     Keras variables, so that weights are saved and loaded with it. `learning_rate` can be set at
     any time, by callbacks too, over a schedule or not; nothing is traced again. With a
-    `MultiOptimizer` each of `optimizers` has its own, which callbacks set; that of an optax
-    transformation is there, once built, if it is a number in `optax.inject_hyperparams`. At the end
-    of `fit` the model has the averages that the optimizer keeps, if any.
+    `MultiOptimizer`, or a chain in which several links have a rate, each of `optimizers` has its
+    own, which callbacks set; that of an optax transformation is there, once built, if it is a
+    number in `optax.inject_hyperparams`. At the end of `fit` the model has the averages that the
+    optimizer keeps, if any.
 
     The options of the optimizer show here as Keras' do, `use_ema`, `clipnorm`, `beta_1` and so on,
     and can be set until it is built. With `use_ema`, the average starts at the first new

@@ -21,7 +21,7 @@ from optimize_loss._engine.sharding import Placement
 from optimize_loss._names import Pattern, first_index, matching
 from optimize_loss._random import name_words
 from optimize_loss._state.train_state import TrainState
-from optimize_loss._step.advance import Recipe, advance
+from optimize_loss._step.advance import Recipe, advance, count_of
 
 Links = dict[str, Any]  # the state of each link, by name
 
@@ -197,9 +197,11 @@ class Part:
             model_state=state.model_state,
             key=self.key(state.key),
             first_step=state.step,
+            batches=state.batches,
             chain=self.recipe.chain,
             increment_step=False,
             layout=layout,
+            graph=state.graph,
         )
         if state.placement is None:
             return view
@@ -230,7 +232,8 @@ class Part:
             params = state.layout.only_trained(state.packed_params)
         else:
             params = self.recipe.trainable(state.packed_params).leaves
-        return Taken(params, state.links, state.model_state, metrics)
+        own = {tag: x for tag, x in metrics.items() if tag != f"{self.recipe.name}batches"}
+        return Taken(params, state.links, state.model_state, own)
 
     def with_trained(self, state: TrainState, trained: Any) -> Any:
         """Return the packed parameters of a state, with others in place of those it trains."""
@@ -287,8 +290,9 @@ def advance_parts(
     made = links["step"]
     moved = functools.reduce(jnp.logical_or, advanced)
     links = {**links, "step": jnp.where(moved, optax.safe_increment(made), made)}
-    new = now.with_links(links)
+    batches = count_of(state)
+    new = dataclasses.replace(now.with_links(links), batches=batches)
     if state.placement is not None:
         packed = state.placement.constrain(new.packed)
         new = dataclasses.replace(new, packed_params=packed[0], packed_optimizer=packed[1])
-    return new, metrics
+    return new, {**metrics, "batches": batches}

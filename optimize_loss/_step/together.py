@@ -22,6 +22,7 @@ from optimize_loss._report.explain import Explanation, explain
 from optimize_loss._report.lint import Row
 from optimize_loss._state.form import Form
 from optimize_loss._state.gradients import Trainable
+from optimize_loss._state.modules import Graph
 from optimize_loss._state.train_state import TrainState
 from optimize_loss._step.advance import first_key, kinds_of
 from optimize_loss._step.parts import Part, Turn, advance_parts
@@ -136,7 +137,8 @@ class JointStep(Step):
         """Return the state before the first step.
 
         Args:
-          params: the parameters of all losses, a tree of arrays and numbers. They are copied.
+          params: the parameters of all losses, a tree of arrays and numbers, or of modules of
+            flax nnx, as for `TrainStep.init`. They are copied.
           model_state: the first model state, which all losses that take one share.
           key: a random key, from which losses that take one have different ones; made from the
             `seed` of the first of these if not given.
@@ -149,6 +151,7 @@ class JointStep(Step):
         if isinstance(params, TrainState):
             raise InvalidType("`params` must be a tree of arrays. Received: a TrainState.")
         register_with_flax()
+        params, model_state, graph = self._parted(params, model_state)
         params = copied(PARAMETER, params)
         trainable = {name: step._checked(params) for name, step in self.steps.items()}
         self._check_owners(trainable)
@@ -162,12 +165,14 @@ class JointStep(Step):
         state = TrainState(
             packed_params=packed,
             packed_optimizer=optimizer,
-            model_state=copied("`model_state` at", self._check_model_state(model_state)),
+            model_state=copied("`model_state` at", model_state),
             key=first_key(bool(seeds), seeds[0] if seeds else 0, key),
             first_step=from_host(self._first.first_step, jnp.int32),
+            batches=from_host(0, jnp.int32),
             chain=self._form.chain,
             increment_step=self._form.increment_step,
             layout=layout,
+            graph=graph,
         )
         state = placed_like(params, distinct(state))
         placement = placement_of(state.packed) if self._form.spread else None
@@ -187,20 +192,19 @@ class JointStep(Step):
         Raises:
           InvalidType, ValueError: as `init`.
         """
-        found: dict[str, Explanation] = {}
-        layouts: list[Layout | None] = []
+        params, model_state, _ = self._first._recipe.parted(params, model_state)
 
-        def joint(_: Trainable) -> Layout | None:
-            if not layouts:
-                trainable = {n: x._recipe.trainable(_.params) for n, x in self.steps.items()}
-                self._check_owners(trainable)
-                layouts.append(self._layout(trainable))
-            return layouts[0]
+        def layout(mine: Trainable) -> Layout | None:
+            trainable = {n: x._recipe.trainable(mine.params) for n, x in self.steps.items()}
+            self._check_owners(trainable)
+            return self._layout(trainable)
 
-        for name, step in self.steps.items():
-            found[name] = explain(step._setup(steps, joint, ()), params)
+        found = {
+            name: explain(step._setup(steps, layout, ()), params)
+            for name, step in self.steps.items()
+        }
         takes_key = any(step.loss.takes("key") for step in self.steps.values())
-        rest = [np.int32(0), jax.random.key(0) if takes_key else None, model_state]
+        rest = [np.zeros(2, np.int32), jax.random.key(0) if takes_key else None, model_state]
         return _joined(found, sum(map(_bytes, jax.tree.leaves(rest))), 4 + 8 * len(self.every))
 
     @property
@@ -256,9 +260,14 @@ class JointStep(Step):
                         f"some of that, too: {both[:5]}. Write '**' if all are meant."
                     )
 
-    def _check_model_state(self, model_state: Any) -> Any:
-        takers = [s for s in self.steps.values() if s.loss.takes("model_state") or s.update_ops]
-        return (takers or [self._first])[0]._recipe.check_model_state(model_state)
+    def _parted(self, params: Any, model_state: Any) -> tuple[Any, Any, Graph | None]:
+        """Return the parameters, the first model state, and the structure of modules."""
+        steps = self.steps.values()
+        takers = [s for s in steps if s.loss.takes("model_state") or s.update_ops] or [self._first]
+        params, model_state, graph = takers[0]._recipe.parted(params, model_state)
+        if graph is None:
+            takers[0]._recipe.check_model_state(model_state)
+        return params, model_state, graph
 
     def _layout(self, trainable: Mapping[str, Trainable]) -> Layout | None:
         """Return how parameters that go through the same links of all steps share arrays."""

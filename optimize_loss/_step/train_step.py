@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -28,6 +28,7 @@ from optimize_loss._search.sweep import check_grid
 from optimize_loss._state.batches import as_arrays, check_stacked, is_foreign, ranks, refusal
 from optimize_loss._state.form import Form
 from optimize_loss._state.gradients import Trainable
+from optimize_loss._state.hook import Hook
 from optimize_loss._state.loss import Loss
 from optimize_loss._state.rules import NO_RULES, Rules
 from optimize_loss._state.skips import check_ready
@@ -139,7 +140,7 @@ class Step(abc.ABC):
         *,
         steps: int | None = None,
         steps_per_call: int = 1,
-        hooks: Mapping[int, Callable[[TrainState, dict[str, Any]], Any]] | None = None,
+        hooks: Iterable[Hook] = (),
         prefetch: int = 2,
         sharding: Any = None,
         progress: bool = False,
@@ -168,10 +169,11 @@ class Step(abc.ABC):
           steps_per_call: the most steps in one call of the device, at least 1. A call has fewer
             where a hook is due, where shapes change and at the end; each number of steps is
             compiled once.
-          hooks: {n: function of (state, metrics)}, called after every n steps of this run with
-            the metrics of these n. It returns None, or the state to go on with, such as
-            `state.set(learning_rate=1e-4)`. Its state is donated to the next step: copy what is
-            to be kept. Several that are due are called in this order.
+          hooks: a list of hooks, such as `ol.every(100, function)` or `ol.Checkpoints(folder,
+            every=100)`. Each is called with the state and the metrics since it was last called,
+            in this order where several are due. It returns None, or the state to go on with, such
+            as `state.set(learning_rate=1e-4)`, or raises `ol.StopRun` to end the run. Its state is
+            donated to the next step: keep `state.copy()`.
           prefetch: the most calls in flight, at least 1. Before one more, the loop waits for the
             metrics of the oldest.
           sharding: where the arrays of a batch go, a NamedSharding or a device: one for all, or a
@@ -465,13 +467,16 @@ class TrainStep(Step):
         """Return the state before the first step.
 
         Args:
-          params: the parameters, a tree of arrays and numbers. They are copied, as a step takes
-            the memory of the state that it is given.
+          params: the parameters, a tree of arrays and numbers; or a module of flax nnx, or a tree
+            of modules, for a loss of `(model, *batch)`: each `nnx.Param` of it is trained, and all
+            else is the model state, such as running statistics and streams of random numbers.
+            They are copied, as a step takes the memory of the state that it is given.
           model_state: the first model state, for losses and update ops that take one.
           key: a random key, for losses that take one; made from `seed` if not given.
 
         Raises:
-          InvalidType: a leaf of `params` is no array and no number.
+          InvalidType: a leaf of `params` is no array and no number; or is state, not a parameter,
+            such as running statistics.
           ValueError: a pattern matches no parameter; there is nothing to train; a parameter to
             train is in the memory of the host; or `model_state` or `key` is missing or given in
             vain.
@@ -479,6 +484,9 @@ class TrainStep(Step):
         if isinstance(params, TrainState):
             raise InvalidType("`params` must be a tree of arrays. Received: a TrainState.")
         register_with_flax()
+        params, model_state, graph = self._recipe.parted(params, model_state)
+        if graph is None:
+            self._recipe.check_model_state(model_state)
         params = copied(PARAMETER, params)
         trainable, axis = self._checked(params), self.shard_state
         try:
@@ -488,16 +496,17 @@ class TrainStep(Step):
             if self.variables is not None:
                 error.add_note(f"Only these parameters are trained: {trainable.names}.")
             raise
-        model_state = self._recipe.check_model_state(model_state)
         state = TrainState(
             packed_params=packed,
             packed_optimizer=optimizer,
             model_state=copied("`model_state` at", model_state),
             key=first_key(self.loss.takes("key"), self.seed, key),
             first_step=from_host(self.first_step, jnp.int32),
+            batches=from_host(0, jnp.int32),
             chain=self.chain,
             increment_step=self.increment_step,
             layout=layout,
+            graph=graph,
         )
         state = placed_like(params, distinct(state))
         placement = placement_of(state.packed) if axis else None
@@ -533,7 +542,8 @@ class TrainStep(Step):
           ('w', 0.5, 48, ())
         """
         key = jax.random.key(0) if self.loss.takes("key") else None
-        rest = (np.int32(self.first_step), key, model_state)
+        params, model_state, _ = self._recipe.parted(params, model_state)
+        rest = (np.int32(self.first_step), np.int32(0), key, model_state)
         return explain(self._setup(steps, self._layout, rest), params)
 
     def _setup(self, steps: Any, layout: Callable[[Trainable], Layout | None], rest: Any) -> Setup:

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from optimize_loss._checks import InvalidType, TreeMismatch
-from optimize_loss._engine.arrays import compute_dtype, is_narrow
+from optimize_loss._engine.arrays import compute_dtype
+from optimize_loss._engine.kinds import Averaging
 from optimize_loss._engine.link import Link, Numbers, Slots, overrides, passes
 from optimize_loss._engine.precision import Encoded
 from optimize_loss._engine.trees import Owner
@@ -62,7 +63,7 @@ def run_leaf(
     return moved.astype(leaf.param.dtype), None, new
 
 
-def averaged_leaf(link: Link, param: jax.Array, slots: Slots, state: Numbers) -> jax.Array:
+def averaged_leaf(link: Averaging, param: jax.Array, slots: Slots, state: Numbers) -> jax.Array:
     """Return one parameter as `link` averages it, in the parameter's dtype."""
     dtype = compute_dtype(param.dtype)
     slots = _widened(_opened(link, slots, param), dtype)
@@ -105,18 +106,14 @@ def _run_link(
         return update, {}
     slots = _opened(link, held, stored)
     wide = _widened(slots, param.dtype)
-    halves = not overrides(link, "leaf", "narrow_leaf")
-    if isinstance(held, Encoded) and held.codec.shows_stored and halves:
+    if isinstance(held, Encoded) and held.codec.shows_stored and not overrides(link, "leaf"):
         # The stored array is then one kernel of XLA, and the parameter another, which reads it. An
         # update of the unrounded slots would need the old array in both, and so a copy of it.
         new = _closed(held, slots, link.remember(update, wide, param, k))
         seen = _widened(held.codec.decoded(new), param.dtype)
         return _checked(link.direction(update, seen, param, k), param), new
-    if is_narrow(stored.dtype):
-        result = link.narrow_leaf(update, wide, param, k, stored.dtype)
-    else:
-        result = link.leaf(update, wide, param, k)
-    update, new = _pair(result)
+    k = {**k, "stored": stored} if link.needs == "stored_param" else k
+    update, new = _pair(link.leaf(update, wide, param, k))
     return _checked(update, param), _closed(held, slots, new)
 
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from optimize_loss._engine.arrays import compute_dtype
-from optimize_loss._engine.kinds import Opening
+from optimize_loss._engine.kinds import Averaging, Opening
 from optimize_loss._engine.leaf import Leaf, Wanted, averaged_leaf, for_all, run_leaf
-from optimize_loss._engine.link import State, overrides, passes
+from optimize_loss._engine.link import State, passes
 from optimize_loss._engine.plan import Place, Plan, Segment, parts
 from optimize_loss._engine.totals import Call, Prepared, Squares, Totals
 from optimize_loss._engine.trees import Params
@@ -216,7 +216,7 @@ def averaged(plan: Plan, state: State) -> list[Any]:
     """Return each parameter as the last link that averages it has it, or as it is."""
     leaves = list(plan.params.leaves)
     for place in plan.places:
-        if not overrides(place.link, "averaged"):
+        if not isinstance(place.link, Averaging):
             continue
         slots = plan.slots(place, state)
         for j, leaf in enumerate(plan.params.leaves):

@@ -49,7 +49,7 @@ def plain(
             changed, slots = link.run(own, slots, here, k)
             own = dict(changed)
             new[name] |= slots
-        ks = dict(zip(own, _each(link, [*own], k, state["step"]), strict=True))
+        ks = dict(zip(own, _each(link, [*own], k, state["step"], params), strict=True))
         if overrides(link, "before"):
             moved |= {n: moved[n] + link.before(here[n], ks[n]) for n in own}
             here |= {n: params[n] + moved[n] for n in own}
@@ -106,9 +106,11 @@ def _total(
             return loss
 
 
-def _each(link: Link, names: list[str], k: Numbers, step: Any) -> list[Numbers]:
+def _each(link: Link, names: list[str], k: Numbers, step: Any, params: Trees) -> list[Numbers]:
     """Return what a link needs for each parameter."""
     found: list[Numbers] = [{**k, **own} for own in link.for_each(names, k)]
+    if link.needs == "stored_param":
+        return [{**own, "stored": params[n]} for n, own in zip(names, found, strict=True)]
     if link.needs == "random_bits":
         draws = keys([Owner((n,), None) for n in names], "", k["seed"], step)
         found = [{**own, "draw": draw} for own, draw in zip(found, draws, strict=True)]

@@ -9,7 +9,7 @@ import jax
 
 from optimize_loss._checks import TreeMismatch
 from optimize_loss._engine.kinds import Gate
-from optimize_loss._engine.link import Link, State, TreeLink
+from optimize_loss._engine.link import Link, State, TreeLink, by_entry
 from optimize_loss._engine.precision import Codec, Encoded, keys
 from optimize_loss._engine.selection import ForParameters
 from optimize_loss._engine.trees import Owner, Params
@@ -120,12 +120,10 @@ class Plan:
 
         None where it must lie by itself.
         """
-        own = [place for place in self.places if place.takes[j]]
-        codecs = [place.codec(j) for place in self.places]
-        by_entry = all(place.link.elementwise for place in own)
-        if not by_entry or not all(codec is None or codec.by_entry for codec in codecs):
-            return None
-        return tuple(place.takes[j] for place in self.places), tuple(map(type, codecs))
+        own = [(i, x.link, x.codec(j)) for i, x in enumerate(self.places) if x.takes[j]]
+        if all(by_entry(type(x)) and (codec is None or codec.by_entry) for _, x, codec in own):
+            return tuple((i, type(codec)) for i, _, codec in own)
+        return None
 
     def slots(self, place: Place, state: State) -> dict[str, list[Any]]:
         """Return the slots of a link by name, for each of the parameters, live or not."""

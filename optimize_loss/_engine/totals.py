@@ -257,6 +257,7 @@ class Totals:
 TOTALS: dict[str | None, Callable[[Totals, int], Any]] = {
     None: lambda totals, place: None,
     "random_bits": lambda totals, place: None,
+    "stored_param": lambda totals, place: None,
     "global_norm": Totals.global_norm,
     "finite": Totals.finite,
     "health": Totals.health,

@@ -14,7 +14,7 @@ from optimize_loss._engine.bucket import Layout
 from optimize_loss._engine.chain import Chain
 from optimize_loss._engine.device import has_values
 from optimize_loss._engine.health import blamed
-from optimize_loss._engine.link import overrides
+from optimize_loss._engine.kinds import Averaging
 from optimize_loss._engine.plan import parts
 from optimize_loss._engine.reset import reset
 from optimize_loss._engine.sharding import Placement
@@ -28,6 +28,7 @@ from optimize_loss._names import (
     leaf_paths,
     same_leaves,
 )
+from optimize_loss._state.modules import Graph
 from optimize_loss._state.shown import arrays_text, as_shape, links_text, parameters_text, shown
 from optimize_loss.transforms._guard import guard_of
 
@@ -57,14 +58,14 @@ def _averaging_slots(chain: Chain, state: dict[str, Any]) -> Iterator[Any]:
     """Yield the slots of the links that average, each a tree."""
     for name, _ in chain.links:
         link = chain.link(name)
-        if overrides(link, "averaged"):
+        if isinstance(link, Averaging):
             yield from parts(link, state[name]).slots.values()
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["packed_params", "packed_optimizer", "model_state", "key", "first_step"],
-    meta_fields=["chain", "increment_step", "layout", "placement"],
+    meta_fields=["chain", "increment_step", "layout", "placement", "graph"],
 )
 @dataclasses.dataclass(frozen=True)
 class TrainState:
@@ -83,6 +84,7 @@ class TrainState:
       increment_step: whether updates advance the global step. Structure, not data.
       layout: how the parameters are packed; None where they are as the user has them.
       placement: where parameters and slots lie after a step; None where XLA may choose.
+      graph: how parameters and model state make up a module of flax nnx; None without one.
 
     Example:
       >>> import optimize_loss as ol
@@ -102,11 +104,28 @@ class TrainState:
     increment_step: bool
     layout: Layout | None = None
     placement: Placement | None = None
+    graph: Graph | None = None
 
     @functools.cached_property
     def params(self) -> Any:
         """The user's tree of parameters."""
         return self.packed_params if self.layout is None else self.layout.unpack(self.packed_params)
+
+    @property
+    def model(self) -> Any:
+        """The module of flax nnx that `init` was given, as it is now; its arrays are the state's.
+
+        A step takes their memory: copy it, or ask the next state for it.
+
+        Raises:
+          InvalidType: `init` was given no module.
+        """
+        if self.graph is None:
+            raise InvalidType(
+                "`model` is for a module of flax nnx that was given to `step.init(model)`. "
+                "Received: a state of parameters; they are `state.params`."
+            )
+        return self.graph.join(self.params, self.model_state)
 
     @property
     def outline(self) -> Any:

@@ -94,13 +94,16 @@ class TrainStep:
         """Return the state before the first step.
 
         Args:
-          params: the parameters, a tree of arrays and numbers. They are copied, as a step takes
-            the memory of the state that it is given.
+          params: the parameters, a tree of arrays and numbers; or a module of flax nnx, or a tree
+            of modules, for a loss of `(model, *batch)`: each `nnx.Param` of it is trained, and all
+            else is the model state, such as running statistics and streams of random numbers.
+            They are copied, as a step takes the memory of the state that it is given.
           model_state: the first model state, for losses and update ops that take one.
           key: a random key, for losses that take one; made from `seed` if not given.
 
         Raises:
-          InvalidType: a leaf of `params` is no array and no number.
+          InvalidType: a leaf of `params` is no array and no number; or is state, not a parameter,
+            such as running statistics.
           ValueError: a pattern matches no parameter; there is nothing to train; a parameter to
             train is in the memory of the host; or `model_state` or `key` is missing or given in
             vain.
@@ -108,6 +111,9 @@ class TrainStep:
         if isinstance(params, TrainState):
             raise InvalidType("`params` must be a tree of arrays. Received: a TrainState.")
         register_with_flax()
+        params, model_state, graph = self._recipe.parted(params, model_state)
+        if graph is None:
+            self._recipe.check_model_state(model_state)
         params = copied(PARAMETER, params)
         self.rules.check(params)
         trainable, axis = self._recipe.trainable(params), self.shard_state
@@ -121,7 +127,6 @@ class TrainStep:
             if self.variables is not None:
                 error.add_note(f"Only these parameters are trained: {trainable.names}.")
             raise
-        model_state = self._recipe.check_model_state(model_state)
         state = TrainState(
             packed_params=packed,
             packed_optimizer=optimizer,
@@ -131,6 +136,7 @@ class TrainStep:
             chain=self.chain,
             increment_step=self.increment_step,
             layout=layout,
+            graph=graph,
         )
         state = placed_like(params, distinct(state))
         placement = placement_of(state.packed) if axis else None
@@ -283,6 +289,7 @@ class TrainStep:
           ('w', 0.5, 48, ())
         """
         key = jax.random.key(0) if self.loss.takes("key") else None
+        params, model_state, _ = self._recipe.parted(params, model_state)
         return explain(
             Setup(
                 chain=self.chain,

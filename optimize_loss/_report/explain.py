@@ -321,14 +321,17 @@ def _of_link(link: Any, here: Sequence[str], first: int) -> Iterator[tuple[str, 
     if isinstance(link, ShrinkParams | AddWeightDecay):
         decay, spared = _at(link.weight_decay, first), any_matches("exclude", link.exclude, here)
         yield "weight_decay", {n: 0.0 if x else decay for n, x in zip(here, spared, strict=True)}
-    if key := _BY_RULE.get(type(link)):
+    if isinstance(link, MultiplySteps | MultiplyLayers | ShrinkByRule | AddDecayByRule):
         values = [_at_each(value, first) for value in link.values]
         of_rules = first_index(link.patterns, tuple(here))
-        yield key, {name: values[i] for name, i in zip(here, of_rules, strict=True)}
+        yield (
+            _OF_RULES[type(link)],
+            {name: values[i] for name, i in zip(here, of_rules, strict=True)},
+        )
 
 
 # What the numbers of these are in a row.
-_BY_RULE: dict[type, str] = {
+_OF_RULES: dict[type, str] = {
     MultiplySteps: "multiplier",
     MultiplyLayers: "multiplier",
     ShrinkByRule: "weight_decay",

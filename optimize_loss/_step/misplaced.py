@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 from optimize_loss import optimizers
-from optimize_loss._checks import InvalidType, nearest_option, received
+from optimize_loss._checks import InvalidType, likely, received
 from optimize_loss._state.rules import KEYS
 from optimize_loss._step.train_step import TrainStep
 
@@ -55,9 +55,11 @@ def _advice(wrong: str, known: list[str], optimizer: Any) -> str:
     """Return what to write in place of an argument that `optimize_loss` does not have."""
     options = _of_optimizers(optimizer)
     places = {**_of_rules(), **options, **_of_methods(), **dict.fromkeys(known, "")}
-    meant = _OTHER_NAMES.get(wrong, wrong)
+    meant: str | None = _OTHER_NAMES.get(wrong, wrong)
     if meant not in places:
-        meant = nearest_option(wrong, [*known, *options])
+        meant = likely(wrong, [*known, *options])
+    if meant is None:
+        return f"`optimize_loss` has no argument `{wrong}`, only {known}."
     question = "" if meant == wrong else f" Did you mean `{meant}`?"
     return f"`optimize_loss` has no argument `{wrong}`.{question}{places[meant]}"
 

@@ -30,12 +30,13 @@ def loss(params, x):
         ({"freeze": True}, "It is a key of a rule: `rules={pattern: dict(freeze=…)}`."),
         ({"model_state": {}}, "It is an argument of `step.init`. Received: model_state={}."),
         ({"hooks": {}}, "It is an argument of `step.run`."),
+        ({"zzz": 0}, "`, only ['loss', "),
     ],
 )
 def test_the_error_says_where_it_belongs(given, advice):
     with pytest.raises(ol.InvalidType) as caught:
         build(loss, **given)
-    assert str(caught.value).startswith(f"`optimize_loss` has no argument `{next(iter(given))}`.")
+    assert str(caught.value).startswith(f"`optimize_loss` has no argument `{next(iter(given))}`")
     assert advice in str(caught.value)
 
 

@@ -207,7 +207,9 @@ def _movers(chain: Chain, has_slots: dict[str, bool]) -> dict[str, bool]:
     found = {}
     for name, link in _linked(chain):
         ours = isinstance(link, Link)
-        looks = ours and (passes(link) or (isinstance(link, Averaging) and not _has_rate(link)))
+        looks = ours and (
+            passes(type(link)) or (isinstance(link, Averaging) and not _has_rate(link))
+        )
         if not looks and (has_slots[name] or _has_rate(link)):
             found[name] = has_slots[name]
     return found

@@ -193,7 +193,8 @@ def advance(
         extra |= for_line_searches(chain, trainable, loss_of, grads, scale)
     new = _updated(recipe, state, grads, extra)
     model_state = kept(_counts(chain, state, new, extra), state.model_state, aux.model_state)
-    new = dataclasses.replace(new, model_state=model_state)
+    batches = jnp.minimum(state.batches, jnp.iinfo(jnp.int32).max - 1) + 1
+    new = dataclasses.replace(new, model_state=model_state, batches=batches)
     return new, joined(_metrics(recipe, state, new, loss), aux.metrics, recipe.name)
 
 
@@ -272,7 +273,7 @@ def _counts(chain: Chain, state: TrainState, new: TrainState, extra: Values) -> 
 
 def _metrics(recipe: Recipe, state: TrainState, new: TrainState, loss: jax.Array) -> Values:
     """Return what the step and its links report."""
-    metrics: Values = {"loss": loss}
+    metrics: Values = {"loss": loss, "batches": new.batches}
     if "learning_rate" in recipe.summaries:
         metrics |= rates(recipe.chain, state.links, state.step, recipe.learning_rate)
     return metrics | read(recipe.chain, new.links, metrics)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -27,6 +27,7 @@ from optimize_loss._search.sweep import check_grid
 from optimize_loss._state.batches import as_arrays, check_stacked, is_foreign, ranks, refusal
 from optimize_loss._state.form import Form
 from optimize_loss._state.gradients import Trainable
+from optimize_loss._state.hook import Hook
 from optimize_loss._state.loss import Loss
 from optimize_loss._state.rules import NO_RULES, Rules
 from optimize_loss._state.skips import check_ready
@@ -133,6 +134,7 @@ class TrainStep:
             model_state=copied("`model_state` at", model_state),
             key=first_key(self.loss.takes("key"), self.seed, key),
             first_step=from_host(self.first_step, jnp.int32),
+            batches=from_host(0, jnp.int32),
             chain=self.chain,
             increment_step=self.increment_step,
             layout=layout,
@@ -197,7 +199,7 @@ class TrainStep:
         *,
         steps: int | None = None,
         steps_per_call: int = 1,
-        hooks: Mapping[int, Callable[[TrainState, dict[str, Any]], Any]] | None = None,
+        hooks: Iterable[Hook] = (),
         prefetch: int = 2,
         sharding: Any = None,
         progress: bool = False,
@@ -226,10 +228,11 @@ class TrainStep:
           steps_per_call: the most steps in one call of the device, at least 1. A call has fewer
             where a hook is due, where shapes change and at the end; each number of steps is
             compiled once.
-          hooks: {n: function of (state, metrics)}, called after every n steps of this run with
-            the metrics of these n. It returns None, or the state to go on with, such as
-            `state.set(learning_rate=1e-4)`. Its state is donated to the next step: copy what is
-            to be kept. Several that are due are called in this order.
+          hooks: a list of hooks, such as `ol.every(100, function)` or `ol.Checkpoints(folder,
+            every=100)`. Each is called with the state and the metrics since it was last called,
+            in this order where several are due. It returns None, or the state to go on with, such
+            as `state.set(learning_rate=1e-4)`, or raises `ol.StopRun` to end the run. Its state is
+            donated to the next step: keep `state.copy()`.
           prefetch: the most calls in flight, at least 1. Before one more, the loop waits for the
             metrics of the oldest.
           sharding: where the arrays of a batch go, a NamedSharding or a device: one for all, or a
@@ -298,7 +301,7 @@ class TrainStep:
                 layout=self._layout,
                 horizon=check_horizon(self.first_step, steps, self.increment_step),
                 spread=self.shard_state,
-                rest=(np.int32(self.first_step), key, model_state),
+                rest=(np.int32(self.first_step), np.int32(0), key, model_state),
             ),
             params,
         )

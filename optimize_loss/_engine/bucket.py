@@ -106,16 +106,12 @@ class Layout(Static):
 
     def join_numbers(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """Return the state of a chain with its numbers in few arrays."""
-        inside = {name for _, members in self.numbers for name in members.names}
-        joined: dict[str, Any] = {
-            link: {n: x for n, x in mine.items() if f"{link}/{n}" not in inside}
-            if isinstance(mine, dict)
-            else mine
-            for link, mine in state.items()
-        }
+        joined = dict(state)
         for key, members in self.numbers:
-            pairs = (name.split("/", 1) for name in members.names)
+            pairs = [name.split("/", 1) for name in members.names]
             joined[key] = members.join_on_device([state[link][number] for link, number in pairs])
+            for link, number in pairs:
+                joined[link] = {name: x for name, x in joined[link].items() if name != number}
         return joined
 
     def split_numbers(self, joined: Mapping[str, Any]) -> dict[str, Any]:

@@ -63,18 +63,25 @@ class Trained:
 
     def takes(self, names: Sequence[str], leaves: Sequence[Any]) -> list[bool]:
         """Return for each parameter whether it is meant."""
+        marks = self._are_trained(names)
+        if self.where is None:
+            return marks
+        pairs = zip(names, leaves, strict=True)
+        mine = [pair for pair, mark in zip(pairs, marks, strict=True) if mark]
+        meant = iter(_told(self.where, [n for n, _ in mine], [x for _, x in mine]))
+        return [mark and next(meant) for mark in marks]
+
+    def _are_trained(self, names: Sequence[str]) -> list[bool]:
         chosen = [True] * len(names) if self.variables is None else _any(self.variables, names)
+        frozen = (*self.frozen, False)
         index = first_index(self.patterns, tuple(names))
-        marks = [c and not (*self.frozen, False)[i] for c, i in zip(chosen, index, strict=True)]
-        mine = [i for i, mark in enumerate(marks) if mark]
-        if self.where is not None and mine:
-            meant = _told(self.where, [names[i] for i in mine], [leaves[i] for i in mine])
-            mine = [i for i, m in zip(mine, meant, strict=True) if m]
-        return [i in set(mine) for i in range(len(names))]
+        return [c and not frozen[i] for c, i in zip(chosen, index, strict=True)]
 
 
 def _told(where: Any, names: Sequence[str], leaves: Sequence[Any]) -> list[bool]:
     """Return for each parameter whether a link is for it; here a pattern need not match any."""
+    if not names:
+        return []
     return _any(where, names) if isinstance(where, tuple) else told(where, names, leaves)
 
 

@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,7 +28,8 @@ from optimize_loss._state.modules import Graph
 from optimize_loss._state.train_state import TrainState
 from optimize_loss._step.advance import first_key, kinds_of
 from optimize_loss._step.parts import Part, Turn, advance_parts
-from optimize_loss._step.train_step import Step, TrainStep
+from optimize_loss._step.step import Step
+from optimize_loss._step.train_step import TrainStep
 from optimize_loss.transforms import Chain
 
 
@@ -271,16 +274,15 @@ class JointStep(Step):
 
     def _layout(self, trainable: Mapping[str, Trainable]) -> Layout | None:
         """Return how parameters that go through the same links of all steps share arrays."""
-        bounds = [step.bucket for step in self.steps.values() if step.bucket is not None]
-        links = [link for step in self.steps.values() for _, link in linked(dict(step.chain.links))]
-        whole = [link for link in links if isinstance(link, TreeLink) or not isinstance(link, Link)]
-        if whole or len(bounds) < len(self.steps):  # they see the user's tree
+        bounds = [step.bucket for step in self.steps.values()]
+        sees_whole = any(_sees_the_tree(step.chain) for step in self.steps.values())
+        if sees_whole or None in bounds:
             return None
         each = [kinds_of(s.chain, s.shard_state, trainable[n]) for n, s in self.steps.items()]
         kinds = [None if None in own else own for own in zip(*each, strict=True)]
-        marks = [any(own) for own in zip(*(x.marks for x in trainable.values()), strict=True)]
+        marks = map(any, zip(*(x.marks for x in trainable.values()), strict=True))
         params = trainable[next(iter(trainable))].params
-        return find_layout(params, kinds, marks, min(bounds))
+        return find_layout(params, kinds, list(marks), min(bounds))
 
     def _first_links(
         self, packed: Any, layout: Layout | None, trainable: Mapping[str, Trainable]
@@ -300,22 +302,34 @@ class JointStep(Step):
         return links
 
 
+def _sees_the_tree(chain: Chain) -> bool:
+    """Return whether a link sees the user's tree, so that nothing in it may share an array."""
+    links = (link for _, link in linked(dict(chain.links)))
+    return any(isinstance(link, TreeLink) or not isinstance(link, Link) for link in links)
+
+
 def _joined(each: Mapping[str, Explanation], rest: int, counts: int) -> Explanation:
     """Return what several steps do, as one; with the bytes of all else, and of their counts."""
-    found = [*each.values()]
-    columns = zip(*([(name, row) for row in x.rows] for name, x in each.items()), strict=True)
+    first, *_ = found = [*each.values()]
+    columns = zip(*(_named(name, x.rows) for name, x in each.items()), strict=True)
     rows = tuple(map(_joined_row, columns))
+    links = (_named(name, x.links) for name, x in each.items())
+    warnings = (_named(name, x.warnings) for name, x in each.items())
     state_bytes = sum(x.state_bytes for x in found) + counts
     return Explanation(
         rows=rows,
-        links=tuple((f"{name}.{link}", text) for name, x in each.items() for link, text in x.links),
-        warnings=tuple(f"{name}: {text}" for name, x in each.items() for text in x.warnings),
-        parameters=found[0].parameters,
-        trained=sum(int(np.prod(row.shape)) for row in rows if row.trained),
-        param_bytes=found[0].param_bytes,
+        links=tuple((f"{n}.{link}", text) for n, (link, text) in itertools.chain(*links)),
+        warnings=tuple(f"{name}: {text}" for name, text in itertools.chain(*warnings)),
+        parameters=first.parameters,
+        trained=sum(math.prod(row.shape) for row in rows if row.trained),
+        param_bytes=first.param_bytes,
         state_bytes=state_bytes,
-        total_bytes=found[0].param_bytes + state_bytes + rest,
+        total_bytes=first.param_bytes + state_bytes + rest,
     )
+
+
+def _named(name: str, things: Iterable[Any]) -> list[tuple[str, Any]]:
+    return [(name, thing) for thing in things]
 
 
 def _joined_row(rows: Sequence[tuple[str, Row]]) -> Row:

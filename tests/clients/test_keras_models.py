@@ -325,11 +325,18 @@ def test_a_loss_scaled_twice_is_an_error():
         keras.optimizers.LossScaleOptimizer(inner).build(variables())
 
 
-@pytest.mark.parametrize("optimizer", [optax.adam(0.1), FIRST_STAYS["multi-optimizer"]])
-def test_without_one_rate_there_is_no_learning_rate(optimizer):
+WITHOUT_ONE_RATE = {
+    "optax": (optax.adam(0.1), "`optimizer` has no `learning_rate` that can be read and set"),
+    "many": (FIRST_STAYS["multi-optimizer"], "There is a `learning_rate` for each of"),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_ONE_RATE)
+def test_without_one_rate_there_is_no_learning_rate(name):
+    optimizer, message = WITHOUT_ONE_RATE[name]
     made: Any = KerasOptimizer(optimizer)
     assert not hasattr(made, "learning_rate")
-    with pytest.raises(AttributeError, match="One link must have a `learning_rate`"):
+    with pytest.raises(AttributeError, match=message):
         made.learning_rate = 0.1
 
 

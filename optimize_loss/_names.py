@@ -4,6 +4,7 @@ A parameter's name is its path in the tree joined by `/`: `encoder/layer_0/kerne
 """
 
 import functools
+import itertools
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -54,7 +55,7 @@ def leaf_parts(tree: Any) -> list[tuple[str, ...]]:
 def _paths(tree: Any) -> list[tuple[Any, ...]]:
     """Return the path of every leaf, up to the variable of flax nnx that it may be in."""
     try:
-        pairs = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_nnx_variable)
+        pairs = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_nnx)
     except (ValueError, TypeError):
         check_keys(tree)
         raise
@@ -98,11 +99,16 @@ def check_keys(tree: Any, path: str = "") -> None:
             check_keys(child, path + jax.tree_util.keystr(key))
 
 
-def _is_nnx_variable(node: Any) -> bool:
-    """Return whether `node` is a box of flax nnx, without importing flax."""
-    return any(
-        c.__name__ == "Variable" and c.__module__.startswith("flax.nnx") for c in type(node).__mro__
-    )
+def is_nnx(node: Any, *kinds: str) -> bool:
+    """Return whether `node` is a variable of flax nnx, of one of these kinds; needs no flax."""
+    mine = _nnx_classes(type(node))
+    return "Variable" in mine and (not kinds or not mine.isdisjoint(kinds))
+
+
+@functools.lru_cache(maxsize=1024)
+def _nnx_classes(kind: type) -> frozenset[str]:
+    """Return the names of the classes of flax nnx that a class is made of."""
+    return frozenset(c.__name__ for c in kind.__mro__ if c.__module__.startswith("flax.nnx"))
 
 
 def _name(path: tuple[Any, ...]) -> str:
@@ -210,21 +216,22 @@ def first_matches(
       ValueError: `variables` has a pattern that matches no parameter: 'haed/bias'. \
 Nearest names: 'head/bias', 'body/bias'.
     """
-    found = {pattern: matching(pattern, names) for pattern in patterns}
-    chosen = [next((p for p in found if found[p][i]), None) for i in range(len(names))]
-    for pattern in found:
-        if pattern in chosen:
-            continue
-        text = pattern_text(pattern)
-        if taken := [
-            name for name, found_it in zip(names, found[pattern], strict=True) if found_it
-        ]:
-            raise ValueError(
-                f"`{argument}` has a pattern that never decides: {text!r}. Earlier patterns "
-                f"match all its parameters: {', '.join(map(repr, taken[:3]))}."
-            )
-        raise _matches_nothing(argument, pattern, names)
+    patterns = tuple(dict.fromkeys(patterns))
+    chosen = [(*patterns, None)[i] for i in first_index(patterns, tuple(names))]
+    for pattern in patterns:
+        if pattern not in chosen:
+            raise _never_decides(argument, pattern, names)
     return chosen
+
+
+def _never_decides(argument: str, pattern: Pattern, names: Sequence[str]) -> ValueError:
+    taken = list(itertools.compress(names, matching(pattern, names)))
+    if not taken:
+        return _matches_nothing(argument, pattern, names)
+    return ValueError(
+        f"`{argument}` has a pattern that never decides: {pattern_text(pattern)!r}. Earlier "
+        f"patterns match all its parameters: {', '.join(map(repr, taken[:3]))}."
+    )
 
 
 @functools.lru_cache(maxsize=64)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from optimize_loss._checks import NOT_NEGATIVE, InvalidType, Rule, received
-from optimize_loss._engine.link import overrides
+from optimize_loss._engine.kinds import Averaging
 from optimize_loss._engine.trees import distinct
 from optimize_loss._names import leaf_names
 from optimize_loss.optimizers import Optimizer, serialize
@@ -43,9 +43,10 @@ class KerasOptimizer(Shown, keras.optimizers.Optimizer):
     that Keras has for them, `variable.path`, such as `sequential/dense/kernel`. The state is in
     Keras variables, so that weights are saved and loaded with it. `learning_rate` can be set at
     any time, by callbacks too, over a schedule or not; nothing is traced again. With a
-    `MultiOptimizer` each of `optimizers` has its own, which callbacks set; that of an optax
-    transformation is there, once built, if it is a number in `optax.inject_hyperparams`. At the end
-    of `fit` the model has the averages that the optimizer keeps, if any.
+    `MultiOptimizer`, or a chain in which several links have a rate, each of `optimizers` has its
+    own, which callbacks set; that of an optax transformation is there, once built, if it is a
+    number in `optax.inject_hyperparams`. At the end of `fit` the model has the averages that the
+    optimizer keeps, if any.
 
     The options of the optimizer show here as Keras' do, `use_ema`, `clipnorm`, `beta_1` and so on,
     and can be set until it is built. With `use_ema`, the average starts at the first new
@@ -129,20 +130,27 @@ class KerasOptimizer(Shown, keras.optimizers.Optimizer):
 
     def _make_boxes(self, state: Mapping[str, Any]) -> None:
         """Make a variable for each array of the state, but for those that Keras has made."""
-        boxes: dict[str, Any] = {"step": self._iterations}
-        rates = {f"{link}/learning_rate": box for link, box in self._rate_boxes.items()}
-        boxes |= {n: box for n, box in rates.items() if box is self._learning_rate}
         leaves, self._structure = jax.tree.flatten(state)
         named = dict(zip(leaf_names(state), leaves, strict=True))
-        for name in _ordered([n for n in named if n not in boxes], self._names):
-            if name in rates:  # one of several: it takes its place among the others
-                self._untrack_variable(rates[name])
-                self._track_variable(rates[name])
-            boxes[name] = rates[name] if name in rates else self._add(name, named[name])
+        rates = {f"{link}/learning_rate": box for link, box in self._rate_boxes.items()}
+        boxes: dict[str, Any] = {"step": self._iterations}
+        boxes |= {n: box for n, box in rates.items() if box is self._learning_rate}
+        for name in _ordered(list(named), self._names):
+            if name not in boxes:
+                is_rate = name in rates
+                boxes[name] = (
+                    self._put_last(rates[name]) if is_rate else self._add(name, named[name])
+                )
         self._boxes = [(boxes[name], x.dtype) for name, x in named.items()]
         self.__dict__["_named_boxes"] = boxes
         if not self._rates:
             self._take_injected_rate(named)
+
+    def _put_last(self, box: keras.Variable) -> keras.Variable:
+        """Return one of several rates, which takes its place among the other variables."""
+        self._untrack_variable(box)
+        self._track_variable(box)
+        return box
 
     def _take_injected_rate(self, state: Mapping[str, jax.Array]) -> None:
         """Let the rate of `optax.inject_hyperparams`, if it is a number, be the learning rate."""
@@ -209,7 +217,7 @@ class KerasOptimizer(Shown, keras.optimizers.Optimizer):
 
     def finalize_variable_values(self, var_list: Iterable[keras.Variable]) -> None:
         """Put the averages that the optimizer keeps, if any, in the place of the parameters."""
-        if not any(overrides(link, "averaged") for link in links_of(self._chain).values()):
+        if not any(isinstance(link, Averaging) for link in links_of(self._chain).values()):
             return
         averages = self._chain.averaged(self._state(), self._params())
         wanted = {id(v) for v in var_list}

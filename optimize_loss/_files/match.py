@@ -87,17 +87,24 @@ def _names_in(found: Mapping[str, Any], numbers: set[str], chain: Chain) -> dict
     """Return the name at the end of each key that has one."""
     names = _names_of(found)
     parameters = {name for key, name in names.items() if key.startswith("params/")}
-    of_links: dict[str, dict[str, Any]] = {}
-    for key, x in found.items():
-        kind, _, rest = key.partition("/")
-        link_name, _, slot = rest.partition("/")
-        if kind == "optimizer" and slot and key not in numbers:
-            of_links.setdefault(link_name, {})[key] = x
-    leafwise = {name for name, x in linked(dict(chain.links)) if _is_leafwise(x)}
-    for link_name, own in of_links.items():
-        owned = _of_slots(own) if link_name in leafwise else _of_whole(own, parameters)
-        names |= {key: name for key, name in owned if name in parameters}
+    links = dict(linked(dict(chain.links)))
+    for link_name, keys in _by_link(key for key in found if key not in numbers).items():
+        if _is_leafwise(links.get(link_name)):
+            owned = _of_slots(keys, parameters)
+        else:
+            owned = _of_whole({key: found[key] for key in keys}, parameters)
+        names |= dict(owned)
     return names
+
+
+def _by_link(keys: Iterable[str]) -> dict[str, list[str]]:
+    """Return the keys `optimizer/<link>/…` by link."""
+    found: dict[str, list[str]] = {}
+    for key in keys:
+        kind, link_name, rest = (*key.split("/", 2), "", "")[:3]
+        if kind == "optimizer" and rest:
+            found.setdefault(link_name, []).append(key)
+    return found
 
 
 def _numbers(chain: Chain) -> set[str]:
@@ -110,9 +117,10 @@ def _is_leafwise(link: Any) -> bool:
     return isinstance(link, Link) and not isinstance(link, TreeLink)
 
 
-def _of_slots(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield what stands behind `optimizer/<link>/<slot>/`, with the key."""
-    return ((key, parts[3]) for key in found if len(parts := key.split("/", 3)) == 4)
+def _of_slots(keys: Iterable[str], parameters: set[str]) -> Iterator[tuple[str, str]]:
+    """Yield the parameter that stands behind `optimizer/<link>/<slot>/`, with the key."""
+    pairs = ((key, key.split("/", 3)[3:]) for key in keys)
+    return ((key, name) for key, names in pairs for name in names if name in parameters)
 
 
 def _of_whole(found: Mapping[str, Any], parameters: set[str]) -> Iterator[tuple[str, str]]:
@@ -123,28 +131,34 @@ def _of_whole(found: Mapping[str, Any], parameters: set[str]) -> Iterator[tuple[
 
 
 def _new_names(names: Sequence[str], wanted: set[str], rename: Rename) -> dict[str, str]:
-    if not isinstance(rename, Mapping):
-        new = {name: rename(name) for name in names}
-        if strange := [x for x in new.values() if not isinstance(x, str)]:
-            raise InvalidType(f"`rename` must return a text. Received: {strange[0]!r}.")
-        if all(name == other for name, other in new.items()):
-            raise ValueError(f"`rename` must change a name. {received('rename', rename)}")
-        return new
-    chosen = {name: next((old for old in rename if _fits(old, name)), None) for name in names}
-    new = {n: n if old is None else rename[old] + n[len(old) :] for n, old in chosen.items()}
-    for old in rename:
-        became = [new[name] for name in names if chosen[name] == old]
+    if isinstance(rename, Mapping):
+        return _by_table(names, wanted, rename)
+    new = {name: rename(name) for name in names}
+    if strange := [x for x in new.values() if not isinstance(x, str)]:
+        raise InvalidType(f"`rename` must return a text. Received: {strange[0]!r}.")
+    if all(name == other for name, other in new.items()):
+        raise ValueError(f"`rename` must change a name. {received('rename', rename)}")
+    return new
+
+
+def _by_table(names: Sequence[str], wanted: set[str], rename: Mapping[str, str]) -> dict[str, str]:
+    """Return the new names by the first entry that fits each; all entries must have an effect."""
+    new: dict[str, str] = {}
+    for old, other in rename.items():
+        became = {n: other + n[len(old) :] for n in names if n not in new and _fits(old, n)}
         if not became:
             raise ValueError(
                 f"`rename` must name what is in the file. Received: {old!r}. "
                 f"Nearest: {nearest(old, names)}."
             )
-        if wanted.isdisjoint(became):
+        if wanted.isdisjoint(became.values()):
+            first = next(iter(became.values()))
             raise ValueError(
-                f"`rename` must give names that `like` has. Received: {became[0]!r}, for {old!r}. "
-                f"Nearest: {nearest(became[0], wanted)}."
+                f"`rename` must give names that `like` has. Received: {first!r}, for {old!r}. "
+                f"Nearest: {nearest(first, wanted)}."
             )
-    return new
+        new |= became
+    return {name: name for name in names} | new
 
 
 def _fits(old: str, name: str) -> bool:
@@ -162,15 +176,9 @@ def begun(state: TrainState, frame: Frame, names: Sequence[str]) -> Iterator[tup
       frame: the parameters.
       names: of the leaves wanted, as in `frame.outline`.
     """
-    by_link: dict[str, list[str]] = {}
-    for name in names:
-        kind, _, rest = name.partition("/")
-        link_name, _, slot = rest.partition("/")
-        if kind == "optimizer" and slot:
-            by_link.setdefault(link_name, []).append(name)
-    for link_name, own in by_link.items():
+    for link_name, own in _by_link(names).items():
         link = state.chain.link(link_name)
-        if isinstance(link, Link) and not isinstance(link, TreeLink):
+        if _is_leafwise(link):
             yield from _of_link(link, frame, own)
         else:
             yield from _of_tree(link_name, link, state, frame, own)

@@ -272,18 +272,23 @@ def _entry(
     """
     stored = _NAMES[raw["dtype"]]
     told = dtypes.get(name, stored)
-    if told != stored and _STORED_AS[told] != stored:
+    if _STORED_AS.get(told, told) != stored:
         raise ValueError(f"{name!r} has two dtypes")
-    pairs = np.dtype(told).kind == "c"
+    pairs = (2,) if np.dtype(told).kind == "c" else ()
     shape, (begin, end) = tuple(raw["shape"]), raw["data_offsets"]
-    if len(shape) - pairs > 64:  # numpy's most
+    axes = len(shape) - len(pairs)
+    if axes > 64:  # numpy's most
         raise ValueError(f"{name!r} has {len(shape)} axes")
+    _check_extent(name, shape, np.dtype(stored).itemsize, begin, end)
+    if shape[axes:] != pairs:
+        raise ValueError(f"{name!r} has no pairs")
+    return Entry(np.dtype(told), shape[:axes], begin, end, digests[name])
+
+
+def _check_extent(name: str, shape: tuple[Any, ...], size: int, begin: Any, end: Any) -> None:
+    """Raise unless an array of this shape, of entries of this size, fills these bytes."""
     if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
         raise ValueError(f"{name!r} has a shape or offsets that cannot be")
-    size = np.dtype(stored).itemsize
-    if math.prod(shape) * size != end - begin or math.prod(n or 1 for n in shape) * size >= 2**63:
+    fits = math.prod(shape) * size == end - begin
+    if not fits or math.prod(n or 1 for n in shape) * size >= 2**63:
         raise ValueError(f"{name!r} has a shape that does not fit its offsets")
-    if pairs and shape[-1:] != (2,):
-        raise ValueError(f"{name!r} has no pairs")
-    shape = shape[:-1] if pairs else shape
-    return Entry(np.dtype(told), shape, begin, end, digests[name])

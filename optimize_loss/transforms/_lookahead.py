@@ -5,11 +5,12 @@ import dataclasses
 import jax.numpy as jnp
 
 from optimize_loss._engine.arrays import copy, is_narrow, stored_as
-from optimize_loss._engine.link import Count, Fraction, Link
+from optimize_loss._engine.kinds import Averaging
+from optimize_loss._engine.link import Count, Fraction
 
 
 @dataclasses.dataclass(frozen=True)
-class Lookahead(Link):
+class Lookahead(Averaging):
     """Go back, every few updates, to a point between where they began and where they led.
 
         φ ← φ + slow_rate · (p - φ)  and  p ← φ,   in every `every`-th update,  p after the update

@@ -174,9 +174,13 @@ class Program:
 
 
 def is_kernel(one: Instruction) -> bool:
-    """Return whether an instruction is started by itself, and is no copy beside kernels."""
+    """Return whether an instruction is started by itself, and is no copy beside kernels.
+
+    On a TPU, single numbers are computed by its scalar unit. Its arrays have tiles, T.
+    """
     inside = one.op in ("while", "conditional", "call", "async-start", "copy-start", "slice-start")
-    return not inside and one.op not in _FREE and not one.op.endswith("-done")
+    is_scalar = ":T(" in one.kind and not one.cycles and bytes_of(one.kind) <= 64
+    return not (inside or is_scalar or one.op in _FREE or one.op.endswith("-done"))
 
 
 def _result(one: Instruction) -> str:

@@ -47,6 +47,23 @@ class NonFiniteError(FloatingPointError):
     state: Any = None
 
 
+class StopRun(Exception):
+    """Raised by a hook to end `TrainStep.run`, which returns the state and the metrics so far.
+
+    The other hooks of this batch are called, and those of the end.
+
+    Example:
+      >>> import optimize_loss as ol
+      >>> def stop(state, metrics):
+      ...     if metrics["loss"][-1] < 8:
+      ...         raise ol.StopRun("The loss is below 8.")
+      >>> step = ol.optimize_loss(lambda p, x: p["w"] * x, learning_rate=1.0, optimizer="SGD")
+      >>> state, metrics = step.run(step.init({"w": 9.0}), [1.0] * 5, hooks=[ol.every(1, stop)])
+      >>> print(metrics["loss"])
+      [9. 8. 7.]
+    """
+
+
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """What a hyperparameter must satisfy, and how it is kept in the state.
@@ -274,7 +291,12 @@ def meant(wrong: str, known: Iterable[str]) -> str:
       >>> meant("wd", ["learning_rate", "weight_decay"])
       ' Did you mean `weight_decay`?'
     """
+    found = likely(wrong, known)
+    return "" if found is None else f" Did you mean `{found}`?"
+
+
+def likely(wrong: str, known: Iterable[str]) -> str | None:
+    """Return the name that is like a wrong one, or has its letters as initials; None for none."""
     known = list(known)
     initials = {"".join(part[:1] for part in name.split("_")): name for name in known}
-    found = [initials[wrong]] if wrong in initials else _close(wrong, known, 1)
-    return f" Did you mean `{found[0]}`?" if found else ""
+    return initials.get(wrong) or next(iter(_close(wrong, known, 1)), None)

@@ -17,10 +17,10 @@ from optimize_loss._state.train_state import TrainState
 def to_state_dict(state: TrainState) -> dict[str, Any]:
     """Return a state as nested dicts of arrays by name, whatever shares an array inside of it.
 
-    The keys are `params`, `optimizer`, `model_state`, `key` and `first_step`; below them, those of
-    the user's trees. Of typed random keys the dict has the data, under the name of their kind.
-    Orbax and other tools that save trees of arrays can keep it. What they give back is readable,
-    and `from_state_dict` makes a state of it.
+    The keys are `params`, `optimizer`, `model_state`, `key`, `first_step` and `batches`; below
+    them, those of the user's trees. Of typed random keys the dict has the data, under the name of
+    their kind. Orbax and other tools that save trees of arrays can keep it. What they give back is
+    readable, and `from_state_dict` makes a state of it.
 
     Args:
       state: what `TrainStep.init` or a step returned; of shapes, too, as `jax.eval_shape` makes
@@ -89,6 +89,7 @@ def from_state_dict(like: TrainState, tree: Mapping[str, Any]) -> TrainState:
     frame = Frame(check_state("like", like))
     wanted = {_key_in_tree(name, leaf): name for name, leaf in frame.outline.items()}
     found = dict(zip(leaf_names(tree), jax.tree.leaves(tree), strict=True))
+    found.setdefault("batches", found.get("optimizer/step"))  # an older one counts updates alone
     _check_names(set(wanted), set(found))
     for key, name in wanted.items():
         _check_kind(name, frame.outline[name], found[key])
@@ -104,7 +105,11 @@ def _check_names(wanted: set[str], found: set[str]) -> None:
     if wanted != found:
         pairs = (("`like`", sorted(wanted - found)), ("`tree`", sorted(found - wanted)))
         only = [f"Only in {where}: {names[:10]}." for where, names in pairs if names]
-        raise CheckpointMismatch(f"`tree` must have the leaves of `like`. {' '.join(only)}")
+        raise CheckpointMismatch(
+            f"`tree` must have the leaves of `like`. {' '.join(only)} Make `like` with a step that "
+            "has the options and parameters of the one that made `tree`. For a state whose links "
+            "have changed since, use `ol.save` and `ol.restore`, which match what has a place."
+        )
 
 
 def _check_kind(name: str, like: Any, leaf: Any) -> None:
@@ -114,7 +119,8 @@ def _check_kind(name: str, like: Any, leaf: Any) -> None:
     if came != (like.shape, like.dtype):
         raise CheckpointMismatch(
             f"`tree` must have at {name!r} shape {like.shape} and dtype {like.dtype}: nothing is "
-            f"cast. Received: shape {came[0]}, dtype {came[1]}."
+            f"cast. Received: shape {came[0]}, dtype {came[1]}. Make `like` with parameters and a "
+            "`precision` as they were, or cast the array in `tree`."
         )
 
 

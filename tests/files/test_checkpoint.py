@@ -16,8 +16,8 @@ import pytest
 import safetensors.numpy
 
 from optimize_loss import optimizers as optim
-from optimize_loss._files.named import on_host
-from optimize_loss._files.safetensors import FORMAT
+from optimize_loss._files.named import is_key, key_kind, on_host, outline
+from optimize_loss._files.safetensors import FORMAT, write
 from tests.cases import SubtractMean, on_eight_devices, random_like
 from tests.files.saved import (
     LION,
@@ -254,8 +254,23 @@ def test_the_keys_of_a_file_are_names(path):
     wanted = [f"params/{name}" for name in of_model]
     wanted += [f"optimizer/adam/{slot}/{name}" for slot in ("m", "v") for name in of_model]
     wanted += [f"optimizer/adam/{name}" for name in ("beta_1", "beta_2", "epsilon")]
-    wanted += ["optimizer/rate/learning_rate", "optimizer/step", "first_step"]
+    wanted += ["optimizer/rate/learning_rate", "optimizer/step", "first_step", "batches"]
     assert sorted(names) == sorted([*wanted, "optimizer/gradient_norm/norm"])
+
+
+def test_an_older_file_has_as_many_batches_as_updates(path):
+    step = built(links())
+    state, _ = step.many(step.init(params()), X[:5])
+    leaves = on_host(state)
+    kinds = {name: key_kind(x) for name, x in outline(state).items() if is_key(x)}
+    del leaves["batches"]
+    write(path, leaves, {"keys": json.dumps(kinds), "versions": "{}"})
+    again, report = ol.restore(path, step.init(params(1)), strict=True)
+    assert "batches" in report.matched
+    assert_equal(again, state)
+    older = ol.to_state_dict(state)
+    del older["batches"]
+    assert_equal(ol.from_state_dict(step.init(params(1)), older), state)
 
 
 def test_a_sweep_of_states_comes_back(path):
@@ -305,7 +320,7 @@ def test_a_thousand_leaves(path):
     state = step.init(tree)
     ol.save(path, state)
     again, report = ol.restore(path, step.init(jax.tree.map(jnp.zeros_like, tree)), strict=True)
-    assert len(report.matched) == 3007
+    assert len(report.matched) == 3008
     assert_equal(again, state)
 
 

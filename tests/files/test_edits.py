@@ -141,7 +141,7 @@ def test_layouts_do_not_matter_for_what_follows(path, before, after):
     again, _ = ol.restore(path, second.init(params(1)), strict=True)
     assert again.layout is None if after is None else again.layout is not None
     straight = second.init(params()).with_trees(state.params, state.optimizer)
-    straight = dataclasses.replace(straight, key=state.key)
+    straight = dataclasses.replace(straight, key=state.key, batches=state.batches)
     assert_equal(again, straight)
     assert_equal(second.many(again, X[:5])[0], second.many(straight, X[:5])[0])
 

@@ -208,7 +208,7 @@ def test_strict_lists_what_differs_with_the_nearest_names(path):
     assert "Only in `like`: 'params/kernal' (nearest: 'params/kernel')" in str(error.value)
     assert "Only in the file: 'params/kernel' (nearest: 'params/kernal')" in str(error.value)
     _, report = ol.restore(path, like)
-    assert str(report).splitlines()[0] == "5 matched, 1 new, 1 unused"
+    assert str(report).splitlines()[0] == "6 matched, 1 new, 1 unused"
     assert report.new == ("params/kernal",)
 
 

@@ -153,7 +153,7 @@ def test_an_asynchronous_save_has_the_state_as_it_was(tmp_path):
 
 def test_the_dict_can_be_read():
     tree = ol.to_state_dict(rich()[1])
-    assert sorted(tree) == ["first_step", "key", "model_state", "optimizer", "params"]
+    assert sorted(tree) == ["batches", "first_step", "key", "model_state", "optimizer", "params"]
     assert tree["params"]["a/b"].shape == (3,)
     assert tree["params"]["c"]["d"]["1"].shape == (LARGE,)
     assert tree["optimizer"]["adam"]["m"]["c"]["d"]["0"].shape == (2, 2)
@@ -216,6 +216,7 @@ def test_a_dict_of_another_state_is_refused(name):
     with pytest.raises(ol.CheckpointMismatch) as caught:
         ol.from_state_dict(LIKE, tree)
     assert words in str(caught.value)
+    assert "Make `like` with" in str(caught.value)
 
 
 def test_wrong_kinds_are_refused():

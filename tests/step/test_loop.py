@@ -225,7 +225,9 @@ def test_long_runs_are_joined_on_the_way(monkeypatch):
     _, metrics = step.run(
         start(step, 0.0),
         map(float, range(23)),
-        hooks={5: lambda state, seen: sums.append(seen["global_norm/gradient_norm"].tolist())},
+        hooks=[
+            ol.every(5, lambda state, seen: sums.append(seen["global_norm/gradient_norm"].tolist()))
+        ],
     )
     np.testing.assert_array_equal(metrics["global_norm/gradient_norm"], np.arange(23.0))
     assert sums == [[*range(i, i + 5)] for i in range(0, 20, 5)]
@@ -243,33 +245,96 @@ def test_hooks_are_called_after_every_n_steps(steps_per_call):
         return called
 
     batches = [float(i) for i in range(1, 8)]
-    hooks = {np.int64(3): hook("a"), 2: hook("b"), 6: hook("c")}
+    hooks = [
+        ol.every(np.int64(3), hook("a")),
+        ol.every(2, hook("b")),
+        ol.every(6, hook("c")),
+        ol.every(2, hook("d"), at_end=True),
+    ]
     step.run(start(step), batches, hooks=hooks, steps_per_call=steps_per_call)
     assert seen == [
         ("b", 2, [1, 2]),
+        ("d", 2, [1, 2]),
         ("a", 3, [1, 2, 3]),
         ("b", 4, [3, 4]),
+        ("d", 4, [3, 4]),
         ("a", 6, [4, 5, 6]),
         ("b", 6, [5, 6]),
         ("c", 6, [1, 2, 3, 4, 5, 6]),
+        ("d", 6, [5, 6]),
+        ("d", 7, [7]),
     ]
 
 
 @pytest.mark.parametrize("steps_per_call", [1, 3])
-def test_hooks_count_the_steps_of_this_run(steps_per_call):
+def test_a_run_that_continues_calls_hooks_where_the_first_one_would_have(steps_per_call):
     step, seen = linear(), []
     state, _ = step.run(start(step), [1.0])
-    hooks = {2: lambda state, metrics: seen.append(int(state.step))}
-    step.run(state, [1.0] * 4, hooks=hooks, steps_per_call=steps_per_call)
-    assert seen == [3, 5]
+    hook = ol.every(2, lambda state, metrics: seen.append(metrics["batches"].tolist()))
+    step.run(state, [1.0] * 4, hooks=[hook], steps_per_call=steps_per_call)
+    assert seen == [[2], [3, 4]]
+
+
+def test_hooks_go_by_batches_where_these_make_no_update():
+    step, seen = linear(accumulate=4, skip="nonfinite"), []
+    batches = [1.0, np.nan, 1.0, 1.0, 1.0, 1.0, np.nan]
+    hook = ol.every(3, lambda state, m: seen.append((int(state.batches), int(state.step))))
+    state, metrics = step.run(start(step), batches, hooks=[hook], steps_per_call=2)
+    assert seen == [(3, 0), (6, 1)]
+    assert (state.batches, state.step) == (7, 1)
+    assert metrics["batches"].tolist() == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_hook_that_sets_the_batches_is_due_by_the_new_count():
+    step, seen = linear(), []
+
+    def again(state, metrics):
+        seen.append(int(state.batches))
+        return state.set(batches=0) if len(seen) == 1 else None
+
+    state, _ = step.run(start(step), [1.0] * 7, hooks=[ol.every(3, again)])
+    assert (seen, state.batches) == ([3, 3], 4)
+
+
+@pytest.mark.parametrize("steps_per_call", [1, 4])
+def test_a_hook_may_stop_the_run(steps_per_call):
+    def stop(state, metrics):
+        if state.batches == 4:
+            raise ol.StopRun("enough")
+
+    step, seen, batches = linear(), [], Counted([1.0] * 9)
+    others = [
+        ol.every(n, lambda state, metrics: seen.append(len(metrics["loss"])), at_end=end)
+        for n, end in ((2, False), (3, True), (3, False))
+    ]
+    state, metrics = step.run(
+        start(step),
+        batches,
+        steps=9,
+        steps_per_call=steps_per_call,
+        hooks=[ol.every(2, stop), *others],
+    )
+    assert (state.params["w"], len(metrics["loss"]), batches.pulled) == (96, 4, 4)
+    assert seen == [2, 3, 3, 2, 1]  # also those of the same batch, and of the end
+    state, _ = step.run(state, batches, steps=5)
+    assert state.params["w"] == 91
+
+
+def test_a_copy_is_not_donated():
+    step, kept = linear(), []
+    keep = ol.every(2, lambda state, metrics: kept.append(state.copy()))
+    state, _ = step.run(start(step), [1.0] * 4, hooks=[keep])
+    assert [float(old.params["w"]) for old in kept] == [98, 96]
+    state, _ = step.run(kept[0], [1.0])
+    assert (state.params["w"], state.batches) == (97, 3)
+    assert bits(kept[1].copy()) == bits(kept[1])
 
 
 def test_a_hook_may_give_another_state():
     step = linear()
-    hooks = {
-        2: lambda state, metrics: state.set(learning_rate=0.5 * metrics["learning_rate"][-1]),
-        4: lambda state, metrics: state.with_trees({"w": state.params["w"] + 1000.0}),
-    }
+    halve = lambda state, m: state.set(learning_rate=0.5 * m["learning_rate"][-1])
+    move = lambda state, metrics: state.with_trees({"w": state.params["w"] + 1000.0})
+    hooks = [ol.every(2, halve), ol.every(4, move)]
     state, metrics = step.run(start(step), [1.0] * 5, hooks=hooks, steps_per_call=3)
     assert metrics["learning_rate"].tolist() == [1, 1, 0.5, 0.5, 0.25]
     assert state.params["w"] == 100 - 1 - 1 - 0.5 - 0.5 + 1000 - 0.25
@@ -286,7 +351,8 @@ def test_nothing_is_traced_again_by_a_second_run():
     batches = [np.ones(2, np.float32)] * 7
     state, _ = step.run(start(step), batches, steps_per_call=3)
     assert len(traced) == 2  # of one step, and of three
-    state, _ = step.run(state, batches, steps_per_call=3, hooks={3: lambda state, metrics: None})
+    hooks = [ol.every(3, lambda state, metrics: None)]
+    state, _ = step.run(state.set(batches=0), batches, steps_per_call=3, hooks=hooks)
     state, _ = step.run(state, batches)
     step(state, batches[0])
     assert len(traced) == 2
@@ -360,7 +426,10 @@ def test_batches_are_pulled_while_the_device_computes(traffic):
 
     step = linear()
     step.run(
-        start(step), batches(), prefetch=1, hooks={2: lambda *_: traffic.events.append("hook")}
+        start(step),
+        batches(),
+        prefetch=1,
+        hooks=[ol.every(2, lambda *_: traffic.events.append("hook"))],
     )
     assert traffic.events == [
         *("pull", "call", "pull", "fetch", "call", "fetch", "hook"),
@@ -374,14 +443,19 @@ def test_no_batch_is_lost_where_a_hook_raises():
 
     step, batches = linear(), iter([float(i) for i in range(10)])
     with pytest.raises(KeyError) as caught:
-        step.run(start(step), batches, hooks={4: stop}, steps_per_call=2)
+        step.run(start(step), batches, hooks=[ol.every(4, stop)], steps_per_call=2)
     assert (vars(caught.value)["state"].step, next(batches)) == (4, 4.0)
 
 
 def test_nothing_else_comes_back_from_the_device():
     step, state = made("state-and-key")
     with jax.transfer_guard_device_to_host("disallow"):  # what is fetched on purpose is allowed
-        step.run(state, pairs([4] * 7), steps_per_call=3, hooks={2: lambda state, metrics: None})
+        step.run(
+            state,
+            pairs([4] * 7),
+            steps_per_call=3,
+            hooks=[ol.every(2, lambda state, metrics: None)],
+        )
 
 
 def on_devices():

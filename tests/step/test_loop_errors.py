@@ -30,7 +30,7 @@ def note(error):
 @pytest.mark.parametrize("steps_per_call", [1, 2, 4])
 def test_an_iterator_that_fails_leaves_the_state_and_calls_the_hooks(steps_per_call):
     step, hooked, error = linear(), [], OSError("disk")
-    hooks = {1: lambda state, metrics: hooked.append(int(state.step))}
+    hooks = [ol.every(1, lambda state, metrics: hooked.append(int(state.step)))]
     with pytest.raises(OSError, match="disk") as caught:
         step.run(start(step), fail_after(3, error), steps_per_call=steps_per_call, hooks=hooks)
     assert caught.value is error
@@ -57,10 +57,18 @@ def test_a_hook_that_fails_leaves_the_state(error):
         if metrics["global_norm/gradient_norm"][-1] == 4:
             raise error
 
-    step = linear()
+    step, batches = linear(), [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
     with pytest.raises(error) as caught:
-        step.run(start(step), [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], hooks={2: hook}, steps_per_call=2)
+        step.run(start(step), batches, hooks=[ol.every(2, hook)], steps_per_call=2)
     assert state_of(caught).params["w"] == 90
+
+
+def test_a_hook_of_the_end_is_not_called_where_an_exception_ends_the_run():
+    step, seen = linear(), []
+    hook = ol.every(5, lambda state, metrics: seen.append(state.step), at_end=True)
+    with pytest.raises(OSError, match="disk"):
+        step.run(start(step), fail_after(3, OSError("disk")), hooks=[hook])
+    assert not seen
 
 
 def test_a_state_whose_memory_is_gone_is_not_attached():
@@ -70,7 +78,7 @@ def test_a_state_whose_memory_is_gone_is_not_attached():
         step(state, 1.0)
 
     with pytest.raises(RuntimeError, match="donated") as caught:
-        step.run(start(step), [1.0] * 3, hooks={1: greedy})
+        step.run(start(step), [1.0] * 3, hooks=[ol.every(1, greedy)])
     assert not hasattr(caught.value, "state")
     assert not note(caught.value)
 
@@ -147,12 +155,9 @@ BAD = {
     "per-call-bool": ({"steps_per_call": True}, TypeError, f"`steps_per_call` {ONE}"),
     "prefetch-0": ({"prefetch": 0}, ValueError, f"`prefetch` {ONE}"),
     "progress": ({"progress": 1}, TypeError, "`progress` must be True or False"),
-    "hooks-list": ({"hooks": [print]}, TypeError, "`hooks` must map"),
-    "hooks-function": ({"hooks": print}, TypeError, "`hooks` must map"),
-    "hooks-0": ({"hooks": {0: lambda s, m: None}}, ValueError, f"`n in hooks` {ONE}"),
-    "hooks-name": ({"hooks": {"1": lambda s, m: None}}, TypeError, f"`n in hooks` {ONE}"),
-    "hooks-value": ({"hooks": {1: [print]}}, TypeError, "`hooks` must map"),
-    "hooks-signature": ({"hooks": {1: lambda state: None}}, TypeError, "signature"),
+    "hooks-list": ({"hooks": [print]}, TypeError, "`hooks` must be a list.*ol.every.*print"),
+    "hooks-function": ({"hooks": print}, TypeError, "`hooks` must be a list"),
+    "hooks-dict": ({"hooks": {100: print}}, TypeError, "`hooks` must be a list"),
     "sharding": ({"sharding": PartitionSpec("d")}, TypeError, "`sharding` must be a NamedShard"),
     "sharding-part": ({"sharding": (None, "d")}, TypeError, r"sharding='d'\."),
     "batches-array": ({"batches": np.ones(3)}, TypeError, r"\[batch\].*`step.many`.*ndarray\."),
@@ -163,6 +168,30 @@ BAD = {
     "batches-number": ({"batches": 3}, TypeError, "Received: int"),
     "state": ({"state": {"w": 1.0}}, TypeError, "`state` must be a TrainState"),
 }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "match"),
+    [
+        ((0, print), {}, rf"`n` {ONE}. Received: n=0\."),
+        (("1", print), {}, f"`n` {ONE}"),
+        ((1, [print]), {}, r"`function` must be a function of \(state, metrics\)"),
+        ((1, lambda state: None), {}, "signature"),
+        ((1, print), {"at_end": 1}, "`at_end` must be True or False"),
+    ],
+)
+def test_what_every_refuses(arguments, options, match):
+    with pytest.raises(ValueError, match=match):
+        ol.every(*arguments, **options)
+
+
+def test_a_hook_that_waits_for_nothing_is_refused():
+    class Now(ol.Hook):
+        def wait(self, batches):
+            return 0
+
+    with pytest.raises(ValueError, match=rf"`wait` {ONE}"):
+        linear().run(start(linear()), [1.0], hooks=[Now()])
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -203,8 +232,8 @@ def test_what_is_no_array_is_refused(item):
 @pytest.mark.parametrize("result", [3.0, {"w": 1.0}, False])
 def test_what_a_hook_may_return(result):
     step = linear()
-    with pytest.raises(ol.InvalidType, match=r"`hooks\[2\]` must return None or a TrainState"):
-        step.run(start(step), [1.0, 2.0], hooks={2: lambda state, metrics: result})
+    with pytest.raises(ol.InvalidType, match="A hook must return None or a TrainState"):
+        step.run(start(step), [1.0, 2.0], hooks=[ol.every(2, lambda state, metrics: result)])
 
 
 def test_a_bar_shows_steps_and_loss(monkeypatch):

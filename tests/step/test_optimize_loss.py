@@ -193,7 +193,8 @@ def test_the_loss_may_report_keep_a_state_and_draw():
     assert state.model_state == {"calls": 3}
     assert len(set(draws)) == 3
     assert set(metrics) == {
-        "main/loss", "main/learning_rate", "main/global_norm/gradient_norm", "main/draw"
+        "main/loss", "main/batches", "main/learning_rate", "main/global_norm/gradient_norm",
+        "main/draw",
     }  # fmt: skip
 
 

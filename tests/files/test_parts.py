@@ -148,6 +148,7 @@ def test_each_process_has_its_own(monkeypatch):
 
 def test_grain_resumes_with_workers(tmp_path):
     grain = pytest.importorskip("grain")
+    pytest.importorskip("absl.flags").FLAGS.mark_as_parsed()  # as in `absl.app.run`
 
     def data():
         numbers = np.arange(64, dtype=np.float32)

@@ -286,8 +286,9 @@ def memory_used():
     return json.dumps([int(x) / (4 * leaf * count) for x in np.diff(peaks)])
 
 
+@pytest.mark.slow
 def test_a_leaf_at_a_time_is_in_memory():
-    to_save, to_restore = on_eight_devices(__name__, "memory_used")
+    to_save, to_restore = on_eight_devices(__name__, "memory_used", alone=True)
     assert to_save == 0
     assert to_restore < 0.5  # two states, and a leaf or two
 
@@ -458,6 +459,7 @@ def with_slots_on_devices():
     return on_devices("slots")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spread", ["params", "slots"])
 def test_one_file_restores_on_1_2_and_8_devices(spread):
     function = "on_devices" if spread == "params" else "with_slots_on_devices"

@@ -1,7 +1,5 @@
 """What holds for every link at NaN, infinity, and the largest and smallest numbers."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,19 +8,15 @@ import pytest
 
 from optimize_loss import optimizers
 from optimize_loss import transforms as T
-from optimize_loss._engine.link import overrides
+from optimize_loss._engine.link import functions_of
 from optimize_loss._names import leaf_names
 from optimize_loss.transforms._sharpness import climbed
 from tests.cases import CASES, LOSS, Case, rows
+from tests.links.law import step_of
 
 law = pytest.mark.parametrize("case", rows())
 law_where_nan_shows = pytest.mark.parametrize("case", rows("nan_shows"))
 of_all_sizes = pytest.mark.parametrize("size", [1.0, 1e-3])
-
-
-@functools.cache
-def step_of(tx):
-    return jax.jit(lambda p, state, g: tx.apply(g, state, p, value=LOSS))
 
 
 def scaled(size, tree):
@@ -264,7 +258,7 @@ def test_a_program_of_constants_alone(value):
 
 def reads_params(case):
     links = [link for _, link in case.chain._linked() if isinstance(link, T.Link)]
-    return any(link.reads_params or overrides(link, "before") for link in links)
+    return any(link.reads_params or "before" in functions_of(type(link)) for link in links)
 
 
 WITHOUT_PARAMS = [pytest.param(case, id=case.name) for case in CASES if not reads_params(case)]

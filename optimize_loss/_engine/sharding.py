@@ -22,18 +22,38 @@ from optimize_loss._engine.plan import parts
 
 State = dict[str, Any]
 
+LEAST = 65_536
+"""The fewest entries of a part of a vector. Small vectors, such as those that small parameters share,
+lie whole on every device: XLA for TPU exchanges them in more steps than they are worth."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Placement(Static):
-    """Where the leaves of a tree lie; None for those that lie where they happen to."""
+    """Where parameters and slots lie; None for those that lie where they happen to.
+
+    Attributes:
+      shardings: of all leaves, after a step.
+      parted: of the parameters, in parts, while they are updated.
+    """
 
     shardings: tuple[NamedSharding | None, ...]
+    parted: tuple[NamedSharding | None, ...]
 
     def _key(self) -> Any:
-        return self.shardings
+        return self.shardings, self.parted
 
-    def __reduce__(self) -> Any:
-        return Placement, ((None,) * len(self.shardings),)  # other processes have other devices
+    def __reduce__(self) -> Any:  # other processes have other devices
+        return Placement, ((None,) * len(self.shardings), (None,) * len(self.parted))
+
+    def part(self, params: Any) -> Any:
+        """Return parameters of which each device has a part, as it has of their slots.
+
+        A device then computes its part of the new parameters, and these are gathered. Otherwise
+        XLA gathers what they move by, and each device adds it to all of them.
+        """
+        leaves, treedef = jax.tree.flatten(params)
+        pairs = zip(leaves, self.parted, strict=True)
+        return treedef.unflatten([x if s is None else _part_of(x, s) for x, s in pairs])
 
     def constrain(self, tree: Any) -> Any:
         """Return a tree of these leaves, which are to lie there in a compiled program."""
@@ -71,10 +91,25 @@ def _over(sharding: NamedSharding, names: Collection[str]) -> NamedSharding:
     return NamedSharding(sharding.mesh, PartitionSpec(*map(_part, parts)))
 
 
-def placement_of(tree: Any) -> Placement:
-    """Return where the leaves of a tree lie now."""
-    shardings = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree))
-    return Placement(tuple(x if isinstance(x, NamedSharding) else None for x in shardings))
+def _part_of(leaf: Any, sharding: NamedSharding) -> Any:
+    """Return a leaf that is to lie there, inside of a function that `Placement.run` runs."""
+    there = sharding.spec if _explicit(sharding.mesh) else sharding
+    return jax.lax.with_sharding_constraint(leaf, there)
+
+
+def placement_of(params: Any, slots: Any, axis: str | None) -> Placement:
+    """Return where parameters and slots lie now, and the parameters in parts along an axis."""
+    places = [_place(leaf) for leaf in jax.tree.leaves(params)]
+    parted = (
+        None if place is None or axis is None else _Spread(place.mesh, axis).one(leaf, leaf)
+        for leaf, place in zip(jax.tree.leaves(params), places, strict=True)
+    )
+    return Placement((*places, *map(_place, jax.tree.leaves(slots))), tuple(parted))
+
+
+def _place(leaf: Any) -> NamedSharding | None:
+    sharding = getattr(leaf, "sharding", None)
+    return sharding if isinstance(sharding, NamedSharding) else None
 
 
 def check_axis(axis: Any) -> str | None:
@@ -181,7 +216,8 @@ class _Spread:
             return like.sharding
         for i in sorted(range(slot.ndim), key=lambda i: len(axes[i])):
             parts = math.prod(self.mesh.shape[name] for name in (*axes[i], self.axis))
-            if slot.size and slot.shape[i] % parts == 0:
+            least = parts * LEAST if slot.ndim == 1 else 1
+            if slot.size >= least and slot.shape[i] % parts == 0:
                 axes[i] = (*axes[i], self.axis)
                 break
         while axes and not axes[-1] and _explicit(self.mesh) < {*self.mesh.axis_names}:

@@ -178,7 +178,9 @@ class JointStep(Step):
             graph=graph,
         )
         state = placed_like(params, distinct(state))
-        placement = placement_of(state.packed) if self._form.spread else None
+        axes = {step.shard_state for step in self.steps.values()}
+        axis = axes.pop() if len(axes) == 1 else None
+        placement = placement_of(*state.packed, axis) if self._form.spread else None
         return dataclasses.replace(state, placement=placement)
 
     @asked_for()

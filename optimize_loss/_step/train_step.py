@@ -128,7 +128,7 @@ class TrainStep(Step):
             graph=graph,
         )
         state = placed_like(params, distinct(state))
-        placement = placement_of(state.packed) if axis else None
+        placement = placement_of(*state.packed, axis) if axis else None
         return dataclasses.replace(state, placement=placement)
 
     @asked_for()

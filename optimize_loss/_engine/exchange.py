@@ -8,6 +8,7 @@ from typing import Any
 
 from jax.core import Tracer
 
+from optimize_loss._engine.by_name import ByName, numbers_by_name
 from optimize_loss._engine.equal import same
 from optimize_loss._engine.link import Link, State, number_rules
 from optimize_loss._engine.numbers import replaced
@@ -58,9 +59,15 @@ def structure(entry: Any) -> Any:
     if not isinstance(entry, Link):
         return entry
     numbers, rules = entry.numbers(), number_rules(type(entry))
-    inside = [value for name, value in numbers.items() if name not in rules]
+    inside = [value for name, value in numbers.items() if name.partition("/")[0] not in rules]
     rest = {n: _without(inside, x) for n, x in _fields(entry).items() if n not in numbers}
-    return type(entry), rest, [*numbers]
+    patterns = [(x.patterns, x.optional) for x in numbers_by_name(entry).values()]
+    return (
+        type(entry),
+        {n: x for n, x in rest.items() if not isinstance(x, ByName)},
+        patterns,
+        [*numbers],
+    )
 
 
 def settled(link: Any) -> Any:
@@ -83,6 +90,9 @@ def _known(field: Any) -> Any:
     """Return a field with 1 for what is traced in it; the same one where nothing is."""
     if isinstance(field, Tracer):
         return 1.0
+    if isinstance(field, ByName):
+        known = _known(numbers := (field.pairs, field.rest))
+        return field if known is numbers else ByName(*known, field.optional)
     if type(field) is tuple:
         parts = tuple(map(_known, field))
         return parts if any(map(operator.is_not, parts, field)) else field

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 
 from optimize_loss._checks import TreeMismatch
+from optimize_loss._engine.by_name import acts_on, numbers_by_name
 from optimize_loss._engine.kinds import Gate
 from optimize_loss._engine.link import Link, State, TreeLink
 from optimize_loss._engine.precision import Codec, Encoded, keys
@@ -122,7 +123,7 @@ class Plan:
         """
         own = [place for place in self.places if place.takes[j]]
         codecs = [place.codec(j) for place in self.places]
-        by_entry = all(place.link.elementwise for place in own)
+        by_entry = all(place.link.elementwise and not _has_pairs(place.link) for place in own)
         if not by_entry or not all(codec is None or codec.by_entry for codec in codecs):
             return None
         return tuple(place.takes[j] for place in self.places), tuple(map(type, codecs))
@@ -166,19 +167,35 @@ class Plan:
         return own
 
 
+def _has_pairs(link: Link) -> bool:
+    """Return whether a number by name is a pair (β, 1-β), which cannot be spread over entries."""
+    return any(link.rule(name).kind == "decay" for name in numbers_by_name(link))
+
+
 def takes(name: str, entry: Any, params: Params, marks: list[bool]) -> tuple[bool, ...]:
-    """Return for each parameter whether a link is for it; integers are no link's."""
+    """Return for each parameter whether a link is for it; integers are no link's.
+
+    Raises:
+      ValueError: there is none, or a pattern of the link matches none.
+    """
     if params.are_unknown:
         return ()
-    if not isinstance(entry, ForParameters):
-        return tuple(marks)
     # Parameters in one bucket go through the same links: the first of them tells.
-    names, leaves = params.each()
-    meant = dict(zip(names, entry.takes(names, leaves), strict=True))
-    takes = [meant[m[0]] and mark for m, mark in zip(params.members, marks, strict=True)]
-    if not any(takes) and not entry.optional:
-        raise ValueError(
-            f"The link {name!r} must be for a parameter. Received: {entry!r}, for the parameters "
-            f"{names}."
+    firsts = [names[0] for names in params.members]
+    found = marks
+    if isinstance(entry, ForParameters):
+        names, leaves = params.each()
+        meant = dict(zip(names, entry.takes(names, leaves), strict=True))
+        found = [meant[name] and mark for name, mark in zip(firsts, marks, strict=True)]
+        if not any(found) and not entry.optional:
+            raise ValueError(
+                f"The link {name!r} must be for a parameter. Received: {entry!r}, for the "
+                f"parameters {names}."
+            )
+        entry = entry.link
+    if isinstance(entry, Link):
+        entry.check_names(
+            [n for m, mark in zip(params.members, found, strict=True) if mark for n in m]
         )
-    return tuple(takes)
+        found = [a and b for a, b in zip(found, acts_on(entry, firsts), strict=True)]
+    return tuple(found)

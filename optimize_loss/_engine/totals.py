@@ -21,10 +21,20 @@ from optimize_loss._engine.arrays import (
     sqrt,
     sum_of_squares,
 )
+from optimize_loss._engine.by_name import by_numbers
 from optimize_loss._engine.health import Health, health
 from optimize_loss._engine.kinds import Gate
 from optimize_loss._engine.leaf import Leaf, Links, for_all, update_behind
-from optimize_loss._engine.link import Link, Numbers, State, factors, multiplies, overrides, passes
+from optimize_loss._engine.link import (
+    Link,
+    Numbers,
+    State,
+    factors,
+    multiplies,
+    overrides,
+    passes,
+    varies,
+)
 from optimize_loss._engine.order import lender
 from optimize_loss._engine.plan import Plan, Segment, parts
 from optimize_loss._engine.precision import keys
@@ -104,11 +114,14 @@ class Totals:
             )
         total = TOTALS[link.needs](self, i)
         old = parts(link, self.call.state[name]).memory
-        k, memory = link.scalars(dict(self.call.numbers[name]), old, total, self.call.step)
-        here = self._here(i)
-        each = dict(zip(self.meant[i], link.for_each(self.meant[i], k), strict=True))
+        here, numbers = self._here(i), dict(self.call.numbers[name])
+        k, memory, each = dict[str, Any](), old, dict[str, Numbers]()
+        for names, own in by_numbers(link, self.meant[i], numbers):
+            k, memory = link.scalars(own, old, total, self.call.step)
+            pairs = zip(names, link.for_each(names, k), strict=True)
+            each |= {name: {**k, **mine} for name, mine in pairs}
         for j in here:
-            self.ks[j][i] = {**k, **self.owners[j].own(each)}
+            self.ks[j][i] = self.owners[j].own(each)
         if link.needs == "random_bits":
             draws = keys([self.owners[j] for j in here], "", k["seed"], self.call.step)
             for j, draw in zip(here, draws, strict=True):
@@ -191,7 +204,7 @@ class Totals:
     def _multiplies(self, i: int, here: Sequence[int]) -> bool:
         """Return whether a link multiplies every leaf by one number."""
         link = self.links[i]
-        if not multiplies(link) or not overrides(link, "for_each"):
+        if not multiplies(link) or not varies(link):
             return multiplies(link)
         found = [self.ks[j][i] for j in here if self.owners[j].bucket and i in self.own[j]]
         shapes = (jax.eval_shape(functools.partial(factors, link), k) for k in found)
@@ -202,7 +215,7 @@ class Totals:
         link, mine = self.links[i], [i in self.own[j] for j in here]
         if not multiplies(link):
             return []
-        if not overrides(link, "for_each") and all(mine):
+        if not varies(link) and all(mine):
             return self._sizes(factors(link, self.ks[here[0]][i]))
         each = [
             self._sizes(factors(link, self.ks[j][i])) if own else []

@@ -10,8 +10,10 @@ import numpy as np
 
 from optimize_loss._checks import AT_LEAST_1, check_integer
 from optimize_loss._engine.arrays import is_narrow
+from optimize_loss._engine.by_name import numbers_by_name
 from optimize_loss._engine.link import TreeLink, number_rules, overrides
 from optimize_loss._engine.numbers import has_rate
+from optimize_loss._names import pattern_text
 from optimize_loss._state.rules import Rules
 from optimize_loss.optimizers._muon import in_stacks
 from optimize_loss.schedules import evaluate
@@ -297,8 +299,9 @@ def _unused(
             yield f"`rules[{text!r}][{key!r}]` has no effect on {shown(names)}."
     for name, link, _ in links:
         if isinstance(link, MultiplyGradients):
-            for text, value in link.numbers().items():
+            for pattern, value in numbers_by_name(link)["multipliers"].pairs:
                 if not callable(value) and value == 1:
+                    text = pattern_text(pattern)
                     yield f"`{name}` has no effect for {text!r}: its number is 1."
 
 

@@ -63,8 +63,11 @@ def by_name(
     texts = [pattern_text(check_pattern(argument, pattern)) for pattern in given]
     if len(set(texts)) < len(texts):
         raise ValueError(f"`{argument}` must have different keys. Received: {texts}.")
-    pairs = zip(texts, given.items(), strict=True)
-    return ByName(tuple((p, check(f"{argument}[{text!r}]", x)) for text, (p, x) in pairs), rest)
+    pairs = [
+        (pattern, check(f"{argument}[{text!r}]", number))
+        for text, (pattern, number) in zip(texts, given.items(), strict=True)
+    ]
+    return ByName(tuple(pairs), None if "**" in given else rest)
 
 
 def numbers_by_name(link: Any) -> dict[str, ByName]:

@@ -310,14 +310,10 @@ def _of_link(link: Any, here: Sequence[str], first: int) -> Iterator[tuple[str, 
         yield "learning_rate", dict.fromkeys(here, _at(rate, first))
         yield "schedule", dict.fromkeys(here, rate if callable(rate) else None)
     if isinstance(link, ShrinkParams | AddWeightDecay):
-        decays = zip(_numbers_of(link, "weight_decay", here, first), link.spared(here), strict=True)
-        found = [0.0 if spared else decay for decay, spared in decays]
-        yield "weight_decay", dict(zip(here, found, strict=True))
+        decays, spared = _numbers_of(link, "weight_decay", here, first), link.spared(here)
+        yield "weight_decay", decays | {n: 0.0 for n, x in zip(here, spared, strict=True) if x}
     if isinstance(link, MultiplySteps):
-        yield (
-            "multiplier",
-            dict(zip(here, _numbers_of(link, "multiplier", here, first), strict=True)),
-        )
+        yield "multiplier", _numbers_of(link, "multiplier", here, first)
     if isinstance(link, MultiplyLayers):
         yield "multiplier", dict.fromkeys(here, tuple(_at(x, first) for x in link.multipliers))
 

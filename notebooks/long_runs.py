@@ -163,7 +163,7 @@ whole, _ = step.run(step.init(init_net()), batches(3), steps=300)
 folder = tempfile.mkdtemp()
 checkpoints = ol.Checkpoints(folder, keep=2, every=100)
 # the machine stops at 230
-step.run(step.init(init_net()), batches(3), steps=230, hooks={1: checkpoints})
+step.run(step.init(init_net()), batches(3), steps=230, hooks=[checkpoints])
 print("files of the steps", checkpoints.steps)
 
 state, report = checkpoints.newest(like=step.init(init_net()))

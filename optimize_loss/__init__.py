@@ -12,6 +12,7 @@ from optimize_loss._checks import CheckpointMismatch as CheckpointMismatch
 from optimize_loss._checks import CheckpointVersion as CheckpointVersion
 from optimize_loss._checks import InvalidType as InvalidType
 from optimize_loss._checks import NonFiniteError as NonFiniteError
+from optimize_loss._checks import StopRun as StopRun
 from optimize_loss._checks import TreeMismatch as TreeMismatch
 from optimize_loss._engine.precision import Precision as Precision
 from optimize_loss._files.checkpoint import RestoreReport as RestoreReport
@@ -22,6 +23,8 @@ from optimize_loss._files.state_dict import from_state_dict as from_state_dict
 from optimize_loss._files.state_dict import to_state_dict as to_state_dict
 from optimize_loss._search.results import LearningRateTest as LearningRateTest
 from optimize_loss._search.results import Sweep as Sweep
+from optimize_loss._state.hook import Hook as Hook
+from optimize_loss._state.hook import every as every
 from optimize_loss._state.loss import Aux as Aux
 from optimize_loss._state.metrics import OPTIMIZER_SUMMARIES as OPTIMIZER_SUMMARIES
 from optimize_loss._state.train_state import TrainState as TrainState
@@ -41,18 +44,21 @@ __all__ = [
     "CheckpointMismatch",
     "CheckpointVersion",
     "Checkpoints",
+    "Hook",
     "InvalidType",
     "LearningRateTest",
     "NonFiniteError",
     "Precision",
     "RestoreReport",
     "Spike",
+    "StopRun",
     "Sweep",
     "TrainState",
     "TrainStep",
     "TreeMismatch",
     "Variable",
     "adaptive_clipping_fn",
+    "every",
     "from_state_dict",
     "optimize_loss",
     "optimizers",

@@ -47,6 +47,23 @@ class NonFiniteError(FloatingPointError):
     state: Any = None
 
 
+class StopRun(Exception):
+    """Raised by a hook to end `TrainStep.run`, which returns the state and the metrics so far.
+
+    The other hooks of this batch are called, and those of the end.
+
+    Example:
+      >>> import optimize_loss as ol
+      >>> def stop(state, metrics):
+      ...     if metrics["loss"][-1] < 8:
+      ...         raise ol.StopRun("The loss is below 8.")
+      >>> step = ol.optimize_loss(lambda p, x: p["w"] * x, learning_rate=1.0, optimizer="SGD")
+      >>> state, metrics = step.run(step.init({"w": 9.0}), [1.0] * 5, hooks=[ol.every(1, stop)])
+      >>> print(metrics["loss"])
+      [9. 8. 7.]
+    """
+
+
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """What a hyperparameter must satisfy, and how it is kept in the state.
@@ -225,9 +242,15 @@ def check_flags(**flags: Any) -> None:
 
 def nearest(wanted: str, known: Iterable[str], most: int = 3) -> list[str]:
     """Return the names in `known` that look most like `wanted`, best first."""
+    known = list(known)
+    return _close(wanted, known, most) or sorted(known)[:most]
+
+
+def _close(wanted: str, known: Iterable[str], most: int) -> list[str]:
+    """Return the names that are like `wanted`, whatever the case, best first."""
     by_lower = {name.lower(): name for name in known}
     close = difflib.get_close_matches(wanted.lower(), by_lower, n=most, cutoff=0.4)
-    return [by_lower[name] for name in close] or sorted(by_lower.values())[:most]
+    return [by_lower[name] for name in close]
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> str:
@@ -254,13 +277,21 @@ def check_options(cls: type, given: Iterable[str], known: Iterable[str]) -> None
     for wrong in given:
         if wrong not in known:
             raise InvalidType(
-                f"`{wrong}` must be an option of {cls.__name__}, and is none. "
-                f"Nearest: {nearest_option(wrong, known)!r}. All: {known}."
+                f"`{wrong}` is not an option of {cls.__name__}.{meant(wrong, known)} "
+                f"Options: {known}."
             )
 
 
-def nearest_option(wrong: str, known: Iterable[str]) -> str:
-    """Return the name that looks most like `wrong`; `wd` means `weight_decay`."""
+def meant(wrong: str, known: Iterable[str]) -> str:
+    """Return a question for a message about a wrong name: which of those known was meant.
+
+    Nothing if none is like it.
+
+    Example:
+      >>> meant("wd", ["learning_rate", "weight_decay"])
+      ' Did you mean `weight_decay`?'
+    """
     known = list(known)
     initials = {"".join(part[:1] for part in name.split("_")): name for name in known}
-    return initials.get(wrong) or nearest(wrong, known, most=1)[0]
+    found = [initials[wrong]] if wrong in initials else _close(wrong, known, 1)
+    return f" Did you mean `{found[0]}`?" if found else ""

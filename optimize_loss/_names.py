@@ -55,7 +55,7 @@ def leaf_parts(tree: Any) -> list[tuple[str, ...]]:
 def _paths(tree: Any) -> list[tuple[Any, ...]]:
     """Return the path of every leaf, up to the variable of flax nnx that it may be in."""
     try:
-        pairs = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_nnx_variable)
+        pairs = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_nnx)
     except (ValueError, TypeError):
         check_keys(tree)
         raise
@@ -99,11 +99,16 @@ def check_keys(tree: Any, path: str = "") -> None:
             check_keys(child, path + jax.tree_util.keystr(key))
 
 
-def _is_nnx_variable(node: Any) -> bool:
-    """Return whether `node` is a box of flax nnx, without importing flax."""
-    return any(
-        c.__name__ == "Variable" and c.__module__.startswith("flax.nnx") for c in type(node).__mro__
-    )
+def is_nnx(node: Any, *kinds: str) -> bool:
+    """Return whether `node` is a variable of flax nnx, of one of these kinds; needs no flax."""
+    mine = _nnx_classes(type(node))
+    return "Variable" in mine and (not kinds or not mine.isdisjoint(kinds))
+
+
+@functools.lru_cache(maxsize=1024)
+def _nnx_classes(kind: type) -> frozenset[str]:
+    """Return the names of the classes of flax nnx that a class is made of."""
+    return frozenset(c.__name__ for c in kind.__mro__ if c.__module__.startswith("flax.nnx"))
 
 
 def _name(path: tuple[Any, ...]) -> str:

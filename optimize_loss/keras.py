@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from optimize_loss._checks import NOT_NEGATIVE, InvalidType, Rule, received
-from optimize_loss._engine.link import overrides
+from optimize_loss._engine.kinds import Averaging
 from optimize_loss._engine.trees import distinct
 from optimize_loss._names import leaf_names
 from optimize_loss.optimizers import Optimizer, serialize
@@ -43,9 +43,10 @@ class KerasOptimizer(Shown, keras.optimizers.Optimizer):
     that Keras has for them, `variable.path`, such as `sequential/dense/kernel`. The state is in
     Keras variables, so that weights are saved and loaded with it. `learning_rate` can be set at
     any time, by callbacks too, over a schedule or not; nothing is traced again. With a
-    `MultiOptimizer` each of `optimizers` has its own, which callbacks set; that of an optax
-    transformation is there, once built, if it is a number in `optax.inject_hyperparams`. At the end
-    of `fit` the model has the averages that the optimizer keeps, if any.
+    `MultiOptimizer`, or a chain in which several links have a rate, each of `optimizers` has its
+    own, which callbacks set; that of an optax transformation is there, once built, if it is a
+    number in `optax.inject_hyperparams`. At the end of `fit` the model has the averages that the
+    optimizer keeps, if any.
 
     The options of the optimizer show here as Keras' do, `use_ema`, `clipnorm`, `beta_1` and so on,
     and can be set until it is built. With `use_ema`, the average starts at the first new
@@ -209,7 +210,7 @@ class KerasOptimizer(Shown, keras.optimizers.Optimizer):
 
     def finalize_variable_values(self, var_list: Iterable[keras.Variable]) -> None:
         """Put the averages that the optimizer keeps, if any, in the place of the parameters."""
-        if not any(overrides(link, "averaged") for link in links_of(self._chain).values()):
+        if not any(isinstance(link, Averaging) for link in links_of(self._chain).values()):
             return
         averages = self._chain.averaged(self._state(), self._params())
         wanted = {id(v) for v in var_list}

@@ -172,6 +172,7 @@ def _grouped(lines: dict[str, np.ndarray]) -> dict[str, list[tuple[str, np.ndarr
         tag = full.removeprefix(prefix)
         label, short = _place(tag) if full.startswith(prefix) else (full, full)
         panels.setdefault(label, []).append((short, values))
+    panels.pop("batches", None)  # a count from one batch to the next
     return {label: members for label, members in panels.items() if members}
 
 

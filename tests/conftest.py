@@ -18,8 +18,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
 # What JAX keeps of thousands of programs lives long: collecting more often only walks over it.
 gc.set_threshold(100_000, 50, 100)
-cache = pathlib.Path(__file__).parent.parent / ".jax_cache"
-jax.config.update("jax_compilation_cache_dir", str(cache))
+if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    cache = pathlib.Path(__file__).parent.parent / ".jax_cache"
+    jax.config.update("jax_compilation_cache_dir", str(cache))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 # These files take a worker longest; it begins with them, so that none is left alone with one.

@@ -125,6 +125,13 @@ def lines_by_room() -> dict[str, int]:
     return dict(sorted(lines.items(), key=lambda item: -item[1]))
 
 
+def long_test_files(limit: int) -> list[str]:
+    """Return the files of tests that have more lines than this."""
+    files = (ROOT / "tests").rglob("*.py")
+    long = (path for path in files if len(path.read_text().splitlines()) > limit)
+    return [str(path.relative_to(ROOT)) for path in sorted(long)]
+
+
 def functions() -> Iterator[tuple[str, ast.FunctionDef]]:
     """Yield every function with its place."""
     for module, tree in trees().items():

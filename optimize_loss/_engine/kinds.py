@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from optimize_loss._engine.link import Link, Numbers, Stage
+from optimize_loss._engine.link import Link, Numbers, Slots, Stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +78,40 @@ class RateScale(Link):
 
     def scale(self, memory: Numbers) -> jax.Array:
         """Return by what all learning rates are multiplied."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Averaging(Link):
+    """A link that keeps better parameters than those that are trained, such as their average.
+
+    Example:
+      A link that keeps the parameter before the last update, as a better one:
+
+      >>> import dataclasses, optimize_loss as ol
+      >>> @dataclasses.dataclass(frozen=True)
+      ... class Before(ol.transforms.Averaging):
+      ...     def slots(self, param):
+      ...         return {"before": param}
+      ...     def after(self, param, moved, slots, k):
+      ...         return moved, {"before": param}
+      ...     def averaged(self, param, slots, numbers):
+      ...         return slots["before"]
+      >>> tx = ol.transforms.chain(
+      ...     rate=ol.transforms.ScaleByLearningRate(1.0), before=Before())
+      >>> params, state = tx.apply({"w": 1.0}, tx.init({"w": 3.0}), {"w": 3.0})
+      >>> print(params["w"], tx.averaged(state, params)["w"])
+      2.0 3.0
+    """
+
+    def averaged(self, param: jax.Array, slots: Slots, numbers: Numbers) -> jax.Array:
+        """Return the parameter to use after training.
+
+        Args:
+          param: the parameter as it is trained, in float32 or wider.
+          slots: the slots.
+          numbers: the hyperparameters as they are in the state.
+        """
         raise NotImplementedError
 
 

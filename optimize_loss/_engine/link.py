@@ -125,12 +125,6 @@ def checked(rule: Rule, name: str, value: Any) -> Any:
     return value if callable(value) and _may_vary(rule) else rule.check(name, value)
 
 
-_ON_LEAVES = {
-    *("slots", "for_each", "before", "factor", "remember", "direction", "leaf", "narrow_leaf"),
-    *("after", "averaged"),
-}
-
-
 @dataclasses.dataclass(frozen=True)
 class Link:
     """One transformation of the gradients: a value, equal to any other with the same fields.
@@ -178,7 +172,8 @@ class Link:
     in the chain, safe from overflow; "finite", whether all entries of these are; "loss", that of
     this step; "loss_and_weight", the pair as it was given, each None where there is none;
     "learning_rate", that of the one link that has one; for guards "health", the `Health` of the
-    step. With "random_bits", `k["draw"]` keys bits of each entry, by the seed and the step."""
+    step. With "random_bits", `k["draw"]` keys bits of each entry, by the seed and the step; with
+    "stored_param", `k["stored"]` is the parameter in its own dtype, for `leaf`."""
 
     means: ClassVar[tuple[str, ...]] = ()
     """Slots that are running means of values of either sign, or sums that decay as these do. A
@@ -200,16 +195,6 @@ class Link:
     reads_params: ClassVar[bool] = False
     """Whether the values in `param` are used, so that `update` must be given them. Without it,
     `param` may hold anything."""
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Let a class that defines a function of one parameter say again that it is elementwise."""
-        super().__init_subclass__(**kwargs)
-        for base in cls.__mro__:  # a class that is no link may define such a function, too
-            if "elementwise" in vars(base):
-                break
-            if not _ON_LEAVES.isdisjoint(vars(base)):
-                cls.elementwise = False
-                break
 
     def __post_init__(self):
         check_fields(self)
@@ -283,7 +268,8 @@ class Link:
 
         A `Precision` of 16 bits shows the slots as they are stored.
         """
-        return multiplied(update, factors(self, k)) if overrides(self, "factor") else update
+        own = functions_of(type(self))
+        return multiplied(update, factors(self, k)) if "factor" in own else update
 
     def leaf(
         self, update: jax.Array, slots: Slots, param: jax.Array, k: Numbers
@@ -291,15 +277,6 @@ class Link:
         """Return the new update and the new slots of one parameter, in float32 or wider."""
         new = self.remember(update, slots, param, k)
         return self.direction(update, new, param, k), new
-
-    def narrow_leaf(
-        self, update: jax.Array, slots: Slots, param: jax.Array, k: Numbers, dtype: Any
-    ) -> tuple[jax.Array, Slots]:
-        """Return what `leaf` does, for a parameter that is stored as a `dtype` of few bits.
-
-        For links that must know the parameter better than its 16 bits or fewer tell.
-        """
-        return self.leaf(update, slots, param, k)
 
     def after(
         self, param: jax.Array, moved: jax.Array, slots: Slots, k: Numbers
@@ -325,28 +302,35 @@ class Link:
         """
         return {}
 
-    def averaged(self, param: jax.Array, slots: Slots, numbers: Numbers) -> jax.Array:
-        """Return the parameter to use after training, where the link keeps a better one."""
-        raise NotImplementedError
+
+@functools.cache
+def functions_of(cls: type) -> frozenset[str]:
+    """Return the methods of `Link` that a class of links, or a base of it, defines again."""
+    if not issubclass(cls, Link):
+        return frozenset()
+    return frozenset(n for n, x in vars(Link).items() if getattr(cls, n) is not x and callable(x))
 
 
 def varies(link: Link) -> bool:
     """Return whether what the functions of one parameter need may differ between parameters."""
-    return overrides(link, "for_each") or bool(numbers_by_name(link))
+    return "for_each" in functions_of(type(link)) or bool(numbers_by_name(link))
 
 
-def overrides(link: Any, *names: str) -> bool:
-    """Return whether the class of a link, or a base of it, defines one of these methods of `Link`.
-
-    Anything but a link defines none.
-    """
-    return isinstance(link, Link) and not _defined(type(link)).isdisjoint(names)
+_ON_LEAVES = frozenset(
+    ("slots", "for_each", "before", "factor", "remember", "direction", "leaf", "after", "averaged")
+)
 
 
 @functools.cache
-def _defined(cls: type[Link]) -> frozenset[str]:
-    """Return the methods of `Link` that a class, or a base of it, defines again."""
-    return frozenset(n for n, x in vars(Link).items() if getattr(cls, n) is not x and callable(x))
+def by_entry(cls: type[Link]) -> bool:
+    """Return whether links of a class treat every entry of a leaf independently.
+
+    A class that defines a function of one parameter says again that it is `elementwise`. One that
+    is no link may define such a function, too.
+    """
+    bases = (vars(base) for base in cls.__mro__)
+    first = next(base for base in bases if "elementwise" in base or not _ON_LEAVES.isdisjoint(base))
+    return first.get("elementwise", False)
 
 
 def factors(link: Link, k: Numbers) -> tuple[jax.Array, ...]:
@@ -355,15 +339,18 @@ def factors(link: Link, k: Numbers) -> tuple[jax.Array, ...]:
     return found if isinstance(found, tuple) else (found,)
 
 
-def multiplies(link: Any) -> bool:
-    """Return whether all that a link does to an update is to multiply it by its `factor`."""
-    return overrides(link, "factor") and not overrides(link, "leaf", "direction", "narrow_leaf")
+@functools.cache
+def multiplies(cls: type) -> bool:
+    """Return whether all that links of a class do to an update is to multiply it by `factor`."""
+    own = functions_of(cls)
+    return "factor" in own and own.isdisjoint(("leaf", "direction"))
 
 
-def passes(link: Any) -> bool:
-    """Return whether updates leave a link as they came; what runs after the update may change."""
-    changes = isinstance(link, TreeLink) or overrides(link, "leaf", "direction", "factor")
-    return isinstance(link, Link) and not changes
+@functools.cache
+def passes(cls: type) -> bool:
+    """Return whether updates leave links of a class as they came; `after` may change them."""
+    changes = issubclass(cls, TreeLink) or functions_of(cls) & {"leaf", "direction", "factor"}
+    return issubclass(cls, Link) and not changes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,10 +10,10 @@ import optax
 from optimize_loss._checks import InvalidType
 from optimize_loss._engine.by_name import numbers_by_name
 from optimize_loss._engine.equal import same
-from optimize_loss._engine.kinds import Gate, LossScale, RateScale
-from optimize_loss._engine.link import Link, Stage, TreeLink, overrides, passes
+from optimize_loss._engine.kinds import Averaging, Gate, LossScale, RateScale
+from optimize_loss._engine.link import Link, Stage, TreeLink, functions_of, passes
 from optimize_loss._engine.numbers import has_rate
-from optimize_loss._engine.plan import Place
+from optimize_loss._engine.plan import Place, kind_of
 from optimize_loss._engine.selection import linked, where
 
 
@@ -65,9 +65,9 @@ def check_order(entries: Mapping[str, Any]) -> None:
 def _check_by_name(name: str, link: Any) -> None:
     """Raise if a number of a link is given by name that must be one for all its parameters."""
     fields = numbers_by_name(link) if isinstance(link, Link) else {}
-    kinds = isinstance(link, Gate | LossScale | RateScale | TreeLink)
+    kinds = isinstance(link, Gate | LossScale | RateScale | Averaging | TreeLink)
     for field in fields:
-        if kinds or field == "learning_rate" or link.memory() or overrides(link, "averaged"):
+        if kinds or field == "learning_rate" or link.memory():
             raise InvalidType(
                 f"`{field}` of the link {name!r} must be one number for all its parameters: only "
                 "numbers of links that treat each parameter by itself may go by name. Use "
@@ -78,13 +78,14 @@ def _check_by_name(name: str, link: Any) -> None:
 def _check_functions(name: str, link: Any) -> None:
     """Raise if a link has functions of which one would never run."""
     whole = isinstance(link, TreeLink)
-    if whole and (isinstance(link, Gate) or overrides(link, "before", "after")):
+    if whole and (isinstance(link, Gate) or functions_of(type(link)) & {"before", "after"}):
         raise InvalidType(
             f"The link {name!r} must be a `Link` and no `TreeLink`, as it is a gate, or runs "
             f"before or after the update of each parameter. Received: {link!r}."
         )
-    updates = overrides(link, "leaf", "factor", "remember", "direction")
-    if overrides(link, "after") and (updates or isinstance(link, Gate)):
+    own = functions_of(type(link))
+    updates = own & {"leaf", "factor", "remember", "direction"}
+    if "after" in own and (updates or isinstance(link, Gate)):
         raise InvalidType(
             f"The link {name!r} must not be a gate, and not have `leaf`, its halves or `factor`, "
             f"as it has `after`. Received: {link!r}."
@@ -124,8 +125,8 @@ def check_last(places: Sequence[Place]) -> None:
         own = stage_of(place.link)
         for other in places[i + 1 :] if own > Stage.UPDATE else ():
             behind = stage_of(other.link)
-            splits = isinstance(other.link, Gate) or other.kind != "leaf"
-            changes = behind < own and not (behind == Stage.UPDATE and passes(other.link))
+            splits = isinstance(other.link, Gate) or kind_of(type(other.link)) != "leaf"
+            changes = behind < own and not (behind == Stage.UPDATE and passes(type(other.link)))
             if splits or (changes and any(map(operator.and_, place.takes, other.takes))):
                 raise ValueError(
                     f"The link {place.name!r} must stand last, behind {other.name!r}, as it sees "
@@ -136,7 +137,7 @@ def check_last(places: Sequence[Place]) -> None:
 def stage_of(link: Any) -> Stage:
     """Return where a link stands among those of options."""
     stage = link.stage if isinstance(link, Link) else Stage.UPDATE
-    return Stage.AFTER if stage == Stage.UPDATE and overrides(link, "after") else stage
+    return Stage.AFTER if stage == Stage.UPDATE and "after" in functions_of(type(link)) else stage
 
 
 def arranged(*rows: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from optimize_loss._engine.by_name import acts_on, by_numbers
 from optimize_loss._engine.chain import Chain
 from optimize_loss._engine.health import health
 from optimize_loss._engine.kinds import Gate
-from optimize_loss._engine.link import Link, Numbers, TreeLink, overrides
+from optimize_loss._engine.link import Link, Numbers, TreeLink, functions_of
 from optimize_loss._engine.numbers import judged, numbers_at
 from optimize_loss._engine.order import lender
 from optimize_loss._engine.plan import parts
@@ -49,16 +49,16 @@ def plain(
         k, old = dict[str, Any](), memory
         for names, mine in by_numbers(link, [*own], numbers[name]):
             k, memory = link.scalars(mine, old, total, state["step"])
-            ks |= zip(names, _each(link, names, k, state["step"]), strict=True)
+            ks |= zip(names, _each(link, names, k, state["step"], params), strict=True)
         new[name] = {**state[name], **memory}
         if isinstance(link, TreeLink):
             changed, slots = link.run(own, slots, here, k)
             own = dict(changed)
             new[name] |= slots
-        if overrides(link, "before"):
+        if "before" in functions_of(type(link)):
             moved |= {n: moved[n] + link.before(here[n], ks[n]) for n in own}
             here |= {n: params[n] + moved[n] for n in own}
-        if overrides(link, "after"):
+        if "after" in functions_of(type(link)):
             late.append((name, link, ks))
         elif not isinstance(link, TreeLink):
             for n in own:
@@ -112,9 +112,11 @@ def _total(
             return loss
 
 
-def _each(link: Link, names: Sequence[str], k: Numbers, step: Any) -> list[Numbers]:
+def _each(link: Link, names: Sequence[str], k: Numbers, step: Any, params: Trees) -> list[Numbers]:
     """Return what a link needs for each parameter."""
     found: list[Numbers] = [{**k, **own} for own in link.for_each(names, k)]
+    if link.needs == "stored_param":
+        return [{**own, "stored": params[n]} for n, own in zip(names, found, strict=True)]
     if link.needs == "random_bits":
         draws = keys([Owner((n,), None) for n in names], "", k["seed"], step)
         found = [{**own, "draw": draw} for own, draw in zip(found, draws, strict=True)]

@@ -134,9 +134,14 @@ def _both(ours: list[bool], within: Any, names: Sequence[str], leaves: Sequence[
     return [a and b for a, b in zip(ours, theirs, strict=True)]
 
 
+def link_of(entry: Any) -> Any:
+    """Return a link, one for some parameters without telling which."""
+    return entry.link if isinstance(entry, ForParameters) else entry
+
+
 def linked(entries: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Return the links by name, those for some parameters without telling which."""
-    return ((n, x.link if isinstance(x, ForParameters) else x) for n, x in entries.items())
+    return ((name, link_of(entry)) for name, entry in entries.items())
 
 
 def where(entry: Any) -> Any:

@@ -72,9 +72,9 @@ def save(path: str | os.PathLike[str], state: TrainState) -> None:
 
     The file has the layout of safetensors, and keys by name: `params/<name>`,
     `optimizer/<link>/<slot>/<name>`, `optimizer/<link>/<number>`, `optimizer/step`,
-    `model_state/<name>`, `key`, `first_step`. It holds no code. Every array and the header have a
-    checksum. When `save` returns, the file is on the disk; if it fails or is killed, the file that
-    was there before is whole.
+    `model_state/<name>`, `key`, `first_step`, `batches`. It holds no code. Every array and the
+    header have a checksum. When `save` returns, the file is on the disk; if it fails or is killed,
+    the file that was there before is whole.
 
     All arrays come to the host at once, those that are spread over devices whole. With several
     processes all must call it; the first one writes, and the call returns in none before it has.
@@ -97,7 +97,7 @@ def save(path: str | os.PathLike[str], state: TrainState) -> None:
       ...     ol.save(pathlib.Path(folder) / "a.safetensors", state)
       ...     again, report = ol.restore(folder + "/a.safetensors", step.init({"w": 0.0}))
       >>> print(again.params["w"], again.step, report)
-      7.0 1 5 matched, 0 new, 0 unused
+      7.0 1 6 matched, 0 new, 0 unused
 
     References:
       https://github.com/huggingface/safetensors#format
@@ -143,6 +143,8 @@ def restore(
     The report lists those for which `like` had another value, and there is a warning. But where
     the file has a schedule and `like` has a number, the number is new.
 
+    A file from before states counted their batches has as many batches as it has updates.
+
     With several processes all must call it, and see the file.
 
     Moments in another `precision` are other slots, and are not converted: they are new, begin at
@@ -183,7 +185,7 @@ def restore(
       ...     like = built(ema=T.AverageParams(0.5)).init({"w": 0.0})
       ...     state, report = ol.restore(folder + "/a.safetensors", like)
       >>> print(report)
-      5 matched, 2 new, 0 unused
+      6 matched, 2 new, 0 unused
         new: optimizer/ema/average/w, optimizer/ema/decay
       >>> print(state.optimizer["ema"]["average"]["w"])
       7.0
@@ -227,11 +229,12 @@ class _Match:
         }
         self._found = {file: name for file, name in found.items() if name in frame.outline}
         self._unused = [file for file in found if file not in self._found]
+        self._derived = set() if "batches" in self._found.values() else {"batches"}
         self._changed: list[str] = []
 
     def report(self) -> RestoreReport:
         """Return what is known so far."""
-        matched = set(self._found.values())
+        matched = {*self._found.values(), *self._derived}
         names = [*self._frame.outline]
         return RestoreReport(
             matched=tuple(name for name in names if name in matched),
@@ -252,6 +255,8 @@ class _Match:
                 self._frame.put(name, array)
         for name, slot in begun(self._like, self._frame, fresh):
             self._frame.put(name, slot)
+        for name in self._derived:  # an older file counts updates alone
+            self._frame.put(name, self._frame.get("optimizer/step"))
 
     def _takes_number(self, name: str, array: np.ndarray) -> bool:
         """Return whether a hyperparameter can be taken; a schedule that is gone cannot."""

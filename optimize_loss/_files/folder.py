@@ -11,6 +11,7 @@ from optimize_loss._checks import (
     CheckpointCorrupt,
     CheckpointVersion,
     InvalidType,
+    check_flags,
     check_integer,
     received,
 )
@@ -19,24 +20,26 @@ from optimize_loss._files.checkpoint import RestoreReport, restore, save
 from optimize_loss._files.match import Rename
 from optimize_loss._files.named import check_state, first_process
 from optimize_loss._files.safetensors import Reader
+from optimize_loss._state.hook import Hook
 from optimize_loss._state.train_state import TrainState
 
 _NAME = re.compile(r"step_(0|[1-9]\d*)\.safetensors")
 
 
-class Checkpoints:
+class Checkpoints(Hook):
     """Keep the newest checkpoints of a run in a folder, and continue from the newest whole one.
 
     The files are `step_<n>.safetensors`, n the global step; where it does not advance, the number
     of updates. No other file is touched, and none of such a name whose header is not whole or that
-    something else wrote is deleted. A hook of `TrainStep.run` that saves every so many steps:
-    `step.run(state, batches, hooks={100: checkpoints})`.
+    something else wrote is deleted. It is a hook of `TrainStep.run`, which saves after every so
+    many batches and at the end of the run: `step.run(state, batches, hooks=[checkpoints])`.
 
     Args:
       folder: where the files are; made if it is not there.
       keep: how many of the newest files stay, at least 1.
-      every: called as a hook, it saves where the step has passed a multiple of this since the last
-        file, an integer of at least 1, in steps.
+      every: as a hook, after how many batches it saves, at least 1: where `state.batches` is a
+        multiple of this. None for at the end of a run only.
+      at_end: whether it saves at the end of a run, too.
 
     Raises:
       InvalidType: an argument is of the wrong kind.
@@ -48,23 +51,31 @@ class Checkpoints:
       >>> step = ol.optimize_loss(lambda p, x: p["w"] * x, learning_rate=1.0, optimizer="SGD")
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     checkpoints = ol.Checkpoints(folder, keep=2, every=2)
-      ...     state, _ = step.run(step.init({"w": 9.0}), [1.0] * 7, hooks={1: checkpoints})
+      ...     state, _ = step.run(step.init({"w": 9.0}), [1.0] * 7, hooks=[checkpoints])
       ...     state, report = checkpoints.newest(like=step.init({"w": 0.0}))
       ...     steps = checkpoints.steps
       >>> print(steps, state.step, state.params["w"])
-      (4, 6) 6 3.0
+      (6, 7) 7 2.0
     """
 
-    def __init__(self, folder: str | os.PathLike[str], keep: int = 3, every: int = 1000):
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        keep: int = 3,
+        every: int | None = 1000,
+        at_end: bool = True,
+    ):
         if not isinstance(folder, str | os.PathLike):
             raise InvalidType(
                 f"`folder` must be the path of a folder. {received('folder', folder)}"
             )
         self.keep = check_integer("keep", keep, AT_LEAST_1)
-        self.every = check_integer("every", every, AT_LEAST_1)
+        self.every = None if every is None else check_integer("every", every, AT_LEAST_1)
+        check_flags(at_end=at_end)
+        self.at_end = at_end
         self.folder = pathlib.Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._done: int | None = None  # the step saved or restored last
+        self._done: tuple[int, int] | None = None  # the step and batches saved or restored last
 
     def __repr__(self) -> str:
         return f"Checkpoints({str(self.folder)!r}, keep={self.keep}, every={self.every})"
@@ -101,7 +112,7 @@ class Checkpoints:
         step = _step(check_state("state", state))
         path = self.path(step)
         save(path, state)
-        self._done = step
+        self._done = step, int(state.batches)
         if first_process():
             self._clean(step)
         return path
@@ -148,7 +159,7 @@ class Checkpoints:
                     raise
                 warnings.warn(f"A checkpoint is passed over. {error}", stacklevel=2)
                 continue
-            self._done = step
+            self._done = step, int(found[0].batches)
             return found
         if steps:
             raise CheckpointCorrupt(
@@ -158,7 +169,7 @@ class Checkpoints:
         return None
 
     def __call__(self, state: TrainState, metrics: Any = None) -> None:
-        """Save if the step has passed a multiple of `every` since the last file.
+        """Save, unless this state was just saved or restored.
 
         Args:
           state: as for `save`.
@@ -168,13 +179,7 @@ class Checkpoints:
           As `save`.
         """
         step = _step(check_state("state", state))
-        if step == self._done:
-            return
-        # A file of this very step may be one that was passed over. Processes that do not see the
-        # folder of the first one go by what they have done.
-        before = (n for n in (*self.steps, self._done or 0) if n < step)
-        last = max(before, default=0)
-        if step // self.every > last // self.every:
+        if (step, int(state.batches)) != self._done:
             self.save(state)
 
 

@@ -14,7 +14,7 @@ from optimize_loss._engine.device import copy
 from optimize_loss._names import leaf_names
 from optimize_loss._state.train_state import TrainState
 
-_FIELDS = ("model_state", "key", "first_step")  # beside `params` and `optimizer`
+_FIELDS = ("model_state", "key", "first_step", "batches")  # beside `params` and `optimizer`
 
 
 def is_key(leaf: Any) -> bool:
@@ -57,7 +57,7 @@ def named(state: TrainState) -> dict[str, Any]:
     """Return the leaves of a state by name, as the user's trees have them.
 
     They are `params/<name>`, `optimizer/<link>/<slot>/<name>`, `optimizer/<link>/<number>`,
-    `optimizer/step`, `model_state/<name>`, `key` and `first_step`.
+    `optimizer/step`, `model_state/<name>`, `key`, `first_step` and `batches`.
 
     Raises:
       ValueError: two leaves have one name.

@@ -17,10 +17,10 @@ from optimize_loss._state.train_state import TrainState
 def to_state_dict(state: TrainState) -> dict[str, Any]:
     """Return a state as nested dicts of arrays by name, whatever shares an array inside of it.
 
-    The keys are `params`, `optimizer`, `model_state`, `key` and `first_step`; below them, those of
-    the user's trees. Of typed random keys the dict has the data, under the name of their kind.
-    Orbax and other tools that save trees of arrays can keep it. What they give back is readable,
-    and `from_state_dict` makes a state of it.
+    The keys are `params`, `optimizer`, `model_state`, `key`, `first_step` and `batches`; below
+    them, those of the user's trees. Of typed random keys the dict has the data, under the name of
+    their kind. Orbax and other tools that save trees of arrays can keep it. What they give back is
+    readable, and `from_state_dict` makes a state of it.
 
     Args:
       state: what `TrainStep.init` or a step returned; of shapes, too, as `jax.eval_shape` makes
@@ -89,6 +89,7 @@ def from_state_dict(like: TrainState, tree: Mapping[str, Any]) -> TrainState:
     frame = Frame(check_state("like", like))
     wanted = {_key_in_tree(name, leaf): name for name, leaf in frame.outline.items()}
     found = dict(zip(leaf_names(tree), jax.tree.leaves(tree), strict=True))
+    found.setdefault("batches", found.get("optimizer/step"))  # an older one counts updates alone
     _check_names(set(wanted), set(found))
     for key, name in wanted.items():
         _check_kind(name, frame.outline[name], found[key])

@@ -13,8 +13,8 @@ from jax.sharding import NamedSharding
 
 from optimize_loss._engine.bucket import Layout, shown_name
 from optimize_loss._engine.by_name import numbers_by_name
-from optimize_loss._engine.kinds import Gate
-from optimize_loss._engine.link import TreeLink, number_rules, overrides, passes
+from optimize_loss._engine.kinds import Averaging, Gate
+from optimize_loss._engine.link import TreeLink, number_rules, passes
 from optimize_loss._engine.plan import parts, takes
 from optimize_loss._engine.reset import owners_of
 from optimize_loss._engine.selection import linked
@@ -202,7 +202,9 @@ def _movers(chain: Chain, has_slots: dict[str, bool]) -> dict[str, bool]:
     found = {}
     for name, link in _linked(chain):
         ours = isinstance(link, Link)
-        looks = ours and (passes(link) or (overrides(link, "averaged") and not _has_rate(link)))
+        looks = ours and (
+            passes(type(link)) or (isinstance(link, Averaging) and not _has_rate(link))
+        )
         if not looks and (has_slots[name] or _has_rate(link)):
             found[name] = has_slots[name]
     return found

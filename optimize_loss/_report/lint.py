@@ -11,7 +11,8 @@ import numpy as np
 from optimize_loss._checks import AT_LEAST_1, check_integer
 from optimize_loss._engine.arrays import is_narrow
 from optimize_loss._engine.by_name import numbers_by_name
-from optimize_loss._engine.link import TreeLink, number_rules, overrides
+from optimize_loss._engine.kinds import Averaging
+from optimize_loss._engine.link import TreeLink, number_rules
 from optimize_loss._engine.numbers import has_rate
 from optimize_loss._names import pattern_text
 from optimize_loss._state.rules import Rules
@@ -174,7 +175,7 @@ def _narrow(
 def _can_be_tried(link: Any) -> bool:
     """Return whether a link makes an update of one parameter alone, and does not only average."""
     is_plain = isinstance(link, Link) and not isinstance(link, TreeLink)
-    return is_plain and (has_rate(link) or not overrides(link, "averaged"))
+    return is_plain and (has_rate(link) or not isinstance(link, Averaging))
 
 
 def _stands_still(links: Mapping[str, Any], dtype: str, rank: int, rate: float) -> bool:

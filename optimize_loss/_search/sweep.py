@@ -20,7 +20,8 @@ from optimize_loss._checks import (
     check_takes,
     received,
 )
-from optimize_loss._engine.trees import PARAMETER, copied
+from optimize_loss._engine.trees import PARAMETER, copied, copied_like
+from optimize_loss._state.modules import split
 from optimize_loss._state.train_state import TrainState
 from optimize_loss.transforms import Link
 
@@ -148,9 +149,18 @@ def _with_seed(state: TrainState, seed: int, init: Callable[[Any], Any] | None) 
     if state.key is not None:
         state = dataclasses.replace(state, key=_key_like(state.key, seed))
     if init is not None:
-        params = copied(PARAMETER, init(jax.random.key(seed)))
-        state = state.with_trees(params=params).reset("**")
+        state = _begun_with(state, init(jax.random.key(seed)))
     return state.set(**numbers)
+
+
+def _begun_with(state: TrainState, model: Any) -> TrainState:
+    """Return the state before the first step of other parameters, or of another module."""
+    params, rest, graph = split(model)
+    state = state.with_trees(params=copied(PARAMETER, params)).reset("**")
+    if graph is None:
+        return state
+    rest = copied_like("`model_state` at", rest, state.model_state)
+    return dataclasses.replace(state, model_state=rest)
 
 
 def _key_like(key: jax.Array, seed: int) -> jax.Array:

@@ -12,6 +12,7 @@ import numpy as np
 
 from optimize_loss._checks import InvalidType, TreeMismatch, check_takes, received
 from optimize_loss._names import leaf_paths, same_leaves
+from optimize_loss._state.modules import Graph, fresh
 
 
 def run_update_ops(
@@ -19,7 +20,8 @@ def run_update_ops(
 ) -> Any:
     """Return the model state after functions of it, or of it and the batch, in order."""
     for op in ops:
-        args = (model_state, *batch) if _takes_batch(op, batch) else (model_state,)
+        own = fresh(model_state)
+        args = (own, *batch) if _takes_batch(op, batch) else (own,)
         model_state = like_model_state("`update_ops`", op(*args), model_state)
     return model_state
 
@@ -145,9 +147,21 @@ class Loss:
         return parameter.kind is parameter.KEYWORD_ONLY
 
     def __call__(
-        self, params: Any, batch: tuple[Any, ...], model_state: Any, key: Any
+        self,
+        params: Any,
+        batch: tuple[Any, ...],
+        model_state: Any,
+        key: Any,
+        graph: Graph | None = None,
     ) -> tuple[jax.Array, Aux]:
         """Return the loss and what came beside it.
+
+        Args:
+          params: the parameters.
+          batch: the batch.
+          model_state: what the loss keeps besides parameters, or None.
+          key: a random key, or None.
+          graph: of the module that the loss takes in place of parameters; None for parameters.
 
         Raises:
           InvalidType: the function does not take this batch, or returns no float scalar, alone
@@ -155,19 +169,20 @@ class Loss:
           ValueError: the loss has dimensions.
           TreeMismatch: the model state changed its structure, shapes or dtypes.
         """
-        given = {"model_state": model_state, "key": key}
+        model = params if graph is None else graph.join(params, model_state)
+        given = {"model_state": fresh(model_state), "key": key}
         keywords = {name: value for name, value in given.items() if self.takes(name)}
         parts = f"{len(batch)} part" + ("" if len(batch) == 1 else "s")
         check_takes(
             f"`loss` must take (params, *batch), where this batch has {parts}; `model_state` and "
             "`key` are keyword-only, after a `*`.",
             self.function,
-            params,
+            model,
             *batch,
             **keywords,
         )
         try:
-            result = self.function(params, *batch, **keywords)
+            result = self.function(model, *batch, **keywords)
         except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
             error.add_note(
                 "`loss` runs inside jit, where arrays have no values: use jnp for np, jnp.where or "
@@ -176,6 +191,8 @@ class Loss:
             )
             raise
         loss, aux = _parted(result)
+        if graph is not None:
+            aux = _of_module(aux, graph.rest(model, params), model_state)
         return _check_scalar(loss), _check_aux(aux, model_state)
 
 
@@ -190,6 +207,26 @@ def _parted(result: Any) -> tuple[Any, Aux]:
             f"Received: {', '.join(type(x).__name__ for x in (loss, aux))}."
         )
     return loss, aux
+
+
+def _of_module(aux: Aux, rest: Any, old: Any) -> Aux:
+    """Return what a loss of a module gives back, with the state of the module.
+
+    Raises:
+      TreeMismatch: the module has state that it did not have before.
+      ValueError: the loss returns a model state, too.
+    """
+    if added := sorted({*leaf_paths(rest)} - {*leaf_paths(old)}):
+        raise TreeMismatch(
+            f"`loss` must leave no new state in the module. Received: {added[:5]}. Take it out, as "
+            "in `nnx.pop(model, nnx.Intermediate)`, and return it in `Aux(metrics=...)`."
+        )
+    if aux.model_state is not None:
+        raise ValueError(
+            "`model_state` must not be returned by a loss of a module: the state that it leaves in "
+            "the module is taken. " + received("model_state", aux.model_state)
+        )
+    return aux._replace(model_state=rest)
 
 
 def _check_scalar(loss: Any) -> jax.Array:

@@ -12,9 +12,9 @@ from jax.core import Tracer
 from optimize_loss._checks import STEP, InvalidType, TreeMismatch, check_integer
 from optimize_loss._engine.bucket import Layout
 from optimize_loss._engine.chain import Chain
-from optimize_loss._engine.device import has_values
+from optimize_loss._engine.device import copy, has_values
 from optimize_loss._engine.health import blamed
-from optimize_loss._engine.link import overrides
+from optimize_loss._engine.kinds import Averaging
 from optimize_loss._engine.plan import parts
 from optimize_loss._engine.reset import reset
 from optimize_loss._engine.sharding import Placement
@@ -28,6 +28,7 @@ from optimize_loss._names import (
     leaf_paths,
     same_leaves,
 )
+from optimize_loss._state.modules import Graph
 from optimize_loss._state.shown import arrays_text, as_shape, links_text, parameters_text, shown
 from optimize_loss.transforms._guard import guard_of
 
@@ -57,14 +58,21 @@ def _averaging_slots(chain: Chain, state: dict[str, Any]) -> Iterator[Any]:
     """Yield the slots of the links that average, each a tree."""
     for name, _ in chain.links:
         link = chain.link(name)
-        if overrides(link, "averaged"):
+        if isinstance(link, Averaging):
             yield from parts(link, state[name]).slots.values()
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["packed_params", "packed_optimizer", "model_state", "key", "first_step"],
-    meta_fields=["chain", "increment_step", "layout", "placement"],
+    data_fields=[
+        "packed_params",
+        "packed_optimizer",
+        "model_state",
+        "key",
+        "first_step",
+        "batches",
+    ],
+    meta_fields=["chain", "increment_step", "layout", "placement", "graph"],
 )
 @dataclasses.dataclass(frozen=True)
 class TrainState:
@@ -79,10 +87,13 @@ class TrainState:
       model_state: what the loss keeps besides parameters, such as running statistics; or None.
       key: the random key from which the key of each step is derived; or None.
       first_step: the global step before the first update, an int32.
+      batches: how many batches steps have taken, an int32. It counts those that a guard skipped
+        and those that accumulation gathers; `step` does not.
       chain: the links whose state `optimizer` is. Structure, not data.
       increment_step: whether updates advance the global step. Structure, not data.
       layout: how the parameters are packed; None where they are as the user has them.
       placement: where parameters and slots lie after a step; None where XLA may choose.
+      graph: how parameters and model state make up a module of flax nnx; None without one.
 
     Example:
       >>> import optimize_loss as ol
@@ -98,15 +109,33 @@ class TrainState:
     model_state: Any
     key: jax.Array | None
     first_step: jax.Array
+    batches: jax.Array
     chain: Chain
     increment_step: bool
     layout: Layout | None = None
     placement: Placement | None = None
+    graph: Graph | None = None
 
     @functools.cached_property
     def params(self) -> Any:
         """The user's tree of parameters."""
         return self.packed_params if self.layout is None else self.layout.unpack(self.packed_params)
+
+    @property
+    def model(self) -> Any:
+        """The module of flax nnx that `init` was given, as it is now; its arrays are the state's.
+
+        A step takes their memory: copy it, or ask the next state for it.
+
+        Raises:
+          InvalidType: `init` was given no module.
+        """
+        if self.graph is None:
+            raise InvalidType(
+                "`model` is for a module of flax nnx that was given to `step.init(model)`. "
+                "Received: a state of parameters; they are `state.params`."
+            )
+        return self.graph.join(self.params, self.model_state)
 
     @property
     def outline(self) -> Any:
@@ -186,7 +215,7 @@ class TrainState:
         return dataclasses.replace(self, packed_params=packed_params, packed_optimizer=packed)
 
     def __repr__(self) -> str:
-        arrays = [*jax.tree.leaves(self.packed), self.first_step]
+        arrays = [*jax.tree.leaves(self.packed), self.first_step, self.batches]
         is_gone = any(x.is_deleted() for x in filter(has_values, arrays))
         has_all = not is_gone and all(map(has_values, arrays))
         now = f"at step {shown(self.step)}" if has_all else "without values"
@@ -274,7 +303,7 @@ class TrainState:
         return blamed(int(jax.device_get(code)), leaf_names(self.outline))
 
     @asked_for()
-    def set(self, *, step: Any = None, **values: Any) -> "TrainState":
+    def set(self, *, step: Any = None, batches: Any = None, **values: Any) -> "TrainState":
         """Return the state with another step or other hyperparameters; nothing is traced again.
 
         Traced values make a sweep: `jax.vmap(lambda rate: state.set(learning_rate=rate))(rates)`
@@ -284,6 +313,8 @@ class TrainState:
         Args:
           step: the global step that schedules see, an integer of at least 0. What goes by the
             number of updates made, such as noise and Adam's correction, goes on.
+          batches: how many batches count as taken, an integer of at least 0: 0 for a run of its
+            own that begins with this state.
           **values: hyperparameters by name, or by `link/number` where several links have that
             name: Python, numpy or jax scalars. None gives back what was built in, such as a
             schedule.
@@ -300,19 +331,31 @@ class TrainState:
           0.01 7
         """
         first_step = self.first_step if step is None else self._first_step_of(step)
+        taken = self.batches if batches is None else _count("batches", batches, self.batches)
         new = self.with_links(self.chain.set(self.links, **values))
-        return dataclasses.replace(new, first_step=first_step)
+        return dataclasses.replace(new, first_step=first_step, batches=taken)
 
     def _first_step_of(self, step: Any) -> jax.Array:
         """Return the step before the first update with which the global step is this one now."""
-        if not isinstance(step, Tracer):
-            step = check_integer("step", step, STEP)
-        elif step.shape or not jnp.issubdtype(step.dtype, jnp.integer):
-            raise InvalidType(
-                f"`step` must be a scalar integer. Received: shape {step.shape}, {step.dtype}."
-            )
-        made = self.packed_optimizer["step"] if self.increment_step else 0
-        return placed_like(self.first_step, jnp.asarray(step, jnp.int32) - made)
+        step = _count("step", step, self.first_step)
+        return step - self.packed_optimizer["step"] if self.increment_step else step
+
+    def copy(self) -> "TrainState":
+        """Return a copy in memory of its own, which no step takes with this one.
+
+        A step, `many` and `run` donate the state that they are given: its memory goes to the new
+        state. So a state that is to be kept, in a hook or beside a run, must be copied.
+
+        Example:
+          >>> import optimize_loss as ol
+          >>> step = ol.optimize_loss(lambda p, x: p["w"] * x, learning_rate=1.0, optimizer="SGD")
+          >>> state = step.init({"w": 4.0})
+          >>> kept = state.copy()
+          >>> state, _ = step(state, 1.0)
+          >>> print(kept.params["w"], state.params["w"])
+          4.0 3.0
+        """
+        return jax.tree.map(copy, self)
 
     @asked_for()
     def reset(self, *patterns: Pattern) -> "TrainState":
@@ -358,6 +401,17 @@ class TrainState:
 
 def _outlined(x: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
+
+def _count(name: str, value: Any, like: jax.Array) -> jax.Array:
+    """Return a count as an int32, where another one is."""
+    if not isinstance(value, Tracer):
+        value = check_integer(name, value, STEP)
+    elif value.shape or not jnp.issubdtype(value.dtype, jnp.integer):
+        raise InvalidType(
+            f"`{name}` must be a scalar integer. Received: shape {value.shape}, {value.dtype}."
+        )
+    return placed_like(like, jnp.asarray(value, jnp.int32))
 
 
 @functools.partial(jax.jit, inline=True)

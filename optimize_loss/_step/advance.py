@@ -27,6 +27,7 @@ from optimize_loss._state.gradients import (
 )
 from optimize_loss._state.loss import Aux, Loss, run_update_ops
 from optimize_loss._state.metrics import joined, rates, read
+from optimize_loss._state.modules import Graph, check_trained, split
 from optimize_loss._state.rules import Rules
 from optimize_loss._state.train_state import TrainState
 from optimize_loss.transforms import Accumulate, Chain
@@ -53,6 +54,24 @@ class Recipe:
         """Return the parameters with a mark for those that are trained."""
         frozen = self.rules.frozen if self.rules.having_frozen else None
         return find_trainable(params, self.variables, frozen)
+
+    def parted(self, model: Any, model_state: Any) -> tuple[Any, Any, Graph | None]:
+        """Return the parameters, the first model state, and the structure of a module.
+
+        Raises:
+          InvalidType: there is state among the parameters.
+          ValueError: a module has its own state, and another is given or taken.
+        """
+        params, rest, graph = split(model)
+        if graph is None:
+            check_trained(params)
+            return params, model_state, None
+        if model_state is not None or self.loss.takes("model_state"):
+            raise ValueError(
+                "`model_state` must not be given with a module of flax nnx, nor taken by its loss: "
+                "the module has its own state."
+            )
+        return params, rest, graph
 
     def check_model_state(self, model_state: Any) -> Any:
         """Return the first model state if there is one exactly where something takes it."""
@@ -163,7 +182,7 @@ def advance(
     _check_on_device([*trainable.leaves, *jax.tree.leaves(state.packed_optimizer)])
 
     def loss_of(params: Any) -> tuple[jax.Array, Aux]:
-        return recipe.loss(params, batch, model_state, _again(key))
+        return recipe.loss(params, batch, model_state, _again(key), state.graph)
 
     scale = chain.loss_scale(state.links, state.step)
     rho = radius(chain, state.links, state.step)
@@ -174,7 +193,8 @@ def advance(
         extra |= for_line_searches(chain, trainable, loss_of, grads, scale)
     new = _updated(recipe, state, grads, extra)
     model_state = kept(_counts(chain, state, new, extra), state.model_state, aux.model_state)
-    new = dataclasses.replace(new, model_state=model_state)
+    batches = jnp.minimum(state.batches, jnp.iinfo(jnp.int32).max - 1) + 1
+    new = dataclasses.replace(new, model_state=model_state, batches=batches)
     return new, joined(_metrics(recipe, state, new, loss), aux.metrics, recipe.name)
 
 
@@ -253,7 +273,7 @@ def _counts(chain: Chain, state: TrainState, new: TrainState, extra: Values) -> 
 
 def _metrics(recipe: Recipe, state: TrainState, new: TrainState, loss: jax.Array) -> Values:
     """Return what the step and its links report."""
-    metrics: Values = {"loss": loss}
+    metrics: Values = {"loss": loss, "batches": new.batches}
     if "learning_rate" in recipe.summaries:
         metrics |= rates(recipe.chain, state.links, state.step, recipe.learning_rate)
     return metrics | read(recipe.chain, new.links, metrics)

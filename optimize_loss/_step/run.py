@@ -4,8 +4,9 @@ import collections
 import contextlib
 import dataclasses
 import itertools
+import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -15,17 +16,18 @@ from optimize_loss._checks import (
     AT_LEAST_1,
     InvalidType,
     NonFiniteError,
+    StopRun,
     check_flags,
     check_integer,
-    check_takes,
-    received,
 )
 from optimize_loss._engine.transfers import asked_for
 from optimize_loss._state.batches import Call, Source, check_batches, check_sharding
+from optimize_loss._state.hook import Hook, check_hooks
 from optimize_loss._state.skips import check_metric
 from optimize_loss._state.train_state import TrainState
 from optimize_loss._step.signals import Signals, signals
 
+logger = logging.getLogger("optimize_loss")
 COMPACTED = 256  # fetched calls between two times that their metrics are joined
 
 
@@ -129,16 +131,10 @@ class Plan:
 
     steps: int | None
     steps_per_call: int
-    hooks: dict[int, Callable[[TrainState, dict[str, Any]], Any]]
+    hooks: tuple[Hook, ...]
     prefetch: int
     sharding: Any
     progress: bool
-
-    def room(self, taken: int) -> int:
-        """Return how many steps the next call may have, after so many were taken."""
-        ends = [n - taken % n for n in self.hooks]
-        ends += [] if self.steps is None else [self.steps - taken]
-        return min([self.steps_per_call, *ends])
 
 
 def check_plan(
@@ -154,20 +150,26 @@ def check_plan(
     return Plan(
         steps=None if steps is None else check_integer("steps", steps, AT_LEAST_1),
         steps_per_call=check_integer("steps_per_call", steps_per_call, AT_LEAST_1),
-        hooks=_check_hooks({} if hooks is None else hooks),
+        hooks=check_hooks("hooks", () if hooks is None else hooks),
         prefetch=check_integer("prefetch", prefetch, AT_LEAST_1),
         sharding=check_sharding(sharding),
         progress=progress,
     )
 
 
-def _check_hooks(hooks: Any) -> dict[int, Callable[..., Any]]:
-    rule = "`hooks` must map numbers of steps to functions of (state, metrics)."
-    if not isinstance(hooks, Mapping) or not all(map(callable, hooks.values())):
-        raise InvalidType(f"{rule} {received('hooks', hooks)}")
-    for hook in hooks.values():
-        check_takes(rule, hook, None, {})
-    return {check_integer("n in hooks", n, AT_LEAST_1): hook for n, hook in hooks.items()}
+@dataclasses.dataclass
+class Visit:
+    """One hook in a run.
+
+    Attributes:
+      hook: the hook.
+      due: after how many steps of this run it is called next; None for never.
+      last: after how many it was called last.
+    """
+
+    hook: Hook
+    due: int | None
+    last: int = 0
 
 
 @dataclasses.dataclass
@@ -181,6 +183,7 @@ class Run:
       plan: the options.
       state: the state reached.
       taken: the number of steps taken.
+      stopped: whether a hook ended it.
     """
 
     single: Callable[..., tuple[TrainState, dict[str, Any]]]
@@ -189,6 +192,11 @@ class Run:
     plan: Plan
     state: TrainState
     taken: int = 0
+    stopped: bool = False
+
+    def __post_init__(self):
+        self._before = 0  # the batches that the state had taken before this run
+        self._visits: list[Visit] = []
 
     def over(self, batches: Iterable[Any]) -> tuple[TrainState, dict[str, Any]]:
         """Return the state after the last step, and the metrics of all."""
@@ -201,7 +209,7 @@ class Run:
         held = signals()
         with held.during_run(self._attach_state):
             metrics = self._take(batches, held)
-            if self.plan.steps not in (None, self.taken):
+            if self.plan.steps not in (None, self.taken) and not self.stopped:
                 warnings.warn(
                     f"`batches` ended after {self.taken} of {self.plan.steps} steps.", stacklevel=3
                 )
@@ -214,8 +222,10 @@ class Run:
             contextlib.closing(Source(batches, self.plan.sharding)) as source,
         ):
             history = History(self._watched(show))
+            self._begin_visits()
             self._advance(source, history, held)
             source.raise_error()
+            held.within(self._is_alive, self._call_hooks, history, self._ends)
             if not self.taken:
                 raise ValueError(
                     "`batches` must hold a batch: it is empty, or an iterator at its end."
@@ -226,7 +236,7 @@ class Run:
         """Take all steps; the next call is on its way to the device while the last computes."""
         call = self._gather(source, held)
         held.install()  # a loader may have put handlers
-        while call is not None:
+        while call is not None and not self.stopped:
             history.wait(self.plan.prefetch - 1)
             held.check()
             advance = self.single if call.steps == 1 else self.many
@@ -235,23 +245,57 @@ class Run:
             self.state, self.taken = state, self.taken + call.steps
             history.add(call.steps, metrics)
             held.check()
-            held.within(self._is_alive, self._call_hooks, history)
+            held.within(self._is_alive, self._call_hooks, history, self._is_due)
             call = self._gather(source, held)
 
     def _gather(self, source: Source, held: Signals) -> Call | None:
-        return held.within(self._is_alive, source.gather, self.plan.room(self.taken))
+        """Return the next call, which ends where a hook is due; so none was pulled for later."""
+        if self.stopped:
+            return None
+        ends = [self.plan.steps, *(visit.due for visit in self._visits)]
+        room = [end - self.taken for end in ends if end is not None]
+        return held.within(self._is_alive, source.gather, min([self.plan.steps_per_call, *room]))
 
-    def _call_hooks(self, history: History) -> None:
-        for n, hook in self.plan.hooks.items():
-            if self.taken % n:
-                continue
-            new = hook(self.state, history.stacked(n))
-            if new is not None and not isinstance(new, TrainState):
-                raise InvalidType(
-                    f"`hooks[{n}]` must return None or a TrainState. "
-                    f"Received: {new!r} of type {type(new).__name__}, from {hook!r}."
-                )
-            self.state = self.state if new is None else new
+    def _begin_visits(self) -> None:
+        """Ask all hooks when they are due. The count of batches is fetched for them alone."""
+        if self.plan.hooks:
+            self._before = int(jax.device_get(self.state.batches))
+        self._visits = [Visit(hook, self._next(hook)) for hook in self.plan.hooks]
+
+    def _next(self, hook: Hook) -> int | None:
+        """Return after how many steps of this run a hook is due."""
+        wait = hook.wait(self._before + self.taken)
+        return None if wait is None else self.taken + check_integer("wait", wait, AT_LEAST_1)
+
+    def _is_due(self, visit: Visit) -> bool:
+        return visit.due == self.taken
+
+    def _ends(self, visit: Visit) -> bool:
+        return visit.hook.at_end and visit.last < self.taken
+
+    def _call_hooks(self, history: History, chosen: Callable[[Visit], bool]) -> None:
+        for visit in filter(chosen, self._visits):
+            metrics = history.stacked(self.taken - visit.last)
+            visit.last = self.taken
+            try:
+                self._put(visit.hook, visit.hook(self.state, metrics))
+            except StopRun as stop:
+                logger.info("a hook ended the run after %d steps: %s", self.taken, stop)
+                self.stopped = True
+            visit.due = self._next(visit.hook)
+
+    def _put(self, hook: Hook, new: Any) -> None:
+        """Go on with what a hook has returned."""
+        if new is None:
+            return
+        if not isinstance(new, TrainState):
+            raise InvalidType(
+                "A hook must return None or a TrainState. "
+                f"Received: {new!r} of type {type(new).__name__}, from {hook!r}."
+            )
+        if new.batches is not self.state.batches:
+            self._before = int(jax.device_get(new.batches)) - self.taken
+        self.state = new
 
     def _watched(self, show: Callable[[int, Any], None]) -> Callable[[int, Any], None]:
         """Return a function that shows fetched metrics, and raises if too much was left out."""

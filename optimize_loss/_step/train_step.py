@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -27,6 +27,7 @@ from optimize_loss._search.sweep import check_grid
 from optimize_loss._state.batches import as_arrays, check_stacked, is_foreign, ranks, refusal
 from optimize_loss._state.form import Form
 from optimize_loss._state.gradients import Trainable
+from optimize_loss._state.hook import Hook
 from optimize_loss._state.loss import Loss
 from optimize_loss._state.rules import NO_RULES, Rules
 from optimize_loss._state.skips import check_ready
@@ -94,13 +95,16 @@ class TrainStep:
         """Return the state before the first step.
 
         Args:
-          params: the parameters, a tree of arrays and numbers. They are copied, as a step takes
-            the memory of the state that it is given.
+          params: the parameters, a tree of arrays and numbers; or a module of flax nnx, or a tree
+            of modules, for a loss of `(model, *batch)`: each `nnx.Param` of it is trained, and all
+            else is the model state, such as running statistics and streams of random numbers.
+            They are copied, as a step takes the memory of the state that it is given.
           model_state: the first model state, for losses and update ops that take one.
           key: a random key, for losses that take one; made from `seed` if not given.
 
         Raises:
-          InvalidType: a leaf of `params` is no array and no number.
+          InvalidType: a leaf of `params` is no array and no number; or is state, not a parameter,
+            such as running statistics.
           ValueError: a pattern matches no parameter; there is nothing to train; a parameter to
             train is in the memory of the host; or `model_state` or `key` is missing or given in
             vain.
@@ -108,6 +112,9 @@ class TrainStep:
         if isinstance(params, TrainState):
             raise InvalidType("`params` must be a tree of arrays. Received: a TrainState.")
         register_with_flax()
+        params, model_state, graph = self._recipe.parted(params, model_state)
+        if graph is None:
+            self._recipe.check_model_state(model_state)
         params = copied(PARAMETER, params)
         self.rules.check(params)
         trainable, axis = self._recipe.trainable(params), self.shard_state
@@ -121,16 +128,17 @@ class TrainStep:
             if self.variables is not None:
                 error.add_note(f"Only these parameters are trained: {trainable.names}.")
             raise
-        model_state = self._recipe.check_model_state(model_state)
         state = TrainState(
             packed_params=packed,
             packed_optimizer=optimizer,
             model_state=copied("`model_state` at", model_state),
             key=first_key(self.loss.takes("key"), self.seed, key),
             first_step=from_host(self.first_step, jnp.int32),
+            batches=from_host(0, jnp.int32),
             chain=self.chain,
             increment_step=self.increment_step,
             layout=layout,
+            graph=graph,
         )
         state = placed_like(params, distinct(state))
         placement = placement_of(state.packed) if axis else None
@@ -191,7 +199,7 @@ class TrainStep:
         *,
         steps: int | None = None,
         steps_per_call: int = 1,
-        hooks: Mapping[int, Callable[[TrainState, dict[str, Any]], Any]] | None = None,
+        hooks: Iterable[Hook] = (),
         prefetch: int = 2,
         sharding: Any = None,
         progress: bool = False,
@@ -220,10 +228,11 @@ class TrainStep:
           steps_per_call: the most steps in one call of the device, at least 1. A call has fewer
             where a hook is due, where shapes change and at the end; each number of steps is
             compiled once.
-          hooks: {n: function of (state, metrics)}, called after every n steps of this run with
-            the metrics of these n. It returns None, or the state to go on with, such as
-            `state.set(learning_rate=1e-4)`. Its state is donated to the next step: copy what is
-            to be kept. Several that are due are called in this order.
+          hooks: a list of hooks, such as `ol.every(100, function)` or `ol.Checkpoints(folder,
+            every=100)`. Each is called with the state and the metrics since it was last called,
+            in this order where several are due. It returns None, or the state to go on with, such
+            as `state.set(learning_rate=1e-4)`, or raises `ol.StopRun` to end the run. Its state is
+            donated to the next step: keep `state.copy()`.
           prefetch: the most calls in flight, at least 1. Before one more, the loop waits for the
             metrics of the oldest.
           sharding: where the arrays of a batch go, a NamedSharding or a device: one for all, or a
@@ -283,6 +292,7 @@ class TrainStep:
           ('w', 0.5, 48, ())
         """
         key = jax.random.key(0) if self.loss.takes("key") else None
+        params, model_state, _ = self._recipe.parted(params, model_state)
         return explain(
             Setup(
                 chain=self.chain,
@@ -291,7 +301,7 @@ class TrainStep:
                 layout=self._layout,
                 horizon=check_horizon(self.first_step, steps, self.increment_step),
                 spread=self.shard_state,
-                rest=(np.int32(self.first_step), key, model_state),
+                rest=(np.int32(self.first_step), np.int32(0), key, model_state),
             ),
             params,
         )

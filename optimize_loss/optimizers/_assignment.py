@@ -5,7 +5,7 @@ from typing import Any
 
 from jax.core import Tracer
 
-from optimize_loss._checks import nearest_option, received
+from optimize_loss._checks import meant, received
 from optimize_loss.optimizers._declaration import checked, options_of, stays
 from optimize_loss.optimizers._update_step import has_variables
 from optimize_loss.optimizers._variable import check_trace
@@ -50,13 +50,12 @@ def _check_settable(optimizer: Any, name: str, there: Any) -> None:
     cls = type(optimizer)
     read_only = isinstance(there, property) and there.fset is None
     if name == "built" or read_only or stays(cls, name):
-        raise AttributeError(f"`{name}` of {cls.__name__} can be read, and not be set.")
+        raise AttributeError(f"`{name}` of {cls.__name__} can be read, but not set.")
     known = [n for n in (*options_of(cls), *vars(optimizer)) if not n.startswith("_")]
     if name not in (*known, *dir(cls)) and not name.startswith("_"):
         raise AttributeError(
-            f"`{name}` must be an attribute of {cls.__name__}, and is none. Nearest: "
-            f"{nearest_option(name, known)!r}. New attributes are set in `__init__` or `build` "
-            "of a subclass."
+            f"`{name}` is not an attribute of {cls.__name__}.{meant(name, known)} "
+            "Set new attributes in `__init__` or `build` of a subclass."
         )
 
 

@@ -247,6 +247,11 @@ def links_of(chain: Chain) -> dict[str, Link]:
     return {name: link for name, link in found.items() if isinstance(link, Link)}
 
 
+def with_rate(chain: Chain) -> list[str]:
+    """Return the names of the links that have a learning rate."""
+    return [name for name, link in links_of(chain).items() if "learning_rate" in link.numbers()]
+
+
 def _with_recipes_of(chain: Chain, old: Chain) -> Chain:
     """Return the old chain with the custom rules of a new one, where it has the same classes."""
     entries = dict(chain.links)

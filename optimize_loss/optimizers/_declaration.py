@@ -27,6 +27,17 @@ def options_of(cls: type) -> dict[str, Any]:
     return {field.name: field.default for field in dataclasses.fields(cls)}
 
 
+def signature_of(cls: type, last: str) -> inspect.Signature:
+    """Return what a constructor takes: options up to `last` by place, but for the learning rate."""
+    options = {name: x for name, x in options_of(cls).items() if name != "learning_rate"}
+    by_place, by_name = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+    first = [inspect.Parameter(name, by_place, default=x) for name, x in options.items()]
+    count = [*options].index(last) + 1
+    rate = inspect.Parameter("learning_rate", by_name, default=None)
+    others = [rate, *(parameter.replace(kind=by_name) for parameter in first[count:])]
+    return inspect.Signature([inspect.Parameter("self", by_place), *first[:count], *others])
+
+
 @functools.cache
 def _hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
@@ -86,14 +97,13 @@ def constructor(init: Any, checks: bool = True) -> Any:
       init: an `__init__`.
       checks: whether to name the nearest option where there is none of a name.
     """
-    parameters = inspect.signature(init).parameters
 
     @functools.wraps(init)
     def __init__(self: Any, *args: Any, **options: Any) -> None:
         if is_asked_back(options):
             return
         if checks:
-            check_options(type(self), options, parameters)
+            check_options(type(self), options, inspect.signature(__init__).parameters)
         self._held.constructing += 1
         try:
             init(self, *args, **options)

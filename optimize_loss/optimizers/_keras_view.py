@@ -8,11 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optimize_loss._checks import Rule, nearest_option
+from optimize_loss._checks import Rule, meant
 from optimize_loss._engine.numbers import at_step, replaced, to_array
 from optimize_loss.optimizers import LossScaleOptimizer, MultiOptimizer, Optimizer
-from optimize_loss.optimizers._boxes import links_of
+from optimize_loss.optimizers._boxes import links_of, with_rate
 from optimize_loss.optimizers._declaration import options_of
+from optimize_loss.optimizers._rate import SHORT_NAME
 from optimize_loss.transforms import (
     Accumulate,
     AverageParams,
@@ -90,10 +91,17 @@ def option(made: Any, links: Chain, name: str) -> Any:
 
 def rates(made: Any, links: Chain) -> list[list[str]]:
     """Return the names of the links that share a learning rate, for each rate."""
-    owners = [name for name, link in links_of(links).items() if "learning_rate" in link.numbers()]
+    owners = with_rate(links)
     if groups := many(made):
         return [[n for n in owners if n.startswith(f"{group}.")] for group in groups]
-    return [owners] if isinstance(made, Optimizer) and owners else [[name] for name in owners]
+    if isinstance(made, Optimizer):
+        return [owners] if owners else []
+    return [[name] for name in owners]
+
+
+def _options(made: Any) -> Mapping[str, Any]:
+    """Return the options of an `Optimizer` with their defaults; none of anything else."""
+    return options_of(type(made)) if isinstance(made, Optimizer) else {}
 
 
 def averages(links: Chain, names: list[str], known: Mapping[str, Any]) -> dict[str, str]:
@@ -127,20 +135,23 @@ class _Option:
 
 
 class _Part:
-    """One of the optimizers of a `MultiOptimizer`, as Keras' callbacks see theirs."""
+    """One of the optimizers of a `MultiOptimizer`, as Keras' callbacks see theirs.
 
-    def __init__(self, whole: "Shown", name: str, links: list[str]):
-        self._whole, self.name, self._links = whole, name, links
-        self._group, self._inner = many(whole._made)[name]
+    Or, of a chain of several rates, a link that has one. Its averages are those of the first.
+    """
+
+    def __init__(self, whole: "Shown", name: str, place: int):
+        self._whole, self.name, self._place = whole, name, place
+        self._group, self._inner = many(whole._made).get(name, (None, None))
 
     @property
     def learning_rate(self) -> Any:
         """The rate of the next update, as of a `KerasOptimizer`."""
-        return self._whole._get_rate(self._links)
+        return self._whole._get_rate(self._whole._rates[self._place])
 
     @learning_rate.setter
     def learning_rate(self, learning_rate: Any) -> None:
-        self._whole._set_rate(self._links, learning_rate)
+        self._whole._set_rate(self._whole._rates[self._place], learning_rate)
 
     @property
     def iterations(self) -> Any:
@@ -150,13 +161,14 @@ class _Part:
     @property
     def use_ema(self) -> bool:
         """Whether its parameters are averaged, by itself or with all others."""
-        return self._inner.use_ema or self._whole.use_ema
+        return getattr(self._inner, "use_ema", False) or self._whole.use_ema
 
     def _averaged(self) -> dict[str, Any]:
-        named = self._whole._named()
+        named, averages = self._whole._named(), self._whole._averages()
+        if self._group is None:
+            return {} if self._place else averages
         leaves = [v.value for v in named.values()]
         mine = zip(named, self._group.takes(list(named), leaves), strict=True)
-        averages = self._whole._averages()
         return {name: averages[name] for name, is_mine in mine if is_mine and name in averages}
 
     @property
@@ -169,8 +181,8 @@ class _Part:
         return list(self._averaged().values())
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name not in options_of(type(self._inner)):
-            raise AttributeError(f"{type(self._inner).__name__} has no {name!r} to show here.")
+        if name.startswith("_") or name not in _options(self._inner):
+            raise AttributeError(f"`{name}` is not an option of {self.name!r}.")
         return getattr(self._inner, name)
 
 
@@ -264,10 +276,9 @@ class Shown:
         new = self._complete and not name.startswith("_") and not hasattr(type(self), name)
         if new and name not in self.__dict__:
             if name not in self._options():
-                near = nearest_option(name, [*DEFAULTS, *self._options()])
                 raise AttributeError(
-                    f"`{name}` must be an attribute of {type(self).__name__}, or an option of its "
-                    f"`optimizer`, and is none. Nearest: {near!r}."
+                    f"`{name}` is not an attribute of {type(self).__name__}, nor an option of its "
+                    f"`optimizer`.{meant(name, [*DEFAULTS, *self._options()])}"
                 )
             self._set_option(name, value)
             return
@@ -282,16 +293,22 @@ class Shown:
         raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}.")
 
     def _options(self) -> Mapping[str, Any]:
-        made = inside(self.__dict__.get("_made"))
         hidden = ("learning_rate", "optimizers", "default_optimizer")
-        known = options_of(type(made)) if isinstance(made, Optimizer) else {}
+        known = _options(inside(self.__dict__.get("_made")))
         return {name: default for name, default in known.items() if name not in hidden}
 
     def _one_rate(self) -> list[str]:
         """Return the links that have the learning rate; raise unless there is one."""
-        if len(self._rates) != 1:
-            owners = [name for names in self._rates for name in names]
-            raise AttributeError(f"One link must have a `learning_rate`. Links that do: {owners}.")
+        if not self._rates:
+            raise AttributeError(
+                "`optimizer` has no `learning_rate` that can be read and set. One of optax has "
+                "that if it is a number in `optax.inject_hyperparams`."
+            )
+        if len(self._rates) > 1:
+            owners = [part.name for part in self.optimizers]
+            raise AttributeError(
+                f"There is a `learning_rate` for each of {owners}. Set those of `optimizers`."
+            )
         return self._rates[0]
 
     def _rate_of(self, link: str) -> tuple[Any, Rule]:
@@ -326,19 +343,17 @@ class Shown:
     def learning_rate(self, learning_rate: Any) -> None:
         self._set_rate(self._one_rate(), learning_rate)
 
-    @property
-    def lr(self) -> Any:
-        """The `learning_rate`, as code for Keras 2 calls it."""
-        return self.learning_rate
-
-    @lr.setter
-    def lr(self, learning_rate: Any) -> None:
-        self.learning_rate = learning_rate
+    lr = SHORT_NAME
 
     @property
     def optimizers(self) -> list[_Part]:
-        """Those of a `MultiOptimizer`, each with its `learning_rate`; others have none."""
-        groups = many(self._made)
-        if not groups:
+        """Those of a `MultiOptimizer`, or the links of a chain, that each have a `learning_rate`.
+
+        Where there is one rate, there is no such attribute.
+        """
+        names = [*many(self._made)]
+        if not names and len(self._rates) > 1:
+            names = [links[0] for links in self._rates]
+        if not names:
             raise AttributeError("There is one optimizer: its `learning_rate` is here.")
-        return [_Part(self, n, own) for n, own in zip(groups, self._rates, strict=True)]
+        return [_Part(self, name, place) for place, name in enumerate(names)]

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import inspect
 import operator
+import sys
 import typing
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
@@ -17,11 +18,17 @@ from optimize_loss._engine.order import merged
 from optimize_loss._engine.transformation import Transformation
 from optimize_loss._names import Pattern
 from optimize_loss.optimizers._assignment import assign, check_deletable
-from optimize_loss.optimizers._boxes import links_of
+from optimize_loss.optimizers._boxes import with_rate
 from optimize_loss.optimizers._config import config_of, made_from, serialize
-from optimize_loss.optimizers._declaration import constructor, options_of, register
+from optimize_loss.optimizers._declaration import constructor, options_of, register, signature_of
 from optimize_loss.optimizers._held import Held, as_a_whole
-from optimize_loss.optimizers._rate import LearningRate, as_variable, for_links, is_schedule
+from optimize_loss.optimizers._rate import (
+    SHORT_NAME,
+    LearningRate,
+    as_variable,
+    for_links,
+    is_schedule,
+)
 from optimize_loss.optimizers._update_step import Recipe, UpdateStep, attributes_of
 from optimize_loss.optimizers._variable import Variable
 from optimize_loss.schedules import evaluate
@@ -68,28 +75,11 @@ class Options(Transformation):
     _init_of_fields: ClassVar[Any] = None
 
     @constructor
-    def __init__(
-        self,
-        name=None,
-        weight_decay=None,
-        clipnorm=None,
-        clipvalue=None,
-        global_clipnorm=None,
-        use_ema=False,
-        ema_momentum=0.99,
-        ema_overwrite_frequency=None,
-        jit_compile=True,
-        *,
-        learning_rate=None,
-        mesh=None,
-        gradient_accumulation_steps=None,
-        loss_scale_factor=None,
-        axis_name=None,
-    ):
-        given = dict(locals())
-        for option in options_of(Options):
-            if option != "learning_rate" or learning_rate is not None:
-                setattr(self, option, given[option])
+    def __init__(self, *args: Any, **options: Any):
+        given = inspect.signature(Options).bind(*args, **options).arguments
+        for name, default in options_of(Options).items():
+            if name in given or default is not dataclasses.MISSING:
+                setattr(self, name, given.get(name, default))
         self.__post_init__()
 
     def __init_subclass__(cls):
@@ -192,14 +182,7 @@ class Options(Transformation):
     def _learning_rate(self, value: Any) -> None:
         self._held.rate = value
 
-    @property
-    def lr(self) -> Any:
-        """The `learning_rate`, as code for Keras 2 calls it."""
-        return self.learning_rate
-
-    @lr.setter
-    def lr(self, value: Any) -> None:
-        self.learning_rate = value
+    lr = SHORT_NAME
 
     @property
     def rate(self) -> Any:
@@ -212,8 +195,7 @@ class Options(Transformation):
 
     def _rates(self) -> dict[str, Variable]:
         """Return the variables of learning rates, by the names of their numbers in the state."""
-        found = links_of(self.chain)
-        owners = [name for name, link in found.items() if "learning_rate" in link.numbers()]
+        owners = with_rate(self.chain)
         return {f"{n}/learning_rate": box for box in self._rate_boxes() for n in owners}
 
     def __repr__(self) -> str:
@@ -223,6 +205,14 @@ class Options(Transformation):
             own = {"learning_rate": self.rate, **own}
         shown = ", ".join(f"{name}={value!r}" for name, value in own.items())
         return f"{type(self).__name__}({shown})"
+
+    def __format__(self, spec: str) -> str:
+        """Return the optimizer as text; for a message of Keras with what to write there."""
+        text = format(repr(self), spec)
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if not caller.startswith("keras."):
+            return text
+        return f"{text}. In Keras write `optimize_loss.keras.KerasOptimizer({text})`"
 
     # The chain.
 
@@ -344,6 +334,7 @@ class Options(Transformation):
         return serialize(hyperparameter)
 
 
+vars(Options.__init__)["__signature__"] = signature_of(Options, "jit_compile")
 Options.learning_rate = LearningRate(  # afterwards: it is no default
     lambda optimizer: optimizer._get_learning_rate(),
     lambda optimizer, value: optimizer._set_learning_rate(value),

@@ -24,6 +24,13 @@ class LearningRate(property):
         return super().__get__(optimizer, owner)
 
 
+SHORT_NAME = property(
+    lambda optimizer: optimizer.learning_rate,
+    lambda optimizer, value: setattr(optimizer, "learning_rate", value),
+    doc="The `learning_rate`, as code for Keras 2 calls it.",
+)
+
+
 def is_schedule(rate: Any) -> bool:
     """Return whether a learning rate is a function of the step."""
     return callable(rate) and not isinstance(rate, Variable)

@@ -2,6 +2,7 @@
 
 from optimize_loss._engine.chain import Chain as Chain
 from optimize_loss._engine.chain import chain as chain
+from optimize_loss._engine.kinds import Averaging as Averaging
 from optimize_loss._engine.kinds import Gate as Gate
 from optimize_loss._engine.link import Count as Count
 from optimize_loss._engine.link import Decay as Decay
@@ -68,6 +69,7 @@ __all__ = [
     "AddWeightDecay",
     "AverageLoss",
     "AverageParams",
+    "Averaging",
     "Chain",
     "ClipByAdaptiveNorm",
     "ClipByFunction",

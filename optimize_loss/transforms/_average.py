@@ -9,11 +9,12 @@ import jax.numpy as jnp
 
 from optimize_loss._checks import DECAY, Rule
 from optimize_loss._engine.arrays import compute_dtype, count
+from optimize_loss._engine.kinds import Averaging
 from optimize_loss._engine.link import Count, Decay, FullDecay, Link, Numbers, Slots, Stage
 
 
 @dataclasses.dataclass(frozen=True)
-class AverageParams(Link):
+class AverageParams(Averaging):
     """Keep an exponential moving average of the parameters. Stands last in a chain.
 
         a ← a + (1-β)(p - a),   p the parameter after this update, as it is stored

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from optimize_loss._engine.arrays import copy, is_narrow, stored_as
-from optimize_loss._engine.link import Count, Fraction, Link, Numbers, Slots
+from optimize_loss._engine.kinds import Averaging
+from optimize_loss._engine.link import Count, Fraction, Numbers, Slots
 
 
 @dataclasses.dataclass(frozen=True)
-class Lookahead(Link):
+class Lookahead(Averaging):
     """Go back, every few updates, to a point between where they began and where they led.
 
         φ ← φ + slow_rate · (p - φ)  and  p ← φ,   in every `every`-th update,  p after the update

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 
 from optimize_loss._checks import INNER_DECAY, STEP
 from optimize_loss._engine.arrays import abs_squared, copy, count, full, is_narrow, sqrt, stored_as
-from optimize_loss._engine.link import Decay, Link, NotNegative, Numbers, Positive, Slots
+from optimize_loss._engine.kinds import Averaging
+from optimize_loss._engine.link import Decay, NotNegative, Numbers, Positive, Slots
 
 
 @dataclasses.dataclass(frozen=True)
-class StepByScheduleFree(Link):
+class StepByScheduleFree(Averaging):
     """Let Adam move z, and take gradients between z and the mean x of all z so far.
 
         v ← v + (1-β₂)(|g|² - v),   t = 1, 2, …
@@ -56,6 +57,7 @@ class StepByScheduleFree(Link):
     beta_2: Decay = 0.999
     epsilon: Positive = 1e-8
     warmup_steps: Annotated[int, STEP] = 0
+    needs = "stored_param"
     reads_params = True
     elementwise = True
     squares = ("v",)
@@ -89,25 +91,16 @@ class StepByScheduleFree(Link):
         self, update: jax.Array, slots: Slots, param: jax.Array, k: Numbers
     ) -> tuple[jax.Array, Slots]:
         """Return the step of one parameter."""
-        z = slots["z"]
-        d, v = self._step(update, slots["v"], k)
-        # What the formulas give for p when x, which is (p - (1-β₁) z) / β₁, is put in and cancels.
-        return k["of_d"] * d + (z - param) / k["t"], {"z": z + d, "v": v}
-
-    def narrow_leaf(
-        self, update: jax.Array, slots: Slots, param: jax.Array, k: Numbers, dtype: Any
-    ) -> tuple[jax.Array, Slots]:
-        """Return the step of one parameter of few bits, of which x is kept."""
-        d, v = self._step(update, slots["v"], k)
-        z, x = slots["z"] + d, slots["x"] + (param - slots["p"]) / k["b1"]
-        x = x + (z - x) / k["t"]
-        p = stored_as(k["one_minus_b1"] * z + k["b1"] * x, dtype)
-        return p - param, {"z": z, "v": v, "x": x, "p": p}
-
-    def _step(self, update: jax.Array, v: jax.Array, k: Numbers) -> tuple[jax.Array, jax.Array]:
-        """Return by what z moves, and the mean of squares."""
+        z, v = slots["z"], slots["v"]
         v = v + (abs_squared(update) - v) * k["c2"]
-        return -k["rate"] * update / (sqrt(k["of_v"] * v) + k["epsilon"]), v
+        d = -k["rate"] * update / (sqrt(k["of_v"] * v) + k["epsilon"])
+        if "x" not in slots:
+            # What the formulas give for p when x, (p - (1-β₁) z) / β₁, is put in and cancels.
+            return k["of_d"] * d + (z - param) / k["t"], {"z": z + d, "v": v}
+        z, x = z + d, slots["x"] + (param - slots["p"]) / k["b1"]
+        x = x + (z - x) / k["t"]
+        p = stored_as(k["one_minus_b1"] * z + k["b1"] * x, k["stored"].dtype)
+        return p - param, {"z": z, "v": v, "x": x, "p": p}
 
     def averaged(self, param: jax.Array, slots: Slots, numbers: Numbers) -> jax.Array:
         """Return x, from the β₁ with which the parameter was made."""

@@ -6,7 +6,6 @@ import functools
 import json
 import pickle
 import re
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +15,19 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optimize_loss as ol
-from optimize_loss._engine.bucket import Bucket
+from optimize_loss._engine.link import by_entry
 from optimize_loss._engine.members import Members
-from optimize_loss._names import leaf_names
 from tests.cases import on_eight_devices, random_like, rows
+from tests.engine.packed import (
+    OPTIMIZERS,
+    T,
+    adam,
+    assert_alike,
+    buckets_in,
+    linear,
+    steps_of,
+)
 
-T = ol.transforms
 SHAPES = {
     "encoder": [{"bias": (2,), "kernel": (3, 2)}, {"bias": (5,), "kernel": (2, 5)}],
     "empty": {"bias": (0,)},
@@ -29,45 +35,6 @@ SHAPES = {
     "shift": (),
 }
 SOME = {"encoder": [{"bias": (2,), "kernel": (3, 2)}], "empty": {"bias": (0,)}, "scale": ()}
-LARGE = 1 << 20
-
-
-def linear(params, grads):
-    """A loss whose gradients are given."""
-    pairs = zip(*map(jax.tree.leaves, (params, grads)), strict=True)
-    parts = [jnp.sum((p.conj() * g.astype(p.dtype)).real.astype(jnp.float32)) for p, g in pairs]
-    return functools.reduce(jnp.add, parts)
-
-
-def steps_of(chain, loss: Any = linear, **options):
-    """Return the same step without buckets and with them."""
-
-    def made(bucket):
-        step = ol.optimize_loss(loss, learning_rate=0.1, bucket=bucket, **options)
-        return step if chain is None else dataclasses.replace(step, chain=chain)
-
-    return made(None), made(LARGE)
-
-
-def buckets_in(state):
-    return [x for x in state.packed_params.values() if isinstance(x, Bucket)]
-
-
-def assert_alike(got, want, ulps):
-    """Compare leaf by leaf, in units of the last place of the largest entry of the leaf."""
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    for name, a, b in zip(leaf_names(want), *map(jax.tree.leaves, (got, want)), strict=True):
-        if jnp.issubdtype(b.dtype, jax.dtypes.prng_key):
-            a, b = jax.random.key_data(a), jax.random.key_data(b)
-        a, b = np.asarray(a), np.asarray(b)
-        assert (a.shape, a.dtype) == (b.shape, b.dtype), name
-        if ulps == 0 or a.dtype.kind in "iub":
-            np.testing.assert_array_equal(a, b, err_msg=name)
-        elif a.size:
-            unit = float(jnp.finfo(a.dtype).eps) * np.abs(np.asarray(b, complex)).max()
-            assert np.abs(np.asarray(a, complex) - np.asarray(b, complex)).max() <= ulps * unit, (
-                name
-            )
 
 
 def assert_same_run(plain, packed, params, batches, ulps):
@@ -117,10 +84,6 @@ def test_every_chain_gives_the_same_with_buckets(case):
     assert one.layout is None
 
 
-NEED_MORE = {"LossScaleOptimizer", "MultiOptimizer", "MomentumOptimizer"}  # than a rate
-OPTIMIZERS = sorted({*ol.optimizers.names(), *ol.OPTIMIZER_CLS_NAMES} - NEED_MORE)
-
-
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_gives_the_same_with_buckets(name):
     shapes = SOME if name != "Muon" else {**SOME, "embedding": (4, 2)}
@@ -129,16 +92,6 @@ def test_every_optimizer_gives_the_same_with_buckets(name):
     batches = [random_like(shapes, t) for t in (1, 2)]
     _, state = assert_same_run(plain, packed, random_like(shapes, 0), batches, 8)
     assert bool(state.layout) == (name not in ("Adafactor", "Lamb"))
-
-
-def adam(**more):
-    return T.chain(
-        multiply=T.MultiplyGradients({"**/bias": 0.5, "scale": 2.0, "encoder/1/kernel": 3.0}),
-        adam=T.ScaleByAdam(),
-        decay=T.AddWeightDecay(0.1, exclude=("**/bias",)),
-        rate=T.ScaleByLearningRate(0.1),
-        **more,
-    )
 
 
 BATCHES = [random_like(SHAPES, t) for t in (1, 2, 3)]
@@ -357,10 +310,10 @@ class Broken(T.Link):
 
 
 def test_links_of_users_are_safe():
-    assert T.ScaleByLearningRate(0.1).elementwise
-    assert not Doubled(0.1).elementwise
-    assert not T.Link().elementwise
-    assert not T.AddNoise(0.1).elementwise
+    assert by_entry(T.ScaleByLearningRate)
+    assert not by_entry(Doubled)
+    assert not by_entry(T.Link)
+    assert not by_entry(T.AddNoise)
 
 
 @pytest.mark.parametrize(("link", "says"), [(Wrong(), "scalars"), (Broken(), "shape")], ids=str)
@@ -413,103 +366,6 @@ def test_layouts_compare_quickly_and_rightly():
     assert hash(a) == hash(b)
     assert a != Members(("x", "y"), ((2,), (2, 3)))
     assert a != ("x", "y")
-
-
-# What a step costs, in things that can be counted.
-
-
-def layers(count):
-    return {f"l{i:03}": {"w": jnp.eye(8), "b": jnp.zeros((1, 8))} for i in range(count // 2)}
-
-
-def network(params, x):
-    for layer in params.values():
-        x = jnp.tanh(x @ layer["w"] + layer["b"])
-    return jnp.sum(x * x)
-
-
-def counted(leaves, bucket):
-    """Return the arguments of a compiled step, the kernels beyond the loss, and its temporaries."""
-    params, x = layers(leaves), jnp.ones((4, 8))
-    step = ol.optimize_loss(network, learning_rate=0.1, clip_gradients=1.0, bucket=bucket)
-    program = step.lower(step.init(params), x).compile()
-    text = program.as_text()
-    assert text is not None
-    entry = text[text.index("\nENTRY") :]
-    kernels = len(re.findall(r" fusion\(", entry))
-    whole = len(re.findall(r" concatenate\(", entry))
-    memory = program.memory_analysis()
-    assert memory is not None
-    return len(re.findall(r" parameter\(", entry)), kernels, whole, memory.temp_size_in_bytes
-
-
-def test_a_small_leaf_adds_no_argument_and_no_pass_of_the_update():
-    (args, kernels, whole, temporary), (args_2, kernels_2, _, _) = (
-        counted(n, "auto") for n in (40, 80)
-    )
-    assert args == args_2 <= 12
-    assert whole == 1
-    _, plain, _, plain_temporary = counted(80, None)
-    *_, plain_args = counted(40, None)[:1]
-    assert plain_args > 3 * 40
-    x = jnp.ones((4, 8))
-    loss_kernels = [
-        len(
-            re.findall(
-                r" fusion\(",
-                jax.jit(jax.value_and_grad(network)).lower(layers(n), x).compile().as_text() or "",
-            )
-        )
-        for n in (40, 80)
-    ]
-    # What 40 leaves more cost is what the loss itself costs, not 3 or more passes for each.
-    per_leaf = ((kernels_2 - kernels) - (loss_kernels[1] - loss_kernels[0])) / 40
-    assert per_leaf <= 0.6  # every other leaf is a matrix, which its product wants by itself
-    assert kernels_2 < 0.6 * plain
-    assert temporary <= plain_temporary
-
-
-@pytest.mark.parametrize(
-    "loss",
-    [
-        lambda p, x: 0.5 * jnp.sum((jnp.concatenate([v.ravel() for v in p.values()]) - x) ** 2),
-        lambda p, x: sum(jnp.sum(jnp.sin(v * x)) for v in p.values()),
-    ],
-    ids=["as-one-vector", "each-by-itself"],
-)
-def test_a_small_leaf_that_the_loss_reads_adds_no_kernel_but_the_loss_own(loss):
-    def kernels(program, *arguments):
-        return len(re.findall(r" fusion\(", program.lower(*arguments).compile().as_text() or ""))
-
-    def added(leaves):
-        params = {f"p{i:03}": jnp.ones(8) for i in range(leaves)}
-        step = ol.optimize_loss(loss, learning_rate=0.1, clip_gradients=1.0)
-        of_loss = kernels(jax.jit(jax.value_and_grad(loss)), params, 1.0)
-        return kernels(step, step.init(params), 1.0) - of_loss
-
-    assert added(40) <= added(20)
-
-
-def test_unpacking_outside_of_a_step_is_one_program():
-    params = {f"seen only here/{name}": x for name, x in layers(40).items()}
-    step = ol.optimize_loss(lambda p: sum(jnp.sum(x) for x in p.values()), learning_rate=1.0)
-    state = step.init(params)
-    (bucket,) = buckets_in(state)
-    jax.block_until_ready(state.params)
-    compiled = []
-
-    def listen(event, *_, **__):
-        compiled.append(event) if "jaxpr_to_mlir" in event else None
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        jax.block_until_ready(state.optimizer)
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-    assert len(jax.tree.leaves(state.optimizer["adam"]["m"])) == 40
-    # That of the numbers at most; m and v are taken apart by the program that did the parameters.
-    assert len(compiled) <= 1
-    assert bucket.buffer.size == 20 * 72
 
 
 @pytest.mark.parametrize(

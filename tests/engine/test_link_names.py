@@ -54,7 +54,7 @@ def test_any_link_can_have_any_name(name):
     optimizer = T.chain(**{name: T.ClipByGlobalNorm(1.0)}, by=T.ScaleByLearningRate(0.5))
     state, metrics = trained(optimizer, summaries=["loss"])
     assert state.params["w"] == 7.5
-    assert set(metrics) == {"loss"}
+    assert set(metrics) == {"loss", "batches"}
 
 
 @pytest.mark.parametrize("key", ["loss_scale", "scale", "norm", "mean", "seed", "skipped", "rho"])

@@ -9,6 +9,7 @@ import pytest
 
 import optimize_loss as ol
 from optimize_loss import transforms as T
+from optimize_loss._engine.link import by_entry
 from optimize_loss._engine.plain import plain
 
 RATE = {"rate": T.ScaleByLearningRate(1.0)}
@@ -111,8 +112,8 @@ def test_a_function_of_a_class_that_is_no_link_counts():
     class Mixed(ByItsSum, T.ScaleByLearningRate):
         pass
 
-    assert T.ScaleByLearningRate(1.0).elementwise
-    assert not Mixed(1.0).elementwise
+    assert by_entry(T.ScaleByLearningRate)
+    assert not by_entry(Mixed)
 
 
 def test_a_norm_behind_a_link_that_overrides_its_factor_is_right():
@@ -182,8 +183,23 @@ def test_owners_are_found_once(monkeypatch):
     from optimize_loss._engine.trees import Params
 
     found, owners = [], vars(Params)["owners"]
-    counted = property(lambda p: found.append(1) or owners.__get__(p))
+    counted = property(lambda p: found.append(1) or owners.func(p))
     monkeypatch.setattr(Params, "owners", counted)
     tx, p = T.chain(adam=T.ScaleByAdam(), **RATE), {str(i): jnp.zeros(()) for i in range(20)}
     jax.eval_shape(tx.update, p, tx.init(p), p)
     assert len(found) <= 2
+
+
+def test_a_link_can_see_the_parameter_as_it_is_stored():
+    @dataclasses.dataclass(frozen=True)
+    class ToOne(T.Link):
+        needs = "stored_param"
+
+        def leaf(self, update, slots, param, k):
+            assert (k["stored"].dtype, param.dtype) == (jnp.bfloat16, jnp.float32)
+            return 1 - k["stored"].astype(param.dtype), slots
+
+    p = {"w": jnp.full(2, 3.0, jnp.bfloat16)}
+    tx = T.chain(one=ToOne(), **RATE)
+    new, _ = tx.apply(p, tx.init(p), p)
+    np.testing.assert_array_equal(new["w"].astype(jnp.float32), [5, 5])

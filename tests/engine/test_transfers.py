@@ -22,7 +22,7 @@ PARAMS = {"w": jnp.ones(3), "b": jnp.ones(2)}
 X, XS, RATES = jnp.ones(2), jnp.ones((4, 2)), jnp.array([0.1, 0.2])
 RATE, COUNT = jnp.float32(0.3), jnp.int32(3)
 HOST = [np.ones(2, np.float32)] * 4
-HOOKS = {2: lambda state, metrics: state.set(learning_rate=0.1)}
+HOOKS = [ol.every(2, lambda state, metrics: state.set(learning_rate=0.1))]
 
 CALLS = {
     "init": lambda step, state: step.init(PARAMS),

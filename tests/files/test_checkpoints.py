@@ -48,36 +48,48 @@ def damage(path):
 
 
 @pytest.mark.parametrize(
-    ("keep", "every", "calls", "kept"),
+    ("keep", "saved", "kept"),
     [
-        (1, 1, range(1, 6), [5]),
-        (2, 1, range(1, 6), [4, 5]),
-        (9, 2, range(1, 6), [2, 4]),
-        (9, 10, range(0, 40, 7), [14, 21, 35]),  # past a multiple, where none is met
-        (9, 10, [1, 2, 3], []),
-        (9, 10, [9, 10, 10, 10, 11, 20], [10, 20]),
-        (9, 10, [35, 36, 39], [35]),  # past several at once
-        (2, 100, [100, 1000, 10_000], [1000, 10_000]),  # by number, not by text
+        (1, range(1, 6), [5]),
+        (2, range(1, 6), [4, 5]),
+        (2, [100, 1000, 10_000], [1000, 10_000]),  # by number, not by text
     ],
 )
-def test_what_a_hook_keeps(tmp_path, keep, every, calls, kept):
-    checkpoints = ol.Checkpoints(tmp_path, keep=keep, every=every)
-    for step in calls:
-        checkpoints(at(step), {})
+def test_the_newest_are_kept(tmp_path, keep, saved, kept):
+    checkpoints = ol.Checkpoints(tmp_path, keep=keep)
+    for step in saved:
+        checkpoints.save(at(step))
     assert checkpoints.steps == tuple(kept)
     assert sorted(names(tmp_path)) == sorted(f"step_{n}.safetensors" for n in kept)
+
+
+@pytest.mark.parametrize(
+    ("every", "at_end", "saved"),
+    [
+        (2, True, [2, 4, 5]),
+        (2, False, [2, 4]),
+        (5, True, [5]),
+        (10, True, [5]),
+        (10, False, []),
+        (None, True, [5]),
+    ],
+)
+def test_when_a_run_saves(tmp_path, every, at_end, saved):
+    checkpoints = ol.Checkpoints(tmp_path, keep=9, every=every, at_end=at_end)
+    STEP.run(init(), [1.0] * 5, hooks=[checkpoints])
+    assert checkpoints.steps == tuple(saved)
 
 
 def test_a_run_that_is_taken_up_is_the_straight_run(tmp_path):
     x = [*np.linspace(0.5, 1.5, 30).astype(np.float32)]
     straight, _ = STEP.run(init(), x, steps_per_call=5)
     checkpoints = ol.Checkpoints(tmp_path / "a" / "b", keep=2, every=10)
-    STEP.run(init(), x[:25], steps_per_call=5, hooks={5: checkpoints})
+    STEP.run(init(), x[:20], steps_per_call=5, hooks=[checkpoints])
     assert checkpoints.steps == (10, 20)
     again = ol.Checkpoints(tmp_path / "a" / "b", keep=2, every=10)  # in a new process
     state, report = again.newest(like=init(7.0))
     assert (int(state.step), report.new, report.unused) == (20, (), ())
-    state, _ = STEP.run(state, x[20:], steps_per_call=5, hooks={5: again})
+    state, _ = STEP.run(state, x[20:], steps_per_call=5, hooks=[again])
     wanted = on_host(straight)
     for name, array in on_host(state).items():
         assert array.tobytes() == wanted[name].tobytes(), name
@@ -210,9 +222,9 @@ def test_one_step_twice_is_the_last_one(tmp_path):
 
 def test_a_step_that_does_not_advance_goes_by_the_updates(tmp_path):
     step = ol.optimize_loss(lambda p, x: p["w"] * x, learning_rate=0.1, global_step=None)
-    checkpoints = ol.Checkpoints(tmp_path, every=2)
-    state, _ = step.run(step.init({"w": 1.0}), [1.0] * 5, hooks={1: checkpoints})
-    assert checkpoints.steps == (2, 4)
+    checkpoints = ol.Checkpoints(tmp_path, keep=2, every=2)
+    state, _ = step.run(step.init({"w": 1.0}), [1.0] * 5, hooks=[checkpoints])
+    assert checkpoints.steps == (4, 5)
     assert int(state.step) == 0
 
 
@@ -310,7 +322,7 @@ def train_until_killed(folder):
         if int(state.step) in checkpoints.steps:
             print(int(state.step), flush=True)
 
-    STEP.run(state, iter(lambda: 1.0, None), hooks={1: save})
+    STEP.run(state, iter(lambda: 1.0, None), hooks=[ol.every(2, save)])
 
 
 def test_a_trainer_that_is_killed_goes_on_where_it_was(tmp_path):
@@ -363,7 +375,7 @@ def in_two_processes(folder, shard_state):
     step = made(None)
     checkpoints = ol.Checkpoints(folder, keep=1, every=2)
     first = np.arange(1.0, 5.0, dtype=np.float32)
-    state, _ = step.run(init(first), [np.float32(1)] * 4, hooks={1: checkpoints})
+    state, _ = step.run(init(first), [np.float32(1)] * 4, hooks=[checkpoints])
     again, report = checkpoints.newest(like=init(np.zeros(4, np.float32)), strict=True)
     wanted, got = on_host(state), on_host(again)
     equal = all(got[name].tobytes() == wanted[name].tobytes() for name in wanted)

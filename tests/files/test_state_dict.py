@@ -153,7 +153,7 @@ def test_an_asynchronous_save_has_the_state_as_it_was(tmp_path):
 
 def test_the_dict_can_be_read():
     tree = ol.to_state_dict(rich()[1])
-    assert sorted(tree) == ["first_step", "key", "model_state", "optimizer", "params"]
+    assert sorted(tree) == ["batches", "first_step", "key", "model_state", "optimizer", "params"]
     assert tree["params"]["a/b"].shape == (3,)
     assert tree["params"]["c"]["d"]["1"].shape == (LARGE,)
     assert tree["optimizer"]["adam"]["m"]["c"]["d"]["0"].shape == (2, 2)

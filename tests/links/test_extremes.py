@@ -10,7 +10,7 @@ import pytest
 
 from optimize_loss import optimizers
 from optimize_loss import transforms as T
-from optimize_loss._engine.link import overrides
+from optimize_loss._engine.link import functions_of
 from optimize_loss._names import leaf_names
 from optimize_loss.transforms._sharpness import climbed
 from tests.cases import CASES, LOSS, Case, rows
@@ -264,7 +264,7 @@ def test_a_program_of_constants_alone(value):
 
 def reads_params(case):
     links = [link for _, link in case.chain._linked() if isinstance(link, T.Link)]
-    return any(link.reads_params or overrides(link, "before") for link in links)
+    return any(link.reads_params or "before" in functions_of(type(link)) for link in links)
 
 
 WITHOUT_PARAMS = [pytest.param(case, id=case.name) for case in CASES if not reads_params(case)]

@@ -1,23 +1,16 @@
 """What holds for every link and every chain: each law runs over each row of `cases.py`."""
 
-import collections
-import contextlib
 import copy
 import dataclasses
 import functools
 import itertools
-import json
 import pickle
-import traceback
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from optimize_loss import transforms
 from optimize_loss._names import leaf_names
@@ -26,90 +19,25 @@ from tests.cases import (
     LOSS,
     NAMES,
     SHAPES,
-    SMALL_SHAPES,
-    grads,
-    on_eight_devices,
     params,
     random_like,
-    rows,
+)
+from tests.links.law import (
+    TRACES,
+    assert_close,
+    assert_finite,
+    assert_same,
+    avals,
+    law,
+    law_where,
+    nothing_compiles,
+    run,
+    stacked,
+    step_of,
 )
 
 DTYPES = ("float32", "bfloat16", "float16")
 PAIRS = list(itertools.product(DTYPES, DTYPES))
-
-law = pytest.mark.parametrize("case", rows())
-
-
-def law_where(capability):
-    return pytest.mark.parametrize("case", rows(capability))
-
-
-TRACES = collections.Counter()
-
-
-@functools.cache
-def step_of(tx):
-    """Return the jitted step of a chain, shared by all laws: only for trees like its case's."""
-
-    def step(params, state, grads):
-        TRACES[tx] += 1
-        return tx.apply(grads, state, params, value=LOSS)
-
-    return jax.jit(step)
-
-
-LOWERED = []
-jax.monitoring.register_event_duration_secs_listener(
-    lambda event, *_, **__: LOWERED.append(event) if "jaxpr_to_mlir" in event else None
-)
-
-
-@contextlib.contextmanager
-def nothing_compiles():
-    before = len(LOWERED)
-    yield
-    assert len(LOWERED) == before, "a program was compiled again"
-
-
-def run(case, state, steps):
-    """Return parameters and state after some steps in a Python loop."""
-    p = case.params()
-    for t in range(steps):
-        p, state = step_of(case.chain)(p, state, case.grads(t))
-    return p, state
-
-
-def avals(tree):
-    """Return the structure of a tree, and shape, dtype and weak type of its leaves."""
-    leaves, treedef = jax.tree.flatten(tree)
-    return treedef, [(x.shape, x.dtype, getattr(x, "weak_type", False)) for x in leaves]
-
-
-def assert_close(got, want, relative=1e-6):
-    """Compare leaf by leaf, relative to the largest entry of the leaf.
-
-    Not bit by bit: XLA contracts a * b + c into one rounding where it fuses the two, and what it
-    fuses differs from program to program.
-    """
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    for name, a, b in zip(leaf_names(want), *map(jax.tree.leaves, (got, want)), strict=True):
-        a, b = np.asarray(a), np.asarray(b)
-        assert (a.shape, a.dtype) == (b.shape, b.dtype), name
-        size = np.max(np.abs(b.astype(np.complex128)), initial=0)
-        np.testing.assert_allclose(a, b, rtol=relative, atol=relative * size, err_msg=name)
-
-
-def assert_same(got, want):
-    jax.tree.map(np.testing.assert_array_equal, got, want)
-
-
-def assert_finite(tree):
-    for name, x in zip(leaf_names(tree), jax.tree.leaves(tree), strict=True):
-        assert np.isfinite(np.asarray(x, np.complex128)).all(), name
-
-
-def stacked(*trees):
-    return jax.tree.map(lambda *xs: np.stack(xs), *trees)
 
 
 def set_all(case, state):
@@ -377,254 +305,3 @@ def test_none_gives_back_the_schedule():
     assert_same(again, follows)
     assert not np.array_equal(follows["scale"], stands["scale"])
     assert TRACES[case.chain] == 1
-
-
-# Edges.
-
-
-@law_where("smooth_at_zero")
-def test_derivatives_at_zero_are_finite(case):
-    """With respect to the gradients, and to the numbers in the state that are real."""
-    p = case.random_like(SMALL_SHAPES, 0)
-    state = case.chain.init(p)
-    numbers = {
-        tuple(name.split("/", 1)): value
-        for name, value in zip(leaf_names(state), jax.tree.leaves(state), strict=True)
-        if name in case.numbers and jnp.issubdtype(value.dtype, jnp.floating)
-    }
-
-    def size(g, numbers, state):
-        for (link, number), value in numbers.items():
-            state = {**state, link: {**state[link], number: value}}
-        updates, _ = case.chain.update(g, state, p, value=LOSS)
-        return optax.tree.norm(updates, squared=True)
-
-    zeros = jax.tree.map(jnp.zeros_like, p)
-    by_gradient, by_number = jax.jit(jax.grad(size, argnums=(0, 1)))(zeros, numbers, state)
-    assert_finite(by_gradient)
-    assert_finite(list(by_number.values()))
-
-
-def step_without_kernel(case):
-    """Return what comes before and after a step in which the kernel has no gradient."""
-    before = run(case, case.chain.init(case.params()), steps=1)
-    g = case.grads(1)
-    g["encoder"]["layer_0"]["kernel"] = None
-    return before, jax.jit(lambda p, s: case.chain.apply(g, s, p, value=LOSS))(*before)
-
-
-@law
-def test_gradient_of_none_leaves_the_parameter_alone(case):
-    (p, state), (new, after) = step_without_kernel(case)
-    assert_same(new["encoder"]["layer_0"]["kernel"], p["encoder"]["layer_0"]["kernel"])
-    assert avals((new, after)) == avals((p, state))
-    assert_finite((new, after))
-
-
-@law_where("keeps_slots")
-def test_gradient_of_none_leaves_slots_alone(case):
-    (_, state), (_, after) = step_without_kernel(case)
-    was, now = (dict(zip(leaf_names(s), jax.tree.leaves(s), strict=True)) for s in (state, after))
-    for name in was:
-        if name.endswith("/encoder/layer_0/kernel"):
-            assert_same(now[name], was[name])
-
-
-@law
-def test_update_of_none_is_none(case):
-    state = jax.eval_shape(case.chain.init, case.params())
-    g = case.grads(0)
-    g["encoder"]["layer_0"]["kernel"] = None
-    update = functools.partial(case.chain.update, value=LOSS)
-    updates, _ = jax.eval_shape(update, g, state, case.params())
-    assert avals(updates) == avals(jax.eval_shape(lambda: g))
-
-
-INTEGER_GRADS = {
-    "float0": np.zeros((2,), jax.dtypes.float0),
-    "int32": np.ones((2,), np.int32),
-    "None": None,
-}
-
-
-@pytest.mark.parametrize("grad", INTEGER_GRADS.values(), ids=INTEGER_GRADS)
-@law_where("integers_ok")
-def test_integer_parameter_is_left_alone(case, grad):
-    p = {**case.params(), "table": jnp.array([3, 4])}
-    state = case.chain.init(p)
-    new, after = case.chain.apply({**case.grads(0), "table": grad}, state, p, value=LOSS)
-    assert_same(new["table"], jnp.array([3, 4]))
-    assert avals((new, after)) == avals((p, state))
-    without, _ = run(case, case.chain.init(case.params()), steps=1)
-    assert_close({k: new[k] for k in without}, without)
-
-
-@law_where("empty_ok")
-def test_empty_tree(case):
-    state = case.chain.init({})
-    new, after = case.chain.apply({}, state, {}, value=LOSS)
-    assert new == {}
-    assert avals(after) == avals(state)
-    assert after["step"] == 1
-    assert_finite(after)
-
-
-@law
-def test_leaf_without_entries(case):
-    p = {**case.params(), "none": jnp.zeros((0, 3))}
-    state = case.chain.init(p)
-    new, after = case.chain.apply({**case.grads(0), "none": p["none"]}, state, p, value=LOSS)
-    assert avals((new, after)) == avals((p, state))
-    assert_finite((new, after))
-
-
-@law
-def test_tree_of_one_array(case):
-    """A leaf of one entry that is the whole tree; where a pattern wants a name, in a dict."""
-    bare = jnp.full_like(case.random_like((), 0), 2.0)
-    p = bare if case.empty_ok else {"scale": bare, "layer": {"bias": bare}}
-    state = case.chain.init(p)
-    new, after = case.chain.apply(p, state, p, value=LOSS)
-    assert avals((new, after)) == avals((p, state))
-    assert_finite((new, after))
-
-
-# Complex numbers.
-
-
-def total_norm(g):
-    return np.sqrt(np.sum(np.abs(g) ** 2))
-
-
-# The first step on one leaf by numpy: |z|² wherever the rule for real numbers has a square.
-ORACLES = {
-    "clip-value": lambda g: g * np.minimum(1, 0.3 / np.abs(g)),
-    "clip-norm": lambda g: g * np.minimum(1, 0.5 / total_norm(g)),
-    "clip-global-norm": lambda g: g * np.minimum(1, 0.5 / total_norm(g)),
-    "adagrad": lambda g: g / np.sqrt(0.1 + np.abs(g) ** 2 + 1e-7),
-    "rms": lambda g: g / np.sqrt(0.1 * np.abs(g) ** 2 + 1e-7),
-    "rms-centered": lambda g: g / np.sqrt(0.1 * np.abs(g) ** 2 - np.abs(0.1 * g) ** 2 + 1e-4),
-    "adadelta": lambda g: g * np.sqrt(1e-6) / np.sqrt(0.05 * np.abs(g) ** 2 + 1e-6),
-    "adam": lambda g: g / (np.abs(g) + 1e-8 / np.sqrt(0.001)),
-    "amsgrad": lambda g: g / (np.abs(g) + 1e-8 / np.sqrt(0.001)),
-}
-
-
-@pytest.mark.parametrize("name", ORACLES)
-def test_complex_squares_are_those_of_the_absolute_value(name):
-    tx = next(case.chain for case in CASES if case.name == name)
-    g = random_like((3, 2), 5, "complex64")
-    updates, _ = tx.update({"w": g}, tx.init({"w": g}), {"w": g})
-    assert_close(updates["w"], np.complex64(ORACLES[name](np.asarray(g))), 1e-5)
-
-
-def test_complex_norms():
-    """One complex and one real parameter, of norms √(1 + 4 + 4) = 3 and 4."""
-    tx = transforms.chain(all=transforms.ObserveNorm(), each=transforms.ObserveNorms())
-    g = {"a": jnp.array([1 + 2j, -2j]), "b": jnp.array([4.0])}
-    _, state = tx.update(g, tx.init(g), g)
-    assert_close(state["all"]["norm"], np.float32(5))
-    assert_close(state["each"]["norm"], {"a": np.float32(3), "b": np.float32(4)})
-
-
-# Many devices.
-
-
-def sharded(p, axis_type):
-    """Return parameters with the kernel split over eight devices, and the sharding of each."""
-    mesh = jax.make_mesh((8,), ("data",), (axis_type,))
-    shardings = jax.tree.map(lambda _: NamedSharding(mesh, P()), p)
-    shardings["encoder"]["layer_0"]["kernel"] = NamedSharding(mesh, P("data"))
-    return jax.device_put(p, shardings), shardings
-
-
-def partition(x):
-    """Return the axes of the mesh over which an array, or the type of one, is split."""
-    return [axis for axis in getattr(x.sharding, "spec", ()) if axis]
-
-
-def on_a_mesh(case):
-    """Three steps are those of one device, and everything stays as it is split."""
-    p, shardings = sharded(case.params(), AxisType.Auto)
-    state = case.chain.init(p)
-    before = jax.tree.map(partition, (p, state))
-    step = jax.jit(lambda p, state, g: case.chain.apply(g, state, p, value=LOSS))
-    for t in range(3):
-        p, state = step(p, state, jax.device_put(case.grads(t), shardings))
-    assert jax.tree.map(partition, (p, state)) == before
-    assert_close((p, state), run(case, case.chain.init(case.params()), steps=3), 5e-6)
-
-
-def with_shardings_in_types(case):
-    """Parameters and slots stay as they are split, by the types, which say so."""
-    p, shardings = sharded(case.params(), AxisType.Explicit)
-    state = case.chain.init(p)
-    apply = functools.partial(case.chain.apply, value=LOSS)
-    new = jax.eval_shape(apply, jax.device_put(case.grads(0), shardings), state, p)
-    assert jax.tree.map(partition, new) == jax.tree.map(partition, (p, state))
-
-
-def in_shard_map(case):
-    """With one gradient on each device, a step with their mean is that of one device."""
-    every = stacked(*map(case.grads, range(8)))
-
-    def step(p, state, g):
-        g = jax.tree.map(lambda x: jax.lax.pmean(x[0], "data"), g)
-        return case.chain.apply(g, state, p, value=LOSS)
-
-    mesh = jax.make_mesh((8,), ("data",), (AxisType.Auto,))
-    mapped = jax.shard_map(step, mesh=mesh, in_specs=(P(), P(), P("data")), out_specs=P())
-    first = case.params(), case.chain.init(case.params())
-    mean = jax.tree.map(lambda x: jnp.mean(x, 0), every)
-    assert_close(jax.jit(mapped)(*first, every), step_of(case.chain)(*first, mean), 5e-6)
-
-
-def compiles_once(placement):
-    """With parameters put somewhere, as from a file, only the first step is compiled."""
-    tx = transforms.chain(clip=transforms.ClipByGlobalNorm(1.0), adam=transforms.ScaleByAdam())
-    p = jax.device_put(params(), placement)
-    state, step = tx.init(p), jax.jit(tx.apply)
-    every = [jax.device_put(grads(t), placement) for t in range(3)]
-    p, state = step(every[0], state, p)
-    with nothing_compiles():
-        for g in every[1:]:
-            p, state = step(g, state, p)
-
-
-def test_on_one_device_only_the_first_step_is_compiled():
-    compiles_once(jax.devices()[0])
-
-
-MANY_DEVICES = {"mesh": on_a_mesh, "explicit": with_shardings_in_types, "shard_map": in_shard_map}
-
-
-def report_on_many_devices():
-    """Return as JSON what went wrong, by way and case; "" where nothing did."""
-    calls: dict[str, Any] = {
-        f"{way}/{case.name}": functools.partial(function, case)
-        for (way, function), case in itertools.product(MANY_DEVICES.items(), CASES)
-    }
-    calls["compiles-once"] = lambda: compiles_once(sharded(params(), AxisType.Auto)[1])
-    report = {}
-    for name, call in calls.items():
-        try:
-            call()
-            report[name] = ""
-        except Exception:
-            report[name] = traceback.format_exc()
-    return json.dumps(report)
-
-
-@pytest.fixture(scope="module")
-def report():
-    return on_eight_devices(__name__, "report_on_many_devices")
-
-
-@pytest.mark.parametrize("way", MANY_DEVICES)
-@law
-def test_eight_devices_equal_one(case, way, report):
-    assert not report[f"{way}/{case.name}"], report[f"{way}/{case.name}"]
-
-
-def test_on_eight_devices_only_the_first_step_is_compiled(report):
-    assert not report["compiles-once"], report["compiles-once"]

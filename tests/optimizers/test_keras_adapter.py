@@ -181,7 +181,7 @@ def test_options_can_be_set_until_it_is_built(given):
     np.testing.assert_allclose(v.numpy(), w.numpy(), 1e-6)
     with pytest.raises(ValueError, match="`weight_decay` must be set before the optimizer is bui"):
         made.weight_decay = 0.5
-    with pytest.raises(AttributeError, match=r"`weight_decy` must be .*Nearest: 'weight_decay'"):
+    with pytest.raises(AttributeError, match=r"`weight_decy` is not .*mean `weight_decay`"):
         made.weight_decy = 0.5
     assert made.lr is made.learning_rate
 

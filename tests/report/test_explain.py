@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 import optimize_loss as ol
 from optimize_loss._engine.bucket import shown_name
 from tests.cases import random_like, rows
-from tests.engine.test_bucket import OPTIMIZERS, linear, steps_of
+from tests.engine.packed import OPTIMIZERS, linear, steps_of
 
 T, S, optim = ol.transforms, ol.schedules, ol.optimizers
 SHAPES = {"encoder": {"layer_0": {"bias": (2,), "kernel": (8, 2)}}, "scale": ()}

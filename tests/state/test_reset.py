@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 import optimize_loss as ol
 from optimize_loss._names import leaf_paths
 from tests.cases import on_eight_devices, random_like, rows
-from tests.engine.test_bucket import assert_alike, linear, steps_of
+from tests.engine.packed import assert_alike, linear, steps_of
 
 T = ol.transforms
 SHAPES = {"encoder": {"layer_0": {"bias": (2,), "kernel": (8, 2)}}, "scale": ()}

@@ -3,14 +3,11 @@
 Where numbers are derived by hand, the loss is w · x under a rate of 1: w loses the sum of the x.
 """
 
-import builtins
 import dataclasses
 import functools
 import itertools
 import json
 import os
-import sys
-import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -19,52 +16,14 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-import optimize_loss
 from optimize_loss._step import run as run_module
 from tests.cases import on_eight_devices
-
-ol: Any = optimize_loss  # untyped, since some of what these tests pass is wrong on purpose
+from tests.step.looped import Counted, Tensor, linear, ol, start
 
 
 class Pair(NamedTuple):
     x: Any
     y: Any
-
-
-class Tensor:
-    """What a tensor of another library has in common with an array."""
-
-    def __init__(self, value):
-        self.value = np.asarray(value, np.float32)
-
-    def __array__(self, dtype=None):  # as torch's: without `copy`
-        return self.value
-
-
-class Counted:
-    """An iterator that counts what was pulled."""
-
-    def __init__(self, batches):
-        self.batches = iter(batches)
-        self.pulled = 0
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        batch = next(self.batches)
-        self.pulled += 1
-        return batch
-
-
-def linear(**options):
-    """A step that subtracts x from w."""
-    options = {"learning_rate": 1.0, "optimizer": "SGD"} | options
-    return ol.optimize_loss(lambda params, x: jnp.mean(params["w"] * x), **options)
-
-
-def start(step, w=100.0):
-    return step.init({"w": np.float32(w)})
 
 
 def squares(params, x, y):
@@ -266,7 +225,9 @@ def test_long_runs_are_joined_on_the_way(monkeypatch):
     _, metrics = step.run(
         start(step, 0.0),
         map(float, range(23)),
-        hooks={5: lambda state, seen: sums.append(seen["global_norm/gradient_norm"].tolist())},
+        hooks=[
+            ol.every(5, lambda state, seen: sums.append(seen["global_norm/gradient_norm"].tolist()))
+        ],
     )
     np.testing.assert_array_equal(metrics["global_norm/gradient_norm"], np.arange(23.0))
     assert sums == [[*range(i, i + 5)] for i in range(0, 20, 5)]
@@ -284,33 +245,96 @@ def test_hooks_are_called_after_every_n_steps(steps_per_call):
         return called
 
     batches = [float(i) for i in range(1, 8)]
-    hooks = {np.int64(3): hook("a"), 2: hook("b"), 6: hook("c")}
+    hooks = [
+        ol.every(np.int64(3), hook("a")),
+        ol.every(2, hook("b")),
+        ol.every(6, hook("c")),
+        ol.every(2, hook("d"), at_end=True),
+    ]
     step.run(start(step), batches, hooks=hooks, steps_per_call=steps_per_call)
     assert seen == [
         ("b", 2, [1, 2]),
+        ("d", 2, [1, 2]),
         ("a", 3, [1, 2, 3]),
         ("b", 4, [3, 4]),
+        ("d", 4, [3, 4]),
         ("a", 6, [4, 5, 6]),
         ("b", 6, [5, 6]),
         ("c", 6, [1, 2, 3, 4, 5, 6]),
+        ("d", 6, [5, 6]),
+        ("d", 7, [7]),
     ]
 
 
 @pytest.mark.parametrize("steps_per_call", [1, 3])
-def test_hooks_count_the_steps_of_this_run(steps_per_call):
+def test_a_run_that_continues_calls_hooks_where_the_first_one_would_have(steps_per_call):
     step, seen = linear(), []
     state, _ = step.run(start(step), [1.0])
-    hooks = {2: lambda state, metrics: seen.append(int(state.step))}
-    step.run(state, [1.0] * 4, hooks=hooks, steps_per_call=steps_per_call)
-    assert seen == [3, 5]
+    hook = ol.every(2, lambda state, metrics: seen.append(metrics["batches"].tolist()))
+    step.run(state, [1.0] * 4, hooks=[hook], steps_per_call=steps_per_call)
+    assert seen == [[2], [3, 4]]
+
+
+def test_hooks_go_by_batches_where_these_make_no_update():
+    step, seen = linear(accumulate=4, skip="nonfinite"), []
+    batches = [1.0, np.nan, 1.0, 1.0, 1.0, 1.0, np.nan]
+    hook = ol.every(3, lambda state, m: seen.append((int(state.batches), int(state.step))))
+    state, metrics = step.run(start(step), batches, hooks=[hook], steps_per_call=2)
+    assert seen == [(3, 0), (6, 1)]
+    assert (state.batches, state.step) == (7, 1)
+    assert metrics["batches"].tolist() == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_hook_that_sets_the_batches_is_due_by_the_new_count():
+    step, seen = linear(), []
+
+    def again(state, metrics):
+        seen.append(int(state.batches))
+        return state.set(batches=0) if len(seen) == 1 else None
+
+    state, _ = step.run(start(step), [1.0] * 7, hooks=[ol.every(3, again)])
+    assert (seen, state.batches) == ([3, 3], 4)
+
+
+@pytest.mark.parametrize("steps_per_call", [1, 4])
+def test_a_hook_may_stop_the_run(steps_per_call):
+    def stop(state, metrics):
+        if state.batches == 4:
+            raise ol.StopRun("enough")
+
+    step, seen, batches = linear(), [], Counted([1.0] * 9)
+    others = [
+        ol.every(n, lambda state, metrics: seen.append(len(metrics["loss"])), at_end=end)
+        for n, end in ((2, False), (3, True), (3, False))
+    ]
+    state, metrics = step.run(
+        start(step),
+        batches,
+        steps=9,
+        steps_per_call=steps_per_call,
+        hooks=[ol.every(2, stop), *others],
+    )
+    assert (state.params["w"], len(metrics["loss"]), batches.pulled) == (96, 4, 4)
+    assert seen == [2, 3, 3, 2, 1]  # also those of the same batch, and of the end
+    state, _ = step.run(state, batches, steps=5)
+    assert state.params["w"] == 91
+
+
+def test_a_copy_is_not_donated():
+    step, kept = linear(), []
+    keep = ol.every(2, lambda state, metrics: kept.append(state.copy()))
+    state, _ = step.run(start(step), [1.0] * 4, hooks=[keep])
+    assert [float(old.params["w"]) for old in kept] == [98, 96]
+    state, _ = step.run(kept[0], [1.0])
+    assert (state.params["w"], state.batches) == (97, 3)
+    assert bits(kept[1].copy()) == bits(kept[1])
 
 
 def test_a_hook_may_give_another_state():
     step = linear()
-    hooks = {
-        2: lambda state, metrics: state.set(learning_rate=0.5 * metrics["learning_rate"][-1]),
-        4: lambda state, metrics: state.with_trees({"w": state.params["w"] + 1000.0}),
-    }
+    halve = lambda state, m: state.set(learning_rate=0.5 * m["learning_rate"][-1])
+    move = lambda state, metrics: state.with_trees({"w": state.params["w"] + 1000.0})
+    hooks = [ol.every(2, halve), ol.every(4, move)]
     state, metrics = step.run(start(step), [1.0] * 5, hooks=hooks, steps_per_call=3)
     assert metrics["learning_rate"].tolist() == [1, 1, 0.5, 0.5, 0.25]
     assert state.params["w"] == 100 - 1 - 1 - 0.5 - 0.5 + 1000 - 0.25
@@ -327,7 +351,8 @@ def test_nothing_is_traced_again_by_a_second_run():
     batches = [np.ones(2, np.float32)] * 7
     state, _ = step.run(start(step), batches, steps_per_call=3)
     assert len(traced) == 2  # of one step, and of three
-    state, _ = step.run(state, batches, steps_per_call=3, hooks={3: lambda state, metrics: None})
+    hooks = [ol.every(3, lambda state, metrics: None)]
+    state, _ = step.run(state.set(batches=0), batches, steps_per_call=3, hooks=hooks)
     state, _ = step.run(state, batches)
     step(state, batches[0])
     assert len(traced) == 2
@@ -401,7 +426,10 @@ def test_batches_are_pulled_while_the_device_computes(traffic):
 
     step = linear()
     step.run(
-        start(step), batches(), prefetch=1, hooks={2: lambda *_: traffic.events.append("hook")}
+        start(step),
+        batches(),
+        prefetch=1,
+        hooks=[ol.every(2, lambda *_: traffic.events.append("hook"))],
     )
     assert traffic.events == [
         *("pull", "call", "pull", "fetch", "call", "fetch", "hook"),
@@ -415,14 +443,19 @@ def test_no_batch_is_lost_where_a_hook_raises():
 
     step, batches = linear(), iter([float(i) for i in range(10)])
     with pytest.raises(KeyError) as caught:
-        step.run(start(step), batches, hooks={4: stop}, steps_per_call=2)
+        step.run(start(step), batches, hooks=[ol.every(4, stop)], steps_per_call=2)
     assert (vars(caught.value)["state"].step, next(batches)) == (4, 4.0)
 
 
 def test_nothing_else_comes_back_from_the_device():
     step, state = made("state-and-key")
     with jax.transfer_guard_device_to_host("disallow"):  # what is fetched on purpose is allowed
-        step.run(state, pairs([4] * 7), steps_per_call=3, hooks={2: lambda state, metrics: None})
+        step.run(
+            state,
+            pairs([4] * 7),
+            steps_per_call=3,
+            hooks=[ol.every(2, lambda state, metrics: None)],
+        )
 
 
 def on_devices():
@@ -482,248 +515,3 @@ def test_a_device_is_a_sharding():
     step = linear()
     state, _ = step.run(start(step), [1.0, 2.0], sharding=jax.devices()[0], steps_per_call=2)
     assert state.params["w"] == 97
-
-
-def fail_after(n, error):
-    for _ in range(n):
-        yield 1.0
-    raise error
-
-
-def state_of(caught):
-    return caught.value.state
-
-
-def note(error):
-    return "".join(getattr(error, "__notes__", []))
-
-
-@pytest.mark.parametrize("steps_per_call", [1, 2, 4])
-def test_an_iterator_that_fails_leaves_the_state_and_calls_the_hooks(steps_per_call):
-    step, hooked, error = linear(), [], OSError("disk")
-    hooks = {1: lambda state, metrics: hooked.append(int(state.step))}
-    with pytest.raises(OSError, match="disk") as caught:
-        step.run(start(step), fail_after(3, error), steps_per_call=steps_per_call, hooks=hooks)
-    assert caught.value is error
-    state = state_of(caught)
-    assert state.params["w"] == 97
-    assert "state after 3 steps" in note(error)
-    assert hooked == [1, 2, 3]
-    state, _ = step.run(state, [1.0])
-    assert state.params["w"] == 96
-
-
-@pytest.mark.parametrize(("steps_per_call", "taken"), [(1, 3), (2, 2), (4, 0)])
-def test_an_interrupt_is_raised_at_once_with_the_state(steps_per_call, taken):
-    step = linear()
-    with pytest.raises(KeyboardInterrupt) as caught:
-        step.run(start(step), fail_after(3, KeyboardInterrupt()), steps_per_call=steps_per_call)
-    assert state_of(caught).step == taken
-    assert f"state after {taken} steps" in note(caught.value)
-
-
-@pytest.mark.parametrize("error", [RuntimeError, StopIteration, KeyboardInterrupt])
-def test_a_hook_that_fails_leaves_the_state(error):
-    def hook(state, metrics):
-        if metrics["global_norm/gradient_norm"][-1] == 4:
-            raise error
-
-    step = linear()
-    with pytest.raises(error) as caught:
-        step.run(start(step), [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], hooks={2: hook}, steps_per_call=2)
-    assert state_of(caught).params["w"] == 90
-
-
-def test_a_state_whose_memory_is_gone_is_not_attached():
-    step = linear()
-
-    def greedy(state, metrics):
-        step(state, 1.0)
-
-    with pytest.raises(RuntimeError, match="donated") as caught:
-        step.run(start(step), [1.0] * 3, hooks={1: greedy})
-    assert not hasattr(caught.value, "state")
-    assert not note(caught.value)
-
-
-def test_a_batch_that_does_not_fit_leaves_the_state():
-    step = linear()
-    with pytest.raises(ValueError, match=r"takes|take") as caught:
-        step.run(start(step), [1.0, 2.0, (3.0, 4.0)], steps_per_call=2)
-    assert state_of(caught).params["w"] == 97
-
-
-def test_a_state_that_the_device_did_not_compute_is_not_attached():
-    def refuse(x):
-        if x == 3:
-            raise KeyError("mine")
-        return x
-
-    def loss(params, x):
-        return params["w"] * jax.pure_callback(refuse, jax.ShapeDtypeStruct((), "float32"), x)
-
-    step = ol.optimize_loss(loss, learning_rate=1.0, optimizer="SGD")
-    with pytest.raises(Exception, match="mine") as caught:
-        step.run(start(step), [np.float32(x) for x in range(8)])
-    state = getattr(caught.value, "state", None)
-    assert state is None or state.step == 3  # of before, if the call failed before it returned
-
-
-def test_an_error_that_takes_no_attributes_is_raised_as_it_is():
-    class Sealed(Exception):
-        def __setattr__(self, name, value):
-            if name == "state":
-                raise AttributeError(name)
-            super().__setattr__(name, value)
-
-    step = linear()
-    with pytest.raises(Sealed) as caught:
-        step.run(start(step), fail_after(1, Sealed()))
-    assert not hasattr(caught.value, "state")
-
-
-def test_an_iterator_that_ends_early_is_told_of():
-    step = linear()
-    with pytest.warns(UserWarning, match=r"`batches` ended after 3 of 10 steps\.") as told:
-        state, metrics = step.run(start(step), [1.0] * 3, steps=10, steps_per_call=2)
-    assert told[0].filename == __file__
-    assert (state.params["w"], metrics["loss"].shape) == (97, (3,))
-    with (
-        warnings.catch_warnings(action="error"),
-        pytest.raises(UserWarning, match="3 of 10") as caught,
-    ):
-        step.run(start(step), [1.0] * 3, steps=10)
-    assert state_of(caught).params["w"] == 97
-
-
-@pytest.mark.parametrize("steps", [None, 3])
-def test_no_batches_are_an_error_that_leaves_the_state_alone(steps):
-    step = linear()
-    state = start(step)
-    with pytest.raises(ValueError, match="`batches` must hold a batch"):
-        step.run(state, iter([]), steps=steps)
-    assert step(state, 1.0)[0].params["w"] == 99
-
-
-ONE = "must be an integer of at least 1"
-BAD = {
-    "steps-0": ({"steps": 0}, ValueError, rf"`steps` {ONE}. Received: steps=0\."),
-    "steps-float": ({"steps": 2.0}, TypeError, f"`steps` {ONE}"),
-    "per-call-0": (
-        {"steps_per_call": 0},
-        ValueError,
-        rf"`steps_per_call` {ONE}. Received: steps_per_call=0\.",
-    ),
-    "per-call-none": ({"steps_per_call": None}, TypeError, f"`steps_per_call` {ONE}"),
-    "per-call-bool": ({"steps_per_call": True}, TypeError, f"`steps_per_call` {ONE}"),
-    "prefetch-0": ({"prefetch": 0}, ValueError, f"`prefetch` {ONE}"),
-    "progress": ({"progress": 1}, TypeError, "`progress` must be True or False"),
-    "hooks-list": ({"hooks": [print]}, TypeError, "`hooks` must map"),
-    "hooks-function": ({"hooks": print}, TypeError, "`hooks` must map"),
-    "hooks-0": ({"hooks": {0: lambda s, m: None}}, ValueError, f"`n in hooks` {ONE}"),
-    "hooks-name": ({"hooks": {"1": lambda s, m: None}}, TypeError, f"`n in hooks` {ONE}"),
-    "hooks-value": ({"hooks": {1: [print]}}, TypeError, "`hooks` must map"),
-    "hooks-signature": ({"hooks": {1: lambda state: None}}, TypeError, "signature"),
-    "sharding": ({"sharding": PartitionSpec("d")}, TypeError, "`sharding` must be a NamedShard"),
-    "sharding-part": ({"sharding": (None, "d")}, TypeError, r"sharding='d'\."),
-    "batches-array": ({"batches": np.ones(3)}, TypeError, r"\[batch\].*`step.many`.*ndarray\."),
-    "batches-jax": ({"batches": jnp.ones(3)}, TypeError, "`batches` must be an iterable"),
-    "batches-tensor": ({"batches": Tensor(1)}, TypeError, "Received: Tensor"),
-    "batches-dict": ({"batches": {"x": 1}}, TypeError, "Received: dict"),
-    "batches-text": ({"batches": "abc"}, TypeError, "Received: str"),
-    "batches-number": ({"batches": 3}, TypeError, "Received: int"),
-    "state": ({"state": {"w": 1.0}}, TypeError, "`state` must be a TrainState"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_wrong_arguments_are_refused_before_a_batch_is_pulled(name):
-    options, kind, match = BAD[name]
-    step = linear()
-    state, batches = start(step), Counted([1.0])
-    with pytest.raises(kind, match=match) as caught:
-        step.run(**{"state": state, "batches": batches, **options})
-    assert isinstance(caught.value, ValueError)
-    assert batches.pulled == 0
-    step(state, 1.0)
-
-
-def test_a_state_given_away_is_refused_before_a_batch_is_pulled():
-    step = linear()
-    state, batches = start(step), Counted([1.0])
-    step(state, 1.0)
-    with pytest.raises(RuntimeError, match="This state was donated"):
-        step.run(state, batches)
-    assert batches.pulled == 0
-
-
-def test_a_run_is_not_for_jit():
-    step = linear()
-    with pytest.raises(ol.InvalidType, match=r"must not be traced.*`step.many` works there"):
-        jax.jit(lambda state: step.run(state, [1.0])[0])(start(step))
-
-
-@pytest.mark.parametrize("item", ["text", np.datetime64("2020-01-01"), object()])
-def test_what_is_no_array_is_refused(item):
-    step = linear()
-    with pytest.raises(ol.InvalidType, match="`batches` must hold arrays and numbers") as caught:
-        step.run(start(step), [1.0, item])
-    assert state_of(caught).params["w"] == 99
-
-
-@pytest.mark.parametrize("result", [3.0, {"w": 1.0}, False])
-def test_what_a_hook_may_return(result):
-    step = linear()
-    with pytest.raises(ol.InvalidType, match=r"`hooks\[2\]` must return None or a TrainState"):
-        step.run(start(step), [1.0, 2.0], hooks={2: lambda state, metrics: result})
-
-
-def test_a_bar_shows_steps_and_loss(monkeypatch):
-    import tqdm.auto
-
-    bars = []
-
-    class Bar(tqdm.auto.tqdm):
-        def __init__(self, *args, **options):
-            super().__init__(*args, mininterval=0, **options)
-            bars.append(self)
-            self.losses = []
-
-        def set_postfix(self, ordered_dict=None, refresh=True, **values):
-            self.losses.append(values["loss"])
-            super().set_postfix(ordered_dict, refresh, **values)
-
-        def close(self):
-            self.closed = True
-            super().close()
-
-    monkeypatch.setattr(tqdm.auto, "tqdm", Bar)
-    step = linear(name="task")
-    step.run(start(step), [1.0, 2.0, 3.0], steps=3, steps_per_call=2, progress=True)
-    with pytest.raises(OSError, match="disk"):
-        step.run(start(step), fail_after(2, OSError("disk")), prefetch=1, progress=True)
-    assert [(bar.total, bar.closed) for bar in bars] == [(3, True), (None, True)]
-    assert [bar.n for bar in bars] == [3, 1]  # what was fetched
-    assert bars[0].losses == [99 * 2.0, 97 * 3.0]
-
-
-def test_a_bar_needs_tqdm(monkeypatch):
-    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
-    step = linear()
-    state, batches = start(step), Counted([1.0])
-    with pytest.raises(ImportError, match=r"pip install 'optimize_loss\[demo\]'"):
-        step.run(state, batches, progress=True)
-    assert batches.pulled == 0
-    assert step.run(state, batches)[0].params["w"] == 99
-
-
-def test_no_bar_imports_no_tqdm(monkeypatch):
-    plain = builtins.__import__
-
-    def refuse(name, *args, **options):
-        assert not name.startswith("tqdm")
-        return plain(name, *args, **options)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
-    step = linear()
-    step.run(start(step), [1.0])

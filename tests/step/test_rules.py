@@ -17,7 +17,7 @@ from flax import linen, nnx
 import optimize_loss as ol
 from optimize_loss._names import leaf_names
 from tests.cases import random_like
-from tests.engine.test_bucket import assert_alike, linear
+from tests.engine.packed import assert_alike, linear
 
 T = ol.transforms
 SHAPES = {

@@ -197,7 +197,7 @@ def test_a_long_hook_is_left_and_a_short_one_is_not(seconds, ended):
     seen: list[int] = []
     step, state = scalar()
     with pytest.raises(KeyboardInterrupt) as caught:
-        step.run(state, itertools.repeat(1.0), hooks={2: hook})
+        step.run(state, itertools.repeat(1.0), hooks=[ol.every(2, hook)])
     assert (state_of(caught).step, seen) == (2, ended)
 
 
@@ -210,7 +210,7 @@ def test_a_hook_that_took_the_state_is_not_left():
 
     step, state = scalar()
     with pytest.raises(KeyboardInterrupt) as caught:
-        step.run(state, itertools.repeat(1.0), hooks={2: hook})
+        step.run(state, itertools.repeat(1.0), hooks=[ol.every(2, hook)])
     assert state_of(caught).step == 3
 
 
@@ -227,7 +227,7 @@ def test_a_run_within_a_run_raises_with_its_state_and_the_outer_one_with_its_own
     inner, first = scalar()
     step, state = scalar()
     with pytest.raises(KeyboardInterrupt) as caught:
-        step.run(state, itertools.repeat(0.0), hooks={3: hook})
+        step.run(state, itertools.repeat(0.0), hooks=[ol.every(3, hook)])
     assert (seen, state_of(caught).step, state_of(caught).params["w"]) == ([True], 3, 0)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -283,7 +283,7 @@ def test_handlers_that_were_put_meanwhile_stay_and_default_ones_are_not_touched(
         signal.signal(signal.SIGUSR1, preempt)
 
     step, state = scalar()
-    step.run(state, [1.0], hooks={1: hook})
+    step.run(state, [1.0], hooks=[ol.every(1, hook)])
     assert seen == [signal.SIG_DFL]
     assert signal.getsignal(signal.SIGUSR1) is preempt
 
@@ -313,7 +313,7 @@ def test_a_run_in_another_thread_changes_no_handler():
 
     def run():
         step, state = scalar()
-        step.run(state, [1.0], hooks={1: hook})
+        step.run(state, [1.0], hooks=[ol.every(1, hook)])
 
     thread = threading.Thread(target=run)
     thread.start()
@@ -360,7 +360,7 @@ def test_no_cycle_holds_the_state_of_a_run_that_ended(name):
         here = Here()
         step, state = scalar()
         try:
-            state, _ = step.run(state, batches(), hooks={1: hook})
+            state, _ = step.run(state, batches(), hooks=[ol.every(1, hook)])
         except (OSError, KeyboardInterrupt) as error:
             state = vars(error)["state"]
         return weakref.ref(state), weakref.ref(here)

@@ -1,0 +1,119 @@
+"""Hooks: what a run calls between its batches, and at its end."""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from optimize_loss._checks import AT_LEAST_1, InvalidType, check_flags, check_integer, check_takes
+from optimize_loss._state.train_state import TrainState
+
+Function = Callable[[TrainState, dict[str, Any]], TrainState | None]
+
+
+class Hook:
+    """What `TrainStep.run` calls after every so many batches, and at the end of a run.
+
+    Subclass it and write `__call__`; for a function, `optimize_loss.every(n, function)` makes one.
+
+    Attributes:
+      every: how many batches there are between two calls, counted by `state.batches`: with 100, it
+        is called after the batches 100, 200, and so on. So a run that continues another one calls
+        it where that would have. None for at the end only.
+      at_end: whether it is called at the end of a run, too, unless it was just called. The end is
+        where batches or steps are, or where a hook stopped the run; not where an exception is.
+
+    Example:
+      >>> import optimize_loss as ol
+      >>> class Show(ol.Hook):
+      ...     every = 2
+      ...     def __call__(self, state, metrics):
+      ...         print(state.batches, metrics["loss"])
+      >>> step = ol.optimize_loss(lambda p, x: p["w"] * x, learning_rate=1.0, optimizer="SGD")
+      >>> state, _ = step.run(step.init({"w": 10.0}), [1.0] * 5, hooks=[Show()])
+      2 [10.  9.]
+      4 [8. 7.]
+      5 [6.]
+    """
+
+    every: int | None = None
+    at_end: bool = True
+
+    def wait(self, batches: int) -> int | None:
+        """Return after how many more batches it is to be called next, at least 1; None for never.
+
+        Args:
+          batches: how many have been taken: `state.batches`.
+        """
+        return None if self.every is None else self.every - batches % self.every
+
+    def __call__(self, state: TrainState, metrics: dict[str, Any]) -> TrainState | None:
+        """Look at a run.
+
+        Args:
+          state: reached now. The next step takes its memory: `state.copy()` is what to keep.
+          metrics: those of the batches since the last call in this run, stacked along a first
+            axis, as numpy arrays.
+
+        Returns:
+          The state to go on with; None for the same one.
+
+        Raises:
+          StopRun: to end the run here.
+        """
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Every(Hook):
+    every: int | None
+    function: Function
+    at_end: bool
+
+    def __call__(self, state: TrainState, metrics: dict[str, Any]) -> TrainState | None:
+        return self.function(state, metrics)
+
+
+def every(n: int, function: Function, *, at_end: bool = False) -> Hook:
+    """Return a hook that calls a function of (state, metrics) after every `n` batches.
+
+    Args:
+      n: how many batches there are between two calls, at least 1, counted by `state.batches`.
+      function: as `Hook.__call__`.
+      at_end: whether to call it at the end of a run, too, unless it was just called.
+
+    Raises:
+      InvalidType: an argument is of the wrong kind.
+      ValueError: `n` is below 1.
+
+    Example:
+      >>> import optimize_loss as ol
+      >>> step = ol.optimize_loss(lambda p, x: p["w"] * x, learning_rate=1.0, optimizer="SGD")
+      >>> halve = lambda state, metrics: state.set(learning_rate=metrics["learning_rate"][-1] / 2)
+      >>> state, metrics = step.run(step.init({"w": 9.0}), [1.0] * 5, hooks=[ol.every(2, halve)])
+      >>> print(metrics["learning_rate"])
+      [1.   1.   0.5  0.5  0.25]
+    """
+    rule = "`function` must be a function of (state, metrics)."
+    if not callable(function):
+        raise InvalidType(f"{rule} Received: {function!r} of type {type(function).__name__}.")
+    check_takes(rule, function, None, {})
+    check_flags(at_end=at_end)
+    n = check_integer("n", n, AT_LEAST_1)
+    return _Every(every=n, function=function, at_end=at_end)
+
+
+def check_hooks(name: str, hooks: Any) -> tuple[Hook, ...]:
+    """Return hooks as a tuple.
+
+    Raises:
+      InvalidType: they are no list of hooks.
+    """
+    given = tuple(hooks) if isinstance(hooks, Iterable) else (hooks,)
+    for hook in given:
+        if not isinstance(hook, Hook):
+            raise InvalidType(
+                f"`{name}` must be a list of hooks, such as `[ol.every(100, function)]` or "
+                f"`[ol.Checkpoints(folder, every=100)]`. "
+                f"Received: {hook!r:.200} of type {type(hook).__name__} in it."
+            )
+    return given

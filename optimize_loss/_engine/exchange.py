@@ -8,7 +8,7 @@ from typing import Any
 
 from jax.core import Tracer
 
-from optimize_loss._engine.by_name import ByName, numbers_by_name
+from optimize_loss._engine.by_name import ByName
 from optimize_loss._engine.equal import same
 from optimize_loss._engine.link import Link, State, number_rules
 from optimize_loss._engine.numbers import replaced
@@ -60,14 +60,8 @@ def structure(entry: Any) -> Any:
         return entry
     numbers, rules = entry.numbers(), number_rules(type(entry))
     inside = [value for name, value in numbers.items() if name.partition("/")[0] not in rules]
-    rest = {n: _without(inside, x) for n, x in _fields(entry).items() if n not in numbers}
-    patterns = [(x.patterns, x.optional) for x in numbers_by_name(entry).values()]
-    return (
-        type(entry),
-        {n: x for n, x in rest.items() if not isinstance(x, ByName)},
-        patterns,
-        [*numbers],
-    )
+    fields = {n: x for n, x in _fields(entry).items() if n not in numbers or isinstance(x, ByName)}
+    return type(entry), {n: _without(inside, x) for n, x in fields.items()}, [*numbers]
 
 
 def settled(link: Any) -> Any:
@@ -105,6 +99,8 @@ def _fields(value: Any) -> dict[str, Any]:
 
 def _without(numbers: list[Any], field: Any) -> Any:
     """Return a field without the numbers that stand inside it, as multipliers do."""
+    if isinstance(field, ByName):
+        return field.patterns, field.optional
     if isinstance(field, tuple):
         return tuple(_without(numbers, part) for part in field)
     return None if any(field is number for number in numbers) else field

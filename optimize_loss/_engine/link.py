@@ -101,18 +101,22 @@ def check_fields(options: Any) -> None:
       InvalidType: one is no number, or no bool.
       ValueError: the rule of one does not hold.
     """
-    fields = {field.name: field for field in dataclasses.fields(options)}
     for name, rule in number_rules(type(options)).items():
-        value, check = getattr(options, name), functools.partial(checked, rule)
-        if isinstance(value, Mapping) and _may_vary(rule):
-            default = fields[name].default
-            rest = None if default is dataclasses.MISSING else default
-            object.__setattr__(options, name, by_name(name, value, check, rest))
-        elif value is not None and not isinstance(value, ByName):
-            object.__setattr__(options, name, check(name, value))
-    for field in fields.values():
+        value = getattr(options, name)
+        if value is not None and not isinstance(value, ByName):
+            object.__setattr__(options, name, _checked_field(type(options), rule, name, value))
+    for field in dataclasses.fields(options):
         if field.type in (bool, "bool"):
             check_flags(**{field.name: getattr(options, field.name)})
+
+
+def _checked_field(cls: Any, rule: Rule, name: str, value: Any) -> Any:
+    """Return a hyperparameter that a rule allows; by name with the default for the rest."""
+    if not isinstance(value, Mapping) or not _may_vary(rule):
+        return checked(rule, name, value)
+    default = cls.__dataclass_fields__[name].default
+    rest = None if default is dataclasses.MISSING else default
+    return by_name(name, value, functools.partial(checked, rule), rest)
 
 
 def _may_vary(rule: Rule) -> bool:

@@ -12,7 +12,7 @@ from optimize_loss._engine.by_name import acts_on, numbers_by_name
 from optimize_loss._engine.kinds import Gate
 from optimize_loss._engine.link import Link, Slots, State, TreeLink, by_entry
 from optimize_loss._engine.precision import Codec, Key, keys
-from optimize_loss._engine.selection import ForParameters
+from optimize_loss._engine.selection import ForParameters, link_of
 from optimize_loss._engine.trees import Owner, Params
 from optimize_loss._names import same_leaves
 
@@ -206,22 +206,24 @@ def takes(name: str, entry: Any, params: Params, marks: list[bool]) -> tuple[boo
     """
     if params.are_unknown:
         return ()
+    found = _meant(name, entry, params, marks) if isinstance(entry, ForParameters) else tuple(marks)
+    link = link_of(entry)
+    if not isinstance(link, Link):
+        return found
+    link.check_names(Place(name, link, found).names(params))
+    acts = acts_on(link, [names[0] for names in params.members])
+    return tuple([a and b for a, b in zip(found, acts, strict=True)])
+
+
+def _meant(name: str, entry: ForParameters, params: Params, marks: list[bool]) -> tuple[bool, ...]:
+    """Return for each parameter whether a link for some of them is for it."""
     # Parameters in one bucket go through the same links: the first of them tells.
-    firsts = [names[0] for names in params.members]
-    found = marks
-    if isinstance(entry, ForParameters):
-        names, leaves = params.each()
-        meant = dict(zip(names, entry.takes(names, leaves), strict=True))
-        found = [meant[name] and mark for name, mark in zip(firsts, marks, strict=True)]
-        if not any(found) and not entry.optional:
-            raise ValueError(
-                f"The link {name!r} must be for a parameter. Received: {entry!r}, for the "
-                f"parameters {names}."
-            )
-        entry = entry.link
-    if isinstance(entry, Link):
-        entry.check_names(
-            [n for m, mark in zip(params.members, found, strict=True) if mark for n in m]
+    names, leaves = params.each()
+    meant = dict(zip(names, entry.takes(names, leaves), strict=True))
+    takes = [meant[m[0]] and mark for m, mark in zip(params.members, marks, strict=True)]
+    if not any(takes) and not entry.optional:
+        raise ValueError(
+            f"The link {name!r} must be for a parameter. Received: {entry!r}, for the parameters "
+            f"{names}."
         )
-        found = [a and b for a, b in zip(found, acts_on(entry, firsts), strict=True)]
-    return tuple(found)
+    return tuple(takes)

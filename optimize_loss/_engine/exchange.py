@@ -86,7 +86,8 @@ def _known(field: Any) -> Any:
         return 1.0
     if isinstance(field, ByName):
         known = _known(numbers := (field.pairs, field.rest))
-        return field if known is numbers else ByName(*known, field.optional)
+        changed = dict(zip(("pairs", "rest"), known, strict=True))
+        return field if known is numbers else dataclasses.replace(field, **changed)
     if type(field) is tuple:
         parts = tuple(map(_known, field))
         return parts if any(map(operator.is_not, parts, field)) else field

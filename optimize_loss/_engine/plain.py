@@ -34,7 +34,7 @@ def plain(
     ours = {n: x for n, x in linked(entries) if isinstance(x, Link)}
     numbers = numbers_at(ours, state, state["step"])
     moved: Trees = {name: jnp.zeros_like(p) for name, p in params.items()}
-    late: list[tuple[str, Link, Mapping[str, Numbers]]] = []
+    late: list[tuple[str, Link, dict[str, Numbers]]] = []
     for name, entry in entries.items():
         link = entry.link if isinstance(entry, ForParameters) else entry
         here = {n: p + moved[n] for n, p in params.items()}

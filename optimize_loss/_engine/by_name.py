@@ -79,7 +79,9 @@ def numbers_by_name(link: Any) -> dict[str, ByName]:
 def acts_on(link: Any, names: Sequence[str]) -> list[bool]:
     """Return for each parameter whether it has all numbers that the link has by name."""
     chosen = [number.chosen(field, names) for field, number in numbers_by_name(link).items()]
-    return [all(keys[i] is not None for keys in chosen) for i in range(len(names))]
+    if not chosen:
+        return [True] * len(names)
+    return [None not in keys for keys in zip(*chosen, strict=True)]
 
 
 def by_numbers(

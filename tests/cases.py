@@ -123,7 +123,7 @@ def by_name(multiplier, decay, added, adam, rate):
     """Links whose number goes by the name of a parameter."""
     return T.chain(
         shrink=T.ShrinkParams({"**/bias": decay}),
-        adam=T.ScaleByAdam(adam[0], {"scale": adam[1], "**": adam[1] / 2}, adam[2]),
+        adam=T.ScaleByAdam(adam[0], adam[1], {"scale": adam[2], "**": adam[2] / 2}),
         add=T.AddWeightDecay({"scale": added}),
         rate=T.ScaleByLearningRate(rate),
         multiply=MultiplySteps({"**/bias": multiplier, "scale": 2 * multiplier}),

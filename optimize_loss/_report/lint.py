@@ -18,7 +18,6 @@ from optimize_loss._engine.link import TreeLink, number_rules
 from optimize_loss._engine.numbers import has_rate
 from optimize_loss._names import pattern_text
 from optimize_loss._state.rules import Rules
-from optimize_loss.optimizers._muon import in_stacks
 from optimize_loss.schedules import evaluate
 from optimize_loss.transforms import (
     AddNoise,
@@ -34,6 +33,7 @@ from optimize_loss.transforms import (
     ShrinkParams,
     chain,
 )
+from optimize_loss.transforms._muon import in_stacks
 
 CLIPS = (ClipByAdaptiveNorm, ClipByGlobalNorm, ClipByNorm, ClipByValue)
 POINTS = 64  # of a schedule at once

@@ -10,26 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from optimize_loss._checks import InvalidType, TreeMismatch
-from optimize_loss._engine.bucket import Layout
+from optimize_loss._checks import InvalidType
 from optimize_loss._engine.device import from_host
 from optimize_loss._engine.sharding import check_on_mesh, placement_of
 from optimize_loss._engine.transfers import asked_for
 from optimize_loss._engine.trees import PARAMETER, check_on_device, copied, distinct, placed_like
-from optimize_loss._files.state_dict import register_with_flax
-from optimize_loss._names import Pattern, flatten
-from optimize_loss._report.explain import Explanation, Setup, explain
+from optimize_loss._files.named import register_with_flax
+from optimize_loss._names import flatten
+from optimize_loss._report.explain import Explanation, explain
 from optimize_loss._report.lint import check_horizon
 from optimize_loss._search.range_test import Ramp
 from optimize_loss._search.results import LearningRateTest, Sweep
 from optimize_loss._search.search import Search
 from optimize_loss._search.sweep import check_grid
 from optimize_loss._state.batches import as_arrays, check_stacked, is_foreign, ranks, refusal
-from optimize_loss._state.form import Form
-from optimize_loss._state.gradients import Trainable
 from optimize_loss._state.hook import Hook
-from optimize_loss._state.loss import Loss
-from optimize_loss._state.rules import NO_RULES, Rules
 from optimize_loss._state.skips import check_ready
 from optimize_loss._state.train_state import TrainState
 from optimize_loss._step.advance import (
@@ -38,14 +33,12 @@ from optimize_loss._step.advance import (
     advance_many,
     first_arrays,
     first_key,
-    layout_of,
 )
 from optimize_loss._step.run import Run, check_plan
-from optimize_loss.transforms import Chain
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class TrainStep:
+class TrainStep(Recipe):
     """A training step: `state, metrics = step(state, batch)`. `optimize_loss` makes it.
 
     Attributes:
@@ -75,21 +68,6 @@ class TrainStep:
       0.5 1.0
     """
 
-    loss: Loss
-    chain: Chain
-    variables: tuple[Pattern, ...] | None
-    update_ops: tuple[Callable[..., Any], ...]
-    summaries: tuple[str, ...]
-    name: str
-    first_step: int
-    increment_step: bool
-    colocate_gradients: bool
-    seed: int
-    learning_rate: Any
-    bucket: int | None
-    shard_state: str | None = None
-    rules: Rules = NO_RULES
-
     @asked_for()
     def init(self, params: Any, *, model_state: Any = None, key: Any = None) -> TrainState:
         """Return the state before the first step.
@@ -112,18 +90,17 @@ class TrainStep:
         if isinstance(params, TrainState):
             raise InvalidType("`params` must be a tree of arrays. Received: a TrainState.")
         register_with_flax()
-        params, model_state, graph = self._recipe.parted(params, model_state)
+        params, model_state, graph = self.parted(params, model_state)
         if graph is None:
-            self._recipe.check_model_state(model_state)
+            self.check_model_state(model_state)
         params = copied(PARAMETER, params)
         self.rules.check(params)
-        trainable, axis = self._recipe.trainable(params), self.shard_state
+        trainable, axis = self.trainable(params), self.shard_state
         check_on_device(trainable.names, trainable.leaves)
         if axis:
             check_on_mesh(axis, trainable.names, trainable.leaves)
         try:
-            layout = self._layout(trainable)
-            packed, optimizer, layout = first_arrays(self.chain, axis, trainable, layout)
+            packed, optimizer, layout = first_arrays(self, trainable)
         except ValueError as error:
             if self.variables is not None:
                 error.add_note(f"Only these parameters are trained: {trainable.names}.")
@@ -132,7 +109,7 @@ class TrainStep:
             packed_params=packed,
             packed_optimizer=optimizer,
             model_state=copied("`model_state` at", model_state),
-            key=first_key(self.loss.takes("key"), self.seed, key),
+            key=first_key(self, key),
             first_step=from_host(self.first_step, jnp.int32),
             batches=from_host(0, jnp.int32),
             chain=self.chain,
@@ -258,7 +235,7 @@ class TrainStep:
           >>> print(state.params["w"], metrics["loss"])
           4.0 [10. 18. 21.]
         """
-        self._check_state(state)
+        self.check_state(state)
         plan = check_plan(steps, steps_per_call, hooks, prefetch, sharding, progress)
         return Run(self, self._many, f"{self.name}loss", plan, state).over(batches)
 
@@ -292,19 +269,10 @@ class TrainStep:
           ('w', 0.5, 48, ())
         """
         key = jax.random.key(0) if self.loss.takes("key") else None
-        params, model_state, _ = self._recipe.parted(params, model_state)
-        return explain(
-            Setup(
-                chain=self.chain,
-                rules=self.rules,
-                trainable=self._recipe.trainable,
-                layout=self._layout,
-                horizon=check_horizon(self.first_step, steps, self.increment_step),
-                spread=self.shard_state,
-                rest=(np.int32(self.first_step), np.int32(0), key, model_state),
-            ),
-            params,
-        )
+        params, model_state, _ = self.parted(params, model_state)
+        horizon = check_horizon(self.first_step, steps, self.increment_step)
+        rest = (np.int32(self.first_step), np.int32(0), key, model_state)
+        return explain(self, params, horizon, rest)
 
     def find_learning_rate(
         self,
@@ -371,7 +339,7 @@ class TrainStep:
           https://arxiv.org/abs/1506.01186; with exponential spacing, smoothing and the bound of
           four times the least as fastai's `Learner.lr_find` has them.
         """
-        self._check_state(state)
+        self.check_state(state)
         ramp = Ramp(lowest, highest, steps, smoothing, divergence, number)
         return self._search.find_learning_rate(self._shardings(state), state, batches, ramp)
 
@@ -427,31 +395,15 @@ class TrainStep:
           >>> print(found.state().params["w"])
           -1.0
         """
-        self._check_state(state)
+        self.check_state(state)
         check_stacked(batches, self._ranks)
         points = check_grid(numbers, seeds, init, grid)
         return self._search.sweep(self._shardings(state), state, as_arrays(batches), points)
 
     @functools.cached_property
-    def _recipe(self) -> Recipe:
-        return Recipe(
-            loss=self.loss,
-            chain=self.chain,
-            variables=self.variables,
-            rules=self.rules,
-            update_ops=self.update_ops,
-            summaries=self.summaries,
-            name=self.name,
-            learning_rate=self.learning_rate,
-        )
-
-    def _layout(self, trainable: Trainable) -> Layout | None:
-        return layout_of(self.chain, self.bucket, self.shard_state, trainable)
-
-    @functools.cached_property
     def _search(self) -> Search:
         """The programs of searches; they live as long as this object."""
-        one, many = (functools.partial(f, self._recipe) for f in (advance, advance_many))
+        one, many = (functools.partial(f, self) for f in (advance, advance_many))
         return Search(one, many, f"{self.name}loss")
 
     @functools.cached_property
@@ -474,10 +426,10 @@ class TrainStep:
 
     def _take_one(self, shardings: Any, state: TrainState, *batch: Any) -> Any:
         self._ranks.add(ranks(batch))
-        return advance(self._recipe, shardings, state, batch)
+        return advance(self, shardings, state, batch)
 
     def _take_many(self, shardings: Any, state: TrainState, *batches: Any) -> Any:
-        return advance_many(self._recipe, shardings, state, batches)
+        return advance_many(self, shardings, state, batches)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the options, for pickle: compiled programs stay behind."""
@@ -491,18 +443,18 @@ class TrainStep:
             compiled = step.lower(state, x).compile()
             state, metrics = compiled(state, x)
         """
-        self._check_state(state)
+        self.check_state(state)
         return self._programs[False, True].lower(self._shardings(state), state, *as_arrays(batch))
 
     def _shardings(self, state: TrainState) -> tuple[Any, ...] | None:
         """Return where gradients are to lie; None where XLA may choose."""
         if not self.colocate_gradients:
             return None
-        trained = self._recipe.trainable(state.outline).leaves
+        trained = self.trainable(state.outline).leaves
         return tuple(getattr(leaf, "sharding", None) for leaf in trained)
 
     def _dispatch(self, many: bool, state: TrainState, batch: tuple[Any, ...]) -> Any:
-        self._check_state(state)
+        self.check_state(state)
         if state.chain is not self.chain:  # so that the next state need not be compared
             state = dataclasses.replace(state, chain=self.chain)
         check_ready(state)
@@ -519,28 +471,3 @@ class TrainStep:
         if not traced and not isinstance(new.packed_optimizer["step"], Tracer):
             vars(new)["is_traced"] = False  # so that the next call need not look at each leaf
         return new, metrics
-
-    @functools.cached_property
-    def _form(self) -> Form:
-        return Form(self.increment_step, (), self.shard_state is not None, self.chain)
-
-    @functools.cached_property
-    def _needed(self) -> tuple[str, ...]:
-        """What the loss takes of the state besides parameters."""
-        return tuple(name for name in ("model_state", "key") if self.loss.takes(name))
-
-    def _check_state(self, state: Any) -> None:
-        """Raise unless `state` is one of this step, or of one with equal options, and alive."""
-        if not isinstance(state, TrainState):
-            raise InvalidType(
-                "`state` must be a TrainState, from `step.init(params)` or the step before. "
-                f"Received: {type(state).__name__}."
-            )
-        if (form := Form.of(state, self._needed)) != self._form:
-            raise TreeMismatch(self._form.difference(form))
-        step = state.packed_optimizer["step"]
-        if isinstance(step, jax.Array) and not isinstance(step, Tracer) and step.is_deleted():
-            raise RuntimeError(
-                "This state was donated: a step gives its memory to the state that it returns. "
-                "Use that one, as in `state, metrics = step(state, batch)`."
-            )

@@ -1,8 +1,9 @@
 """What a step will do with each parameter, before anything is allocated."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +23,7 @@ from optimize_loss._engine.trees import PARAMETER, as_array, take_apart
 from optimize_loss._names import any_matches, first_index, leaf_names
 from optimize_loss._report.lint import Horizon, Row, lint
 from optimize_loss._state.gradients import Trainable
-from optimize_loss._state.recipe import Recipe
+from optimize_loss._state.recipe import Recipe, layout_of, trainable_of
 from optimize_loss.schedules import evaluate
 from optimize_loss.transforms import Accumulate, AddWeightDecay, Chain, Link, ShrinkParams
 from optimize_loss.transforms._by_rule import (
@@ -89,6 +90,9 @@ def _cells(row: Row) -> tuple[str, ...]:
     return *first, *rest, f"{row.state_bytes:,}", row.place
 
 
+Layouts = Callable[[Trainable], Layout | None]  # how they share arrays, from which are trained
+
+
 class _Made(NamedTuple):
     """What `init` would make, as shapes."""
 
@@ -97,7 +101,13 @@ class _Made(NamedTuple):
     state: dict[str, Any]
 
 
-def explain(recipe: Recipe, params: Any, horizon: Horizon, rest: Any) -> Explanation:
+def explain(
+    recipe: Recipe,
+    params: Any,
+    horizon: Horizon,
+    rest: Any,
+    layout: Layouts | None = None,
+) -> Explanation:
     """Return what a step will do with these parameters, with values or without.
 
     Args:
@@ -105,8 +115,9 @@ def explain(recipe: Recipe, params: Any, horizon: Horizon, rest: Any) -> Explana
       params: the parameters.
       horizon: what the schedules will see.
       rest: the arrays in a state besides parameters and what the chain keeps.
+      layout: from which are trained, how small parameters share arrays; None for the step's own.
     """
-    made = _made(recipe, params)
+    made = _made(recipe, params, layout or functools.partial(layout_of, recipe))
     has_slots = _has_slots(recipe.chain, made.state)
     links = [(n, link, has_slots[n] or _has_rate(link)) for n, link in _linked(recipe.chain)]
     rows = tuple(_rows(recipe, made, _movers(recipe.chain, has_slots), horizon.first))
@@ -124,18 +135,18 @@ def explain(recipe: Recipe, params: Any, horizon: Horizon, rest: Any) -> Explana
     )
 
 
-def _made(recipe: Recipe, params: Any) -> _Made:
+def _made(recipe: Recipe, params: Any, layout: Layouts) -> _Made:
     names, (leaves, treedef) = leaf_names(params), jax.tree.flatten(params)
     shapes = [_as_in_a_state(n, x) for n, x in zip(names, leaves, strict=True)]
     params = jax.tree.unflatten(treedef, shapes)
     recipe.rules.check(params)
 
     def init(params: Any) -> Any:
-        trainable = recipe.trainable(params)
+        trainable = trainable_of(recipe, params)
         return recipe.chain.init(trainable.tree(trainable.leaves))
 
-    trainable = recipe.trainable(params)
-    return _Made(trainable, recipe.layout(trainable), jax.eval_shape(init, params))
+    trainable = trainable_of(recipe, params)
+    return _Made(trainable, layout(trainable), jax.eval_shape(init, params))
 
 
 def _as_in_a_state(name: str, leaf: Any) -> Any:

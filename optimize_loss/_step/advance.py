@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,7 +25,7 @@ from optimize_loss._state.gradients import (
 )
 from optimize_loss._state.loss import Aux, run_update_ops
 from optimize_loss._state.metrics import joined, rates, read
-from optimize_loss._state.recipe import Recipe
+from optimize_loss._state.recipe import Recipe, layout_of, trainable_of
 from optimize_loss._state.train_state import TrainState
 from optimize_loss.transforms import Accumulate, Chain
 from optimize_loss.transforms._guard import kept, was_open
@@ -35,7 +36,7 @@ Values = dict[str, Any]  # by name
 
 def first_arrays(recipe: Recipe, trainable: Trainable) -> tuple[Any, Values, Layout | None]:
     """Return the parameters and the chain's first state as a step takes them, and the layout."""
-    chain, axis, layout = recipe.chain, recipe.shard_state, recipe.layout(trainable)
+    chain, axis, layout = recipe.chain, recipe.shard_state, layout_of(recipe, trainable)
     make = functools.partial(init_spread, chain, axis=axis) if axis else chain.init
     if layout is None:
         return trainable.params, owned(make(trainable.tree(trainable.leaves))), None
@@ -45,11 +46,10 @@ def first_arrays(recipe: Recipe, trainable: Trainable) -> tuple[Any, Values, Lay
     return packed, layout.join_numbers(optimizer), layout
 
 
-def first_key(recipe: Recipe, key: Any) -> Any:
+def first_key(takes_key: bool, seed: int, key: Any) -> Any:
     """Return a random key where the loss takes one: that given, or one made from the seed."""
-    takes_key = recipe.loss.takes("key")
     if key is None:
-        return jax.random.key(recipe.seed) if takes_key else None
+        return jax.random.key(seed) if takes_key else None
     if not takes_key:
         raise ValueError("`key` must not be given: the loss does not take one.")
     if not isinstance(key, jax.Array):
@@ -72,10 +72,10 @@ def _is_one_key(array: jax.Array) -> bool:
 
 
 def advance_many(
-    recipe: Recipe, shardings: Any, state: TrainState, batches: Any
+    one: Callable[..., Any], shardings: Any, state: TrainState, batches: Any
 ) -> tuple[TrainState, Values]:
-    """Take as many steps as the batches have entries, while being traced."""
-    state, metrics = jax.lax.scan(functools.partial(advance, recipe, shardings), state, batches)
+    """Take as many steps as the batches have entries, while being traced; `one` takes each."""
+    state, metrics = jax.lax.scan(functools.partial(one, shardings), state, batches)
     if state.placement is not None:
         state = _with_packed(state, state.placement.constrain(state.packed))
     return state, metrics
@@ -100,7 +100,7 @@ def advance(
     chain = recipe.chain
     model_state = run_update_ops(recipe.update_ops, state.model_state, batch)
     key = _key_of_step(chain, state)
-    trainable = recipe.trainable(state.params)
+    trainable = trainable_of(recipe, state.params)
     _check_on_device([*trainable.leaves, *jax.tree.leaves(state.packed_optimizer)])
 
     def loss_of(params: Any) -> tuple[jax.Array, Aux]:
@@ -115,9 +115,13 @@ def advance(
         extra |= for_line_searches(chain, trainable, loss_of, grads, scale)
     new = _updated(recipe, state, grads, extra)
     model_state = kept(_counts(chain, state, new, extra), state.model_state, aux.model_state)
-    batches = jnp.minimum(state.batches, jnp.iinfo(jnp.int32).max - 1) + 1
-    new = dataclasses.replace(new, model_state=model_state, batches=batches)
+    new = dataclasses.replace(new, model_state=model_state, batches=count_of(state))
     return new, joined(_metrics(recipe, state, new, loss), aux.metrics, recipe.name)
+
+
+def count_of(state: TrainState) -> jax.Array:
+    """Return how many batches have been taken with the one of this step."""
+    return jnp.minimum(state.batches, jnp.iinfo(jnp.int32).max - 1) + 1
 
 
 def _key_of_step(chain: Chain, state: TrainState) -> Any:
@@ -163,7 +167,7 @@ def _with_packed(state: TrainState, packed: tuple[Any, Values]) -> TrainState:
 
 def _moved(recipe: Recipe, state: TrainState, grads: list[Any], extra: Values) -> TrainState:
     """Return the state with the parameters and the optimizer's state after an update."""
-    trainable = recipe.trainable(state.params)
+    trainable = trainable_of(recipe, state.params)
     apply = functools.partial(recipe.chain.apply, schedule_step=state.step, **extra)
     packed, layout = state.packed_params, state.layout
     if layout is None or not layout.trains(trainable.names):

@@ -461,6 +461,7 @@ def sharded():
     return json.dumps(results)
 
 
+@pytest.mark.slow
 def test_small_leaves_on_all_devices_share_an_array_and_sharded_ones_do_not():
     results = on_eight_devices(__name__, "sharded")
     for colocate in (False, True):

@@ -1,7 +1,5 @@
 """What holds for every link at NaN, infinity, and the largest and smallest numbers."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,15 +12,11 @@ from optimize_loss._engine.link import functions_of
 from optimize_loss._names import leaf_names
 from optimize_loss.transforms._sharpness import climbed
 from tests.cases import CASES, LOSS, Case, rows
+from tests.links.law import step_of
 
 law = pytest.mark.parametrize("case", rows())
 law_where_nan_shows = pytest.mark.parametrize("case", rows("nan_shows"))
 of_all_sizes = pytest.mark.parametrize("size", [1.0, 1e-3])
-
-
-@functools.cache
-def step_of(tx):
-    return jax.jit(lambda p, state, g: tx.apply(g, state, p, value=LOSS))
 
 
 def scaled(size, tree):

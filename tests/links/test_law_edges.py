@@ -44,6 +44,7 @@ def test_derivatives_at_zero_are_finite(case):
     assert_finite(list(by_number.values()))
 
 
+@functools.cache
 def step_without_kernel(case):
     """Return what comes before and after a step in which the kernel has no gradient."""
     before = run(case, case.chain.init(case.params()), steps=1)

@@ -1,7 +1,6 @@
 """What a step will do with each parameter, before anything is allocated."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -23,7 +22,7 @@ from optimize_loss._engine.trees import PARAMETER, as_array, take_apart
 from optimize_loss._names import any_matches, first_index, leaf_names
 from optimize_loss._report.lint import Horizon, Row, lint
 from optimize_loss._state.gradients import Trainable
-from optimize_loss._state.recipe import Recipe, layout_of, trainable_of
+from optimize_loss._state.recipe import Recipe, trainable_of
 from optimize_loss.schedules import evaluate
 from optimize_loss.transforms import Accumulate, AddWeightDecay, Chain, Link, ShrinkParams
 from optimize_loss.transforms._by_rule import (
@@ -106,7 +105,7 @@ def explain(
     params: Any,
     horizon: Horizon,
     rest: Any,
-    layout: Layouts | None = None,
+    layout: Layouts,
 ) -> Explanation:
     """Return what a step will do with these parameters, with values or without.
 
@@ -115,9 +114,9 @@ def explain(
       params: the parameters.
       horizon: what the schedules will see.
       rest: the arrays in a state besides parameters and what the chain keeps.
-      layout: from which are trained, how small parameters share arrays; None for the step's own.
+      layout: from which are trained, how small parameters share arrays.
     """
-    made = _made(recipe, params, layout or functools.partial(layout_of, recipe))
+    made = _made(recipe, params, layout)
     has_slots = _has_slots(recipe.chain, made.state)
     links = [(n, link, has_slots[n] or _has_rate(link)) for n, link in _linked(recipe.chain)]
     rows = tuple(_rows(recipe, made, _movers(recipe.chain, has_slots), horizon.first))

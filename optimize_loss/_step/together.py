@@ -275,9 +275,9 @@ class JointStep(Step):
 
     def _layout(self, trainable: Mapping[str, Trainable]) -> Layout | None:
         """Return how parameters that go through the same links of all steps share arrays."""
-        bounds = [step.bucket for step in self.steps.values() if step.bucket is not None]
+        bounds: list[Any] = [step.bucket for step in self.steps.values()]
         sees_whole = any(_sees_the_tree(step.chain) for step in self.steps.values())
-        if sees_whole or len(bounds) < len(self.steps):
+        if sees_whole or None in bounds:
             return None
         each = [kinds_of(s, trainable[n]) for n, s in self.steps.items()]
         kinds = [None if None in own else own for own in zip(*each, strict=True)]

@@ -18,7 +18,13 @@ from optimize_loss._report.explain import Explanation, explain
 from optimize_loss._report.lint import Horizon, check_horizon
 from optimize_loss._state.form import Form
 from optimize_loss._state.gradients import Trainable
-from optimize_loss._state.recipe import Recipe, check_model_state, parted, trainable_of
+from optimize_loss._state.recipe import (
+    Recipe,
+    check_model_state,
+    layout_of,
+    parted,
+    trainable_of,
+)
 from optimize_loss._state.train_state import TrainState
 from optimize_loss._step.advance import (
     advance,
@@ -140,7 +146,8 @@ class TrainStep(Recipe, Step):
         key = jax.random.key(0) if self.loss.takes("key") else None
         params, model_state, _ = parted(self, params, model_state)
         rest = (np.int32(self.first_step), np.int32(0), key, model_state)
-        return explain(self, params, self._horizon(steps), rest)
+        layout = functools.partial(layout_of, self)
+        return explain(self, params, self._horizon(steps), rest, layout)
 
     def _horizon(self, steps: int | None) -> Horizon:
         return check_horizon(self.first_step, steps, self.increment_step)

@@ -5,22 +5,18 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from optimize_loss import transforms
 from optimize_loss._names import Pattern, any_matches, check_patterns
+from optimize_loss.optimizers._declaration import Rate
 from optimize_loss.optimizers._optimizer import Optimizer
-from optimize_loss.optimizers._rate import Rate
 from optimize_loss.transforms import (
     Count,
     Decay,
     Finite,
     ForParameters,
     Fraction,
-    Link,
     NotNegative,
     Positive,
-    ScaleByAdam,
-    ScaleByLearningRate,
-    ScaleByMuon,
-    ShrinkParams,
 )
 from optimize_loss.transforms._muon import in_stacks
 
@@ -53,7 +49,7 @@ class Matrices:
 
 
 @dataclasses.dataclass(frozen=True)
-class MultiplyByRatio(Link):
+class MultiplyByRatio(transforms.Link):
     """Multiply the updates that are Adam's, of which there may be none."""
 
     adam_lr_ratio: NotNegative
@@ -160,14 +156,14 @@ class Muon(Optimizer):
             "adam_weight_decay": (self._where(True, exclude), self.adam_weight_decay),
         }
         return {
-            name: ForParameters(where, ShrinkParams(decay), optional=True)
+            name: ForParameters(where, transforms.ShrinkParams(decay), optional=True)
             for name, (where, decay) in decays.items()
             if decay is not None
         }
 
     def links(self):
         """Return the rule for matrices, Adam for the others, and the rate."""
-        muon = ScaleByMuon(
+        muon = transforms.ScaleByMuon(
             self.momentum,
             self.nesterov,
             self.ns_steps,
@@ -176,12 +172,12 @@ class Muon(Optimizer):
             self.muon_c,
             self.rms_rate,
         )
-        adam = ScaleByAdam(self.adam_beta_1, self.adam_beta_2, self.epsilon)
+        adam = transforms.ScaleByAdam(self.adam_beta_1, self.adam_beta_2, self.epsilon)
         ratio = MultiplyByRatio(self.adam_lr_ratio)
         matrices, others = self._where(False), self._where(True)
         return {
             "muon": ForParameters(matrices, muon, optional=True),
             "adam": ForParameters(others, adam, optional=True),
             "adam_lr_ratio": ForParameters(others, ratio, optional=True),
-            "rate": ScaleByLearningRate(self.rate),
+            "rate": transforms.ScaleByLearningRate(self.rate),
         }

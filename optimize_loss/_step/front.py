@@ -29,7 +29,7 @@ from optimize_loss.transforms import (
 )
 
 
-@checked_names
+@checked_names(TrainStep.run, TrainStep.init)
 def optimize_loss(
     loss: Callable[..., Any],
     global_step: Any = 0,

@@ -8,7 +8,8 @@ from typing import Any
 import optax
 
 from optimize_loss._checks import InvalidType
-from optimize_loss._engine.kinds import Gate, LossScale, RateScale
+from optimize_loss._engine.by_name import numbers_by_name
+from optimize_loss._engine.kinds import Averaging, Gate, LossScale, RateScale
 from optimize_loss._engine.link import Link, Stage, TreeLink, functions_of, passes
 from optimize_loss._engine.numbers import has_rate
 from optimize_loss._engine.plan import Place, kind_of, lender
@@ -34,8 +35,22 @@ def check_order(entries: Mapping[str, Any]) -> None:
     _check_rates(entries)
     for name, link in linked(entries):
         _check_functions(name, link)
+        _check_by_name(name, link)
         if getattr(link, "needs", None) == "learning_rate":
             lender(entries, name, "learning_rate")
+
+
+def _check_by_name(name: str, link: Any) -> None:
+    """Raise if a number of a link is given by name that must be one for all its parameters."""
+    fields = numbers_by_name(link) if isinstance(link, Link) else {}
+    kinds = isinstance(link, Gate | LossScale | RateScale | Averaging | TreeLink)
+    for field in fields:
+        if kinds or field == "learning_rate" or link.memory():
+            raise InvalidType(
+                f"`{field}` of the link {name!r} must be one number for all its parameters: only "
+                "numbers of links that treat each parameter by itself may go by name. Use "
+                f"`ForParameters`, or `rules` of `optimize_loss`. Received: {link!r}."
+            )
 
 
 def _check_functions(name: str, link: Any) -> None:

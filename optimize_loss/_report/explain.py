@@ -12,6 +12,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding
 
 from optimize_loss._engine.bucket import Layout, shown_name
+from optimize_loss._engine.by_name import numbers_by_name
 from optimize_loss._engine.kinds import Averaging, Gate
 from optimize_loss._engine.link import TreeLink, number_rules, passes
 from optimize_loss._engine.numbers import has_rate
@@ -19,18 +20,13 @@ from optimize_loss._engine.plan import parts, takes
 from optimize_loss._engine.reset import owners_of
 from optimize_loss._engine.selection import linked
 from optimize_loss._engine.trees import PARAMETER, as_array, take_apart
-from optimize_loss._names import any_matches, first_index, leaf_names
+from optimize_loss._names import leaf_names
 from optimize_loss._report.lint import Horizon, Row, lint
 from optimize_loss._state.gradients import Trainable
 from optimize_loss._state.recipe import Recipe, trainable_of
 from optimize_loss.schedules import evaluate
 from optimize_loss.transforms import Accumulate, AddWeightDecay, Chain, Link, ShrinkParams
-from optimize_loss.transforms._by_rule import (
-    AddDecayByRule,
-    MultiplyLayers,
-    MultiplySteps,
-    ShrinkByRule,
-)
+from optimize_loss.transforms._multiply import MultiplyLayers, MultiplySteps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -313,30 +309,20 @@ def _of_link(link: Any, here: Sequence[str], first: int) -> Iterator[tuple[str, 
         yield "learning_rate", dict.fromkeys(here, _at(rate, first))
         yield "schedule", dict.fromkeys(here, rate if callable(rate) else None)
     if isinstance(link, ShrinkParams | AddWeightDecay):
-        decay, spared = _at(link.weight_decay, first), any_matches("exclude", link.exclude, here)
-        yield "weight_decay", {n: 0.0 if x else decay for n, x in zip(here, spared, strict=True)}
-    if isinstance(link, MultiplySteps | MultiplyLayers | ShrinkByRule | AddDecayByRule):
-        values = [_at_each(value, first) for value in link.values]
-        of_rules = first_index(link.patterns, tuple(here))
-        yield (
-            _OF_RULES[type(link)],
-            {name: values[i] for name, i in zip(here, of_rules, strict=True)},
-        )
+        decays, spared = _numbers_of(link, "weight_decay", here, first), link.spared(here)
+        yield "weight_decay", decays | {n: 0.0 for n, x in zip(here, spared, strict=True) if x}
+    if isinstance(link, MultiplySteps):
+        yield "multiplier", _numbers_of(link, "multiplier", here, first)
+    if isinstance(link, MultiplyLayers):
+        yield "multiplier", dict.fromkeys(here, tuple(_at(x, first) for x in link.multipliers))
 
 
-# What the numbers of these are in a row.
-_OF_RULES: dict[type, str] = {
-    MultiplySteps: "multiplier",
-    MultiplyLayers: "multiplier",
-    ShrinkByRule: "weight_decay",
-    AddDecayByRule: "weight_decay",
-}
-
-
-def _at_each(value: Any, first: int) -> Any:
-    if value is None:
-        return None
-    return tuple(_at(x, first) for x in value) if isinstance(value, tuple) else _at(value, first)
+def _numbers_of(link: Link, field: str, here: Sequence[str], first: int) -> dict[str, float]:
+    """Return a number of a link for each of its parameters, as it is at the first step."""
+    numbers = link.numbers()
+    by_name = numbers_by_name(link).get(field)
+    keys = by_name.chosen(field, here) if by_name else [field] * len(here)
+    return {n: _at(numbers[k], first) for n, k in zip(here, keys, strict=True) if k is not None}
 
 
 def _at(value: Any, first: int) -> float:

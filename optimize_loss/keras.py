@@ -19,7 +19,7 @@ from optimize_loss._engine.trees import distinct
 from optimize_loss._names import leaf_names
 from optimize_loss.optimizers import Optimizer, serialize
 from optimize_loss.optimizers._boxes import links_of
-from optimize_loss.optimizers._config import plain
+from optimize_loss.optimizers._declaration import plain
 from optimize_loss.optimizers._keras_view import Shown, as_keras_3, inside, rates
 from optimize_loss.optimizers._resolve import instance, resolve
 from optimize_loss.optimizers._variable import different_names

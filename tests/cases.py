@@ -544,16 +544,20 @@ QUICKLY_COMPILED = "--xla_backend_optimization_level=0"
 
 
 def on_eight_devices(
-    module: str, function: str, flags: str = QUICKLY_COMPILED, alone: bool = False
+    module: str,
+    function: str,
+    *arguments: Any,
+    flags: str = QUICKLY_COMPILED,
+    alone: bool = False,
 ) -> Any:
     """Call a function of a module that returns JSON, in a process with eight CPU devices.
 
     Other tests share it, unless this one measures the process and must be alone.
     """
     if not alone:
-        return devices.shared(flags).call(module, function)
+        return devices.shared(flags).call(module, function, *arguments)
     process = devices.Devices(flags)
     try:
-        return process.call(module, function)
+        return process.call(module, function, *arguments)
     finally:
         process.close()

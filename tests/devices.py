@@ -4,6 +4,7 @@ JAX has as many devices as its process began with. One process serves all tests 
 is imported once for them, and what one of them has compiled is there for the next.
 """
 
+import atexit
 import functools
 import importlib
 import json
@@ -37,11 +38,11 @@ class Devices:
             text=True,
         )
 
-    def call(self, module: str, function: str) -> Any:
-        """Return what a function of a module returns as JSON."""
+    def call(self, module: str, function: str, *arguments: Any) -> Any:
+        """Return what a function of a module returns as JSON, given arguments that JSON has."""
         assert self.process.stdin
         assert self.process.stdout
-        print(json.dumps([module, function]), file=self.process.stdin, flush=True)
+        print(json.dumps([module, function, *arguments]), file=self.process.stdin, flush=True)
         printed = []
         for line in self.process.stdout:
             if line.startswith(ANSWER):
@@ -59,14 +60,16 @@ class Devices:
 
 @functools.cache
 def shared(flags: str) -> Devices:
-    """Return the process of these flags. It ends with this one, which closes its input then."""
-    return Devices(flags)
+    """Return the process of these flags, which ends with this one."""
+    process = Devices(flags)
+    atexit.register(process.close)
+    return process
 
 
-def answer(module: str, function: str) -> tuple[Any, str]:
+def answer(module: str, function: str, *arguments: Any) -> tuple[Any, str]:
     """Return the result of a function, and the error in place of it."""
     try:
-        return json.loads(getattr(importlib.import_module(module), function)()), ""
+        return json.loads(getattr(importlib.import_module(module), function)(*arguments)), ""
     except Exception:
         return None, traceback.format_exc()
 

@@ -16,7 +16,6 @@ from optimize_loss._engine.kinds import Averaging
 from optimize_loss._engine.link import TreeLink, number_rules
 from optimize_loss._engine.numbers import has_rate
 from optimize_loss._state.rules import Rules
-from optimize_loss.optimizers._muon import in_stacks
 from optimize_loss.schedules import evaluate
 from optimize_loss.transforms import (
     AddNoise,
@@ -32,6 +31,7 @@ from optimize_loss.transforms import (
     ShrinkParams,
     chain,
 )
+from optimize_loss.transforms._muon import in_stacks
 
 CLIPS = (ClipByAdaptiveNorm, ClipByGlobalNorm, ClipByNorm, ClipByValue)
 POINTS = 64  # of a schedule at once

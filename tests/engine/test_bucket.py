@@ -73,6 +73,7 @@ BY_THEMSELVES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", rows())
 def test_every_chain_gives_the_same_with_buckets(case):
     """Bit by bit, but for what a norm over all gradients enters; see `norm_ulps`."""
@@ -84,6 +85,7 @@ def test_every_chain_gives_the_same_with_buckets(case):
     assert one.layout is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_gives_the_same_with_buckets(name):
     shapes = SOME if name != "Muon" else {**SOME, "embedding": (4, 2)}

@@ -37,6 +37,7 @@ def counted(leaves, bucket):
     return len(re.findall(r" parameter\(", entry)), kernels, whole, memory.temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_a_small_leaf_adds_no_argument_and_no_pass_of_the_update():
     (args, kernels, whole, temporary), (args_2, kernels_2, _, _) = (
         counted(n, "auto") for n in (20, 40)
@@ -62,6 +63,7 @@ def test_a_small_leaf_adds_no_argument_and_no_pass_of_the_update():
     assert temporary <= plain_temporary
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "loss",
     [

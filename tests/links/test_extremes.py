@@ -64,6 +64,7 @@ def shows(case, link, number, size):
     return False
 
 
+@pytest.mark.slow
 @of_all_sizes
 @law_where_nan_shows
 def test_a_number_that_is_nan_gives_nan(case, size):
@@ -228,6 +229,7 @@ def test_lamb_is_as_long_as_the_parameter(of_gradient, size):
     np.testing.assert_allclose(update, np.full(2, size * 0.5**0.5), 1e-5)
 
 
+@pytest.mark.slow
 @law
 def test_zero_gradients_that_are_known_at_compile_time(case):
     p, g = case.params(), jax.tree.map(jnp.zeros_like, case.params())
@@ -264,6 +266,7 @@ def reads_params(case):
 WITHOUT_PARAMS = [pytest.param(case, id=case.name) for case in CASES if not reads_params(case)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", WITHOUT_PARAMS)
 def test_update_without_params_under_the_search_for_nan(case):
     p, g = case.params(), case.grads(0)

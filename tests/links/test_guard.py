@@ -79,6 +79,7 @@ def batches_of(seed, kinds):
     return stack(good), stack(every)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("accumulate", "scaled", "bucket", "seeds"),
     [
@@ -162,6 +163,7 @@ def masked(params, x, *, model_state, key):
     return value, ol.Aux(model_state={"mean": mean}, weight=jnp.sum(x != 0))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The loss does not depend")
 @pytest.mark.parametrize(("dtype", "optimizer", "bucket"), KINDS)
 def test_all_options_together_leave_no_trace_of_a_bad_batch(dtype, optimizer, bucket):

@@ -182,6 +182,12 @@ class Profile(Hook):
     Raises:
       InvalidType: an argument is of the wrong kind.
       ValueError: `start` is below 1, or `stop` not above it.
+
+    Example:
+      >>> import optimize_loss as ol, tempfile
+      >>> profile = ol.Profile(tempfile.mkdtemp(), start=10, stop=13)
+      >>> print(profile.wait(0), profile.wait(10), profile.wait(13))
+      10 3 None
     """
 
     def __init__(self, folder: str | os.PathLike[str], start: int, stop: int):

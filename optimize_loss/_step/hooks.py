@@ -78,7 +78,15 @@ class Evaluate(Hook):
         self._then = check_hooks("then", then)
 
     def __call__(self, state: TrainState, metrics: dict[str, Any]) -> TrainState | None:
-        """Evaluate, and call the hooks in `then`."""
+        """Evaluate, and call the hooks in `then`.
+
+        Args:
+          state: what to evaluate.
+          metrics: not used.
+
+        Raises:
+          StopRun: a hook in `then` ends the run; the others are called first.
+        """
         batches: Any = self._batches() if callable(self._batches) else self._batches
         found = self._step.evaluate(state, batches, loss=self._loss)
         self.latest = {f"{self._name}/{tag}": value for tag, value in found.items()}
@@ -154,6 +162,10 @@ class StopEarly(Hook):
     def __call__(self, state: TrainState, metrics: dict[str, Any]) -> None:
         """Look at the metric.
 
+        Args:
+          state: not used.
+          metrics: they must have this tag.
+
         Raises:
           StopRun: it has not become better for too long.
         """
@@ -207,7 +219,12 @@ class Profile(Hook):
         return next((n - batches for n in (self.start, self.stop) if n > batches), None)
 
     def __call__(self, state: TrainState, metrics: dict[str, Any]) -> None:
-        """Begin, or end, once the device has done all before."""
+        """Begin, or end, once the device has done all before.
+
+        Args:
+          state: reached now; it is waited for.
+          metrics: not used.
+        """
         jax.block_until_ready(state)
         if self._running:
             self._running = False

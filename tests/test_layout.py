@@ -14,19 +14,19 @@ import optimize_loss as ol
 from tests import layout
 
 RECORDED = {
-    "files in the root": 9,
+    "files in the root": 10,
     "folders in the root": 10,
-    "files": 136,
-    "lines of code": 14290,
-    "lines of code of the core": 8608,
+    "files": 139,
+    "lines of code": 14741,
+    "lines of code of the core": 9006,
     "lines of code of the longest file": 248,
-    "import depth by file": 23,
+    "import depth by file": 21,
     "import depth by room": 10,
     "files in circles": 0,
     "rooms in circles": 0,
     "imports that point up": 0,
-    "private imports across rooms": 44,
-    "functions of ten branches": 28,
+    "private imports across rooms": 38,
+    "functions of ten branches": 1,
     "members of Link": 21,
     "flags of Link": 6,
 }

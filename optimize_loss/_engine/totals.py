@@ -24,6 +24,7 @@ from optimize_loss._engine.arrays import (
     sum_of_squares,
     sums_of_squares,
 )
+from optimize_loss._engine.by_name import by_numbers
 from optimize_loss._engine.health import Health, health
 from optimize_loss._engine.kinds import Gate
 from optimize_loss._engine.leaf import Leaf, Links, Stored, for_all, updated
@@ -35,9 +36,9 @@ from optimize_loss._engine.link import (
     functions_of,
     multiplies,
     passes,
+    varies,
 )
-from optimize_loss._engine.order import lender
-from optimize_loss._engine.plan import Plan, Segment
+from optimize_loss._engine.plan import Plan, Segment, lender
 from optimize_loss._engine.precision import keys
 
 # For leaves of these numbers, Σ|u|² of each.
@@ -109,31 +110,39 @@ class Totals:
     def _link(self, i: int) -> tuple[Numbers, Numbers]:
         """Compute the scalars of one link; return them, and its new memory."""
         link, place, step = self.links[i], self.segment.places[i], self.call.step
-        if link.needs not in TOTALS:
-            known = [needs for needs in TOTALS if needs]
-            raise InvalidType(
-                f"`needs` of the link {place.name!r} must be one of {known}. "
-                f"Received: {link.needs!r}."
-            )
-        measure = TOTALS[link.needs]
-        total = None if measure is None else measure(self, i)
+        total = self._total(i)
         state = self.call.state[place.name]
         old = {name: state[name] for name in place.memory}
-        k, new = link.scalars(dict(self.call.numbers[place.name]), old, total, step)
-        here = self._here(i)
-        if "for_each" in functions_of(type(link)):
-            names = place.names(self.plan.params)
-            each = dict(zip(names, link.for_each(names, k), strict=True))
-            for n in here:
-                self.ks[n][i] = {**k, **self.owners[n].own(each)}
-        else:
-            for n in here:
-                self.ks[n][i] = k
+        here, differs = self._here(i), varies(link)
+        names = place.names(self.plan.params) if differs else ()
+        k, new, each = dict[str, Any](), old, dict[str, Numbers]()
+        for some, own in by_numbers(link, names, dict(self.call.numbers[place.name])):
+            k, new = link.scalars(own, old, total, step)
+            pairs = zip(some, link.for_each(some, k), strict=True)
+            each |= {name: {**k, **mine} for name, mine in pairs}
+        for n in here:
+            self.ks[n][i] = self.owners[n].own(each) if differs else k
         if link.needs == "random_bits":
-            draws = keys([self.owners[n] for n in here], "", k["seed"], step)
-            for n, draw in zip(here, draws, strict=True):
-                self.ks[n][i] = {**self.ks[n][i], "draw": draw}
+            self._draw(i, here, k["seed"])
         return k, self._remembered(link, k, old, new)
+
+    def _draw(self, i: int, here: Sequence[int], seed: jax.Array) -> None:
+        """Give a link what keys the random bits of its leaves."""
+        draws = keys([self.owners[n] for n in here], "", seed, self.call.step)
+        for n, draw in zip(here, draws, strict=True):
+            self.ks[n][i] = {**self.ks[n][i], "draw": draw}
+
+    def _total(self, i: int) -> Any:
+        """Return what a link needs of the whole tree."""
+        needs = self.links[i].needs
+        if needs not in TOTALS:
+            known = [name for name in TOTALS if name]
+            raise InvalidType(
+                f"`needs` of the link {self.segment.places[i].name!r} must be one of {known}. "
+                f"Received: {needs!r}."
+            )
+        measure = TOTALS[needs]
+        return None if measure is None else measure(self, i)
 
     def _remembered(self, link: Link, k: Numbers, old: Numbers, new: Numbers) -> Numbers:
         """Return the memory of a link: the old one where there was nothing in the batch.
@@ -227,8 +236,10 @@ class Totals:
     def _multiplies(self, i: int, here: Sequence[int]) -> bool:
         """Return whether a link multiplies every leaf by one number, or passes its update."""
         link = self.links[i]
-        if not multiplies(type(link)) or "for_each" not in functions_of(type(link)):
-            return multiplies(type(link)) or passes(type(link))
+        if not multiplies(type(link)):
+            return passes(type(link))
+        if not varies(link):
+            return True
         found = [self.ks[n][i] for n in here if self.owners[n].bucket and i in self.own[n]]
         shapes = (jax.eval_shape(functools.partial(factors, link), k) for k in found)
         return all(shape.shape == () for several in shapes for shape in several)
@@ -238,7 +249,7 @@ class Totals:
         link, mine = self.links[i], [i in self.own[n] for n in here]
         if not multiplies(type(link)):
             return []
-        if "for_each" not in functions_of(type(link)) and all(mine):
+        if not varies(link) and all(mine):
             return self._sizes(factors(link, self.ks[here[0]][i]))
         each = [
             self._sizes(factors(link, self.ks[n][i])) if own else []

@@ -148,7 +148,8 @@ class Plan:
         if missing:
             raise TreeMismatch(
                 f"`state` has no {missing} for the parameter {self.params.names[j]!r} in the link "
-                f"{place.name!r}: it was made for other parameters."
+                f"{place.name!r}: it was made for other parameters, or by a link whose `slots` "
+                "had other names for it then. They must follow from its shape and dtype alone."
             )
         return own
 

@@ -31,6 +31,7 @@ from optimize_loss._state.hook import Hook
 from optimize_loss._state.loss import Loss
 from optimize_loss._state.rules import NO_RULES, Rules
 from optimize_loss._state.skips import check_ready
+from optimize_loss._state.spread import check_spread
 from optimize_loss._state.train_state import TrainState
 from optimize_loss._step.advance import (
     Recipe,
@@ -460,6 +461,11 @@ class TrainStep:
         return set()
 
     @functools.cached_property
+    def _seen(self) -> list[None]:
+        """An entry once it was looked at where a state and a batch lie."""
+        return []
+
+    @functools.cached_property
     def _programs(self) -> dict[tuple[bool, bool], Any]:
         """By whether they take many steps, and the memory of the state; they live as long as this.
 
@@ -510,6 +516,8 @@ class TrainStep:
         if any(map(is_foreign, kinds)):
             batch = as_arrays(batch)
         traced = state.is_traced or any(issubclass(kind, Tracer) for kind in kinds)
+        if not (traced or self._seen):
+            self._seen.append(check_spread(state.packed_params, batch))
         try:
             new, metrics = self._programs[many, not traced](self._shardings(state), state, *batch)
         except (TypeError, ValueError, jax.errors.JaxRuntimeError) as error:

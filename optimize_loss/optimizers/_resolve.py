@@ -13,7 +13,14 @@ from optimize_loss.optimizers._get import names
 from optimize_loss.optimizers._optimizer import Optimizer
 from optimize_loss.optimizers._tf1 import OPTIMIZER_CLS_NAMES
 from optimize_loss.optimizers._variable import different_names
-from optimize_loss.transforms import Chain, Link, ScaleByLearningRate
+from optimize_loss.transforms import (
+    Chain,
+    Link,
+    ScaleByAdamax,
+    ScaleByLearningRate,
+    ScaleByLion,
+    ScaleByMuon,
+)
 
 
 def resolve(optimizer: Any, learning_rate: Any) -> dict[str, Any]:
@@ -31,6 +38,7 @@ def resolve(optimizer: Any, learning_rate: Any) -> dict[str, Any]:
     made = instance(optimizer, learning_rate)
     if isinstance(made, Optimizer):
         return _links(made)
+    _check_order(_links(made))
     return _with_rate(_links(made), learning_rate if made is optimizer else None)
 
 
@@ -101,6 +109,27 @@ def _links(made: Any) -> dict[str, Any]:
             )
         return dict(made.links)
     return {"rule" if isinstance(made, Link) else "optimizer": made}
+
+
+def _check_order(links: dict[str, Any]) -> None:
+    """Raise if the rate comes before a rule that gives gradients of any size the same update."""
+    ours = list(linked(links))
+    rates = [i for i, (_, link) in enumerate(ours) if has_rate(link)]
+    rules = [i for i, (_, link) in enumerate(ours) if _normalizes(link)]
+    hidden = [i for i, (_, link) in enumerate(ours) if not isinstance(link, Link)]
+    if rates and rules and rates[-1] < rules[-1] and not any(i > rules[-1] for i in hidden):
+        rate, rule = ours[rates[-1]][0], ours[rules[-1]][0]
+        raise ValueError(
+            f"`optimizer` must have the link {rate!r} behind {rule!r}, whose updates do not depend "
+            "on the size of the gradients: before it, the rate has no effect. Write "
+            f"`chain({rule}=..., {rate}=...)`. Received: {[*links]}."
+        )
+
+
+def _normalizes(link: Any) -> bool:
+    """Return whether a rule's updates are the same for larger gradients."""
+    kinds = (ScaleByAdamax, ScaleByLion, ScaleByMuon)
+    return isinstance(link, Link) and (bool(link.squares) or isinstance(link, kinds))
 
 
 def _check_rate(links: dict[str, Any], learning_rate: Any) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 
 def check_spread(params: Any, batch: Any) -> None:
@@ -39,11 +39,11 @@ def check_spread(params: Any, batch: Any) -> None:
         )
 
 
-def _mesh(params: Any) -> Mesh | None:
+def _mesh(params: Any) -> Mesh | AbstractMesh | None:
     """Return the mesh of several devices that parameters are on, or None."""
     shardings = (getattr(x, "sharding", None) for x in jax.tree.leaves(params))
     meshes = (x.mesh for x in shardings if isinstance(x, NamedSharding))
-    return next((x for x in meshes if isinstance(x, Mesh) and x.size > 1), None)
+    return next((x for x in meshes if x.size > 1), None)
 
 
 def _axes(shardings: Iterable[NamedSharding]) -> Iterator[str]:

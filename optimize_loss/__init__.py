@@ -30,6 +30,8 @@ from optimize_loss._state.metrics import OPTIMIZER_SUMMARIES as OPTIMIZER_SUMMAR
 from optimize_loss._state.train_state import TrainState as TrainState
 from optimize_loss._step.front import optimize_loss as optimize_loss
 from optimize_loss._step.options import adaptive_clipping_fn as adaptive_clipping_fn
+from optimize_loss._step.together import JointStep as JointStep
+from optimize_loss._step.together import together as together
 from optimize_loss._step.train_step import TrainStep as TrainStep
 from optimize_loss._version import __version__ as __version__
 from optimize_loss.optimizers._tf1 import OPTIMIZER_CLS_NAMES as OPTIMIZER_CLS_NAMES
@@ -46,6 +48,7 @@ __all__ = [
     "Checkpoints",
     "Hook",
     "InvalidType",
+    "JointStep",
     "LearningRateTest",
     "NonFiniteError",
     "Precision",
@@ -67,6 +70,7 @@ __all__ = [
     "save",
     "schedules",
     "to_state_dict",
+    "together",
     "transforms",
 ]
 

@@ -79,24 +79,22 @@ def schedule(schedules: Any, steps: int = 1000) -> Any:
 
 
 def _labelled(schedules: Any) -> dict[str, Callable[[Any], Any]]:
-    if callable(schedules):
-        schedules = [schedules]
-    if not isinstance(schedules, Mapping) and isinstance(schedules, Iterable):
-        schedules = list(schedules)
-        names = [_short(x) for x in schedules]
-        twice = {n for n in names if names.count(n) > 1}
-        labels = [f"{n} {i}" if n in twice else n for i, n in enumerate(names)]
-        schedules = dict(zip(labels, schedules, strict=True))
-    if not isinstance(schedules, Mapping) or not schedules or not _all_callable(schedules):
+    each = [schedules] if callable(schedules) else schedules
+    if isinstance(each, Iterable) and not isinstance(each, Mapping):
+        functions = list(each)
+        each = dict(zip(_labels(functions), functions, strict=True))
+    if not isinstance(each, Mapping) or not each or not all(map(callable, each.values())):
         raise InvalidType(
             "`schedules` must be a function of the step, a list of them, or {label: function}. "
-            f"{received('schedules', schedules)}"
+            f"{received('schedules', each)}"
         )
-    return {str(label): function for label, function in schedules.items()}
+    return {str(label): function for label, function in each.items()}
 
 
-def _all_callable(functions: Mapping[Any, Any]) -> bool:
-    return all(map(callable, functions.values()))
+def _labels(functions: Sequence[Any]) -> list[str]:
+    """Return a label for each function, with a number where several are called the same."""
+    names = [_short(x) for x in functions]
+    return [f"{n} {i}" if names.count(n) > 1 else n for i, n in enumerate(names)]
 
 
 def _short(function: Any) -> str:
@@ -134,10 +132,7 @@ def metrics(metrics: Mapping[str, Any]) -> Any:
     """
     if not isinstance(metrics, Mapping):
         raise InvalidType(f"`metrics` must map tags to arrays. {received('metrics', metrics)}")
-    lines = {}
-    for tag, value in metrics.items():
-        if isinstance(value, np.ndarray | jax.Array) and np.ndim(value) == 1 and np.size(value):
-            lines[str(tag)] = np.asarray(value)
+    lines = {str(tag): np.asarray(value) for tag, value in metrics.items() if _is_line(value)}
     if not lines:
         raise ValueError(
             "`metrics` must have an array of shape (steps,), as `step.run` and `step.many` return; "
@@ -146,13 +141,14 @@ def metrics(metrics: Mapping[str, Any]) -> Any:
     grouped = _grouped(lines)
     figure, every = panels(len(grouped), height=3.0)
     for axes, (label, members) in zip(every, grouped.items(), strict=True):
-        for style, (tag, values) in styled(members):
-            _draw_steps(axes, values.astype(np.float64), tag, style)
-        scale("y", axes, [values.astype(np.float64) for _, values in members])
-        if all(np.issubdtype(values.dtype, np.integer) for _, values in members):
-            whole_ticks(axes)
+        _draw_panel(axes, members)
         finish(axes, "step", label, legend=len(members) > 1)
     return figure
+
+
+def _is_line(value: Any) -> bool:
+    """Return whether a metric has one number a step."""
+    return isinstance(value, np.ndarray | jax.Array) and np.ndim(value) == 1 and np.size(value) > 0
 
 
 _GROUPS = {
@@ -183,6 +179,14 @@ def _place(tag: str) -> tuple[str, str]:
             if tag == start or tag.startswith(start.rstrip("/") + "/"):
                 return label, tag.removeprefix(start) if start.endswith("/") else tag
     return tag, tag
+
+
+def _draw_panel(axes: Any, members: Sequence[tuple[str, np.ndarray]]) -> None:
+    for style, (tag, values) in styled(members):
+        _draw_steps(axes, values.astype(np.float64), tag, style)
+    scale("y", axes, [values.astype(np.float64) for _, values in members])
+    if all(np.issubdtype(values.dtype, np.integer) for _, values in members):
+        whole_ticks(axes)
 
 
 def _draw_steps(axes: Any, values: np.ndarray, label: str, style: Mapping[str, Any]) -> None:
@@ -272,9 +276,7 @@ def sweep(result: _Runs) -> Any:
       >>> print(ol.plot.sweep(found).axes[0].lines[0].get_ydata())
       [0.75 0.5  0.  ]
     """
-    columns = {name: [point[name] for point in result.points] for name in result.points[0]}
-    varied = [name for name, values in columns.items() if len(set(values)) > 1]
-    names = [n for n in varied if n != "seed"] or varied or list(columns)
+    names = _varied(result.points)
     figure, every = panels(len(names), height=3.4)
     for axes, name in zip(every, names, strict=True):
         _draw_number(axes, result, name)
@@ -282,14 +284,16 @@ def sweep(result: _Runs) -> Any:
     return figure
 
 
+def _varied(points: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the numbers with several values; the seed, or all numbers, if there are no others."""
+    varied = [name for name in points[0] if len({point[name] for point in points}) > 1]
+    return [name for name in varied if name != "seed"] or varied or list(points[0])
+
+
 def _draw_number(axes: Any, result: _Runs, name: str) -> None:
     losses = result.final
     values = [point[name] for point in result.points]
-    ticks = [v for v in dict.fromkeys(values) if v is None]
-    x = np.array([np.nan if v is None else float(v) for v in values])
-    if ticks:  # as built: it stands at the left of the numbers
-        x[np.isnan(x)] = np.nanmin(x) / 2 if np.any(np.isfinite(x)) else 0.0
-    good = np.isfinite(losses)
+    x, good = _positions(values), np.isfinite(losses)
     line = _through_the_best(result.points, name, losses)
     where = np.array([x[values.index(v)] for v in line])
     order = np.argsort(where)
@@ -307,6 +311,13 @@ def _draw_number(axes: Any, result: _Runs, name: str) -> None:
         cross = {"color": COLOURS[6], "ms": 7, "label": "not finite"}
         axes.plot(x[~good], top, "x", transform=axes.get_xaxis_transform(), **cross)
     scale("x", axes, [x])
+
+
+def _positions(values: Sequence[Any]) -> np.ndarray:
+    """Return where values are on an axis; None, as built, is at the left of the numbers."""
+    x = np.array([np.nan if v is None else float(v) for v in values])
+    least = np.nanmin(x) if np.any(np.isfinite(x)) else 0.0
+    return np.where([v is None for v in values], least / 2, x)
 
 
 def _through_the_best(points: Sequence[dict[str, Any]], name: str, losses: np.ndarray) -> dict:

@@ -4,11 +4,6 @@ A new link gets a row here. What it cannot do is a column of its row.
 """
 
 import dataclasses
-import json
-import os
-import pathlib
-import subprocess
-import sys
 from typing import Any
 
 import jax
@@ -21,6 +16,7 @@ from optimize_loss import optimizers as optim
 from optimize_loss import schedules
 from optimize_loss import transforms as T
 from optimize_loss.transforms._by_rule import AddDecayByRule, ByRule, MultiplySteps, ShrinkByRule
+from tests import devices
 
 LOSS = np.float32(2.0)  # what links that read the loss are given
 SHAPES = {"encoder": {"layer_0": {"bias": (2,), "kernel": (8, 2)}}, "scale": ()}
@@ -547,21 +543,21 @@ def grads(t: int) -> Any:
 QUICKLY_COMPILED = "--xla_backend_optimization_level=0"
 
 
-def on_eight_devices(module: str, function: str, flags: str = QUICKLY_COMPILED) -> Any:
-    """Call a function of a module that returns JSON, in a process with eight CPU devices."""
-    code = f"from tests import conftest; import {module} as tested; print(tested.{function}())"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=pathlib.Path(__file__).parent.parent,
-        env=os.environ
-        | {
-            "JAX_PLATFORMS": "cpu",
-            "JAX_NUM_CPU_DEVICES": "8",
-            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip(),
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+def on_eight_devices(
+    module: str,
+    function: str,
+    *arguments: Any,
+    flags: str = QUICKLY_COMPILED,
+    alone: bool = False,
+) -> Any:
+    """Call a function of a module that returns JSON, in a process with eight CPU devices.
+
+    Other tests share it, unless this one measures the process and must be alone.
+    """
+    if not alone:
+        return devices.shared(flags).call(module, function, *arguments)
+    process = devices.Devices(flags)
+    try:
+        return process.call(module, function, *arguments)
+    finally:
+        process.close()

@@ -11,11 +11,13 @@ import numpy as np
 from optimize_loss._engine.device import filled
 
 
+@functools.cache
 def is_narrow(dtype: Any) -> bool:
     """Return whether numbers of `dtype` are floats of fewer than 32 bits."""
     return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
 
 
+@functools.cache
 def compute_dtype(dtype: Any) -> np.dtype:
     """Return the dtype in which leaves of `dtype` are computed: at least 32 bits a number."""
     return jnp.dtype(jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype)
@@ -34,6 +36,21 @@ def zeros(param: jax.Array) -> jax.Array:
 def copy(param: jax.Array) -> jax.Array:
     """Return a copy of `param`, float32 or wider: memory for what begins at the parameter."""
     return jnp.array(param, dtype=compute_dtype(param.dtype), copy=True)
+
+
+def widened(values: Any, dtype: Any) -> Any:
+    """Return a tree of arrays in the dtype of a computation; integers stay as they are."""
+    leaves, structure = jax.tree.flatten(values)
+    pairs = [(x, _wider(x.dtype, dtype)) for x in leaves]
+    return structure.unflatten([x if wide is None else x.astype(wide) for x, wide in pairs])
+
+
+@functools.cache
+def _wider(dtype: Any, wanted: Any) -> np.dtype | None:
+    """Return the dtype of floats and complex numbers in a computation; None for other dtypes."""
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        return jnp.dtype(wanted)
+    return real_dtype(wanted) if jnp.issubdtype(dtype, jnp.floating) else None
 
 
 def stored_as(x: jax.Array, dtype: Any) -> jax.Array:
@@ -62,8 +79,9 @@ def power_of_two(x: jax.Array, limit: int, exponent: int) -> jax.Array:
     Products with it are exact. XLA computes a / (b / c) as a c / b, which may overflow: multiply
     a divisor by the power of the opposite sign.
     """
-    large, small, one = (jnp.asarray(2.0**e, x.dtype) for e in (exponent, -exponent, 0))
-    return jnp.where(x > 2.0**limit, large, jnp.where(x < 2.0**-limit, small, one))
+    large, small = jnp.asarray(2.0**exponent, x.dtype), jnp.asarray(2.0**-exponent, x.dtype)
+    usual = jnp.where(x < 2.0**-limit, small, jnp.asarray(1.0, x.dtype))
+    return jnp.where(x > 2.0**limit, large, usual)
 
 
 def unit_of(x: jax.Array) -> jax.Array:

@@ -106,12 +106,12 @@ class Layout(Static):
 
     def join_numbers(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """Return the state of a chain with its numbers in few arrays."""
-        joined: dict[str, Any] = _map_links(
-            lambda mine: {name: x for name, x in mine.items() if not _is_number(x)}, state
-        )
+        joined = dict(state)
         for key, members in self.numbers:
-            pairs = (name.split("/", 1) for name in members.names)
+            pairs = [name.split("/", 1) for name in members.names]
             joined[key] = members.join_on_device([state[link][number] for link, number in pairs])
+            for link, number in pairs:
+                joined[link] = {name: x for name, x in joined[link].items() if name != number}
         return joined
 
     def split_numbers(self, joined: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,6 +136,16 @@ class Layout(Static):
     def regather_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """Return the state of a chain with every slot packed as here, not in another layout."""
         return _map_slots(lambda packed: self.gather(unpacked(packed)), state)
+
+    def own_slots(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the state of a chain with of every slot, packed, what is trained."""
+        return _map_slots(self.only_trained, state)
+
+    def all_slots(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the state of a chain with None in every packed slot for what it does not have."""
+        members = dict(self.buckets)
+        none = {n: Bucket(None, members[n]) if n in members else None for n in self.trained}
+        return _map_slots(lambda packed: {**none, **packed}, state)
 
     def trains(self, names: Sequence[str]) -> bool:
         """Return whether it was made for a step that trains these parameters."""

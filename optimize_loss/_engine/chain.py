@@ -14,13 +14,13 @@ from optimize_loss._engine.exchange import exchanged, settled
 from optimize_loss._engine.first_state import init_link
 from optimize_loss._engine.kinds import weighs_nothing
 from optimize_loss._engine.leaf import Wanted
-from optimize_loss._engine.link import Link, State, is_transformation, overrides
+from optimize_loss._engine.link import Link, State, functions_of, is_transformation
 from optimize_loss._engine.numbers import ChainNumbers
 from optimize_loss._engine.order import check_last, check_order, with_losses
 from optimize_loss._engine.passes import averaged, decoded, run
-from optimize_loss._engine.plan import Place, Plan, takes
+from optimize_loss._engine.plan import Place, Plan, kind_of, takes
 from optimize_loss._engine.precision import Precision, check_used, codecs
-from optimize_loss._engine.selection import ForParameters, linked
+from optimize_loss._engine.selection import ForParameters, link_of, linked
 from optimize_loss._engine.totals import Call
 from optimize_loss._engine.transfers import asked_for
 from optimize_loss._engine.transformation import Transformation, made_once
@@ -109,7 +109,7 @@ class Chain(Transformation):
         for place in places:
             if isinstance(place.link, Link):
                 place.link.check_names(place.names(taken))
-        if any(place.kind != "leaf" for place in places):  # they see the user's tree
+        if any(kind_of(type(place.link)) != "leaf" for place in places):  # they see the user's tree
             return [None] * len(taken.leaves)
         plan = Plan(taken, tuple(places))
         return [plan.kind(j) for j in range(len(taken.leaves))]
@@ -264,7 +264,9 @@ class Chain(Transformation):
 
     def _plan(self, params: Params, live: tuple[int, ...] = ()) -> Plan:
         seed = (self.precision and self.precision.seed) or 0
-        places = (place._replace(link=settled(place.link)) for place in self._places(params))
+        places = (
+            dataclasses.replace(place, link=settled(place.link)) for place in self._places(params)
+        )
         return Plan(params, tuple(places), live, seed)
 
     def _call(self, state: State, schedule_step: Any, extra: Mapping[str, Any]) -> Call:
@@ -279,20 +281,20 @@ class Chain(Transformation):
             weight=weight,
             empty=weighs_nothing((link for _, link in self.links), weight),
             extra=extra,
+            step=state["step"],
         )
 
     def _places(self, params: Params) -> list[Place]:
         """Return the links with the parameters that they are for."""
         marks = [is_inexact(p) for p in params.leaves]
-        entries = dict(self.links)
-        places = [
-            Place(name, link, takes(name, entries[name], params, marks))
-            for name, link in self._linked()
-        ]
-        if self.precision is None or params.are_unknown:
-            return places
-        formats = self.precision.formats(params)
-        return [p._replace(codecs=codecs(p.link, p.takes, formats, params)) for p in places]
+        coded = self.precision is not None and not params.are_unknown
+        formats = self.precision.formats(params) if self.precision and coded else []
+        places = []
+        for name, entry in self.links:
+            link, mine = link_of(entry), takes(name, entry, params, marks)
+            of_slots = codecs(link, mine, formats, params) if coded else ()
+            places.append(Place(name, link, mine, of_slots))
+        return places
 
     def _run(
         self,
@@ -382,7 +384,8 @@ def _step(state: State, schedule_step: Any) -> Any:
 def _check_not_read(places: Sequence[Place]) -> None:
     """Raise a `ValueError` if a link reads parameters that were not given."""
     for place in places:
-        reads = getattr(place.link, "reads_params", False) or overrides(place.link, "before")
+        moves = "before" in functions_of(type(place.link))
+        reads = getattr(place.link, "reads_params", False) or moves
         if reads and any(place.takes):
             raise ValueError(f"`params` must be given: the link {place.name!r} reads them.")
 

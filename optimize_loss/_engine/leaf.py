@@ -13,19 +13,25 @@ import jax
 import jax.numpy as jnp
 
 from optimize_loss._checks import InvalidType, TreeMismatch
-from optimize_loss._engine.arrays import compute_dtype
+from optimize_loss._engine.arrays import compute_dtype, widened
 from optimize_loss._engine.kinds import Averaging
-from optimize_loss._engine.link import Link, Numbers, Slots, overrides, passes
-from optimize_loss._engine.precision import Encoded
+from optimize_loss._engine.link import Link, Numbers, Slots, functions_of, passes
+from optimize_loss._engine.precision import Codec, Key
 from optimize_loss._engine.trees import Owner
-
-Links = tuple[Link, ...]
-
-Held = Slots | Encoded  # the slots of a link for one parameter, as they are stored
 
 GROUP = 16  # leaves in a call
 
 Wanted = Literal["params", "updates", "rest"]
+
+
+class Stored(NamedTuple):
+    """A link, and how its slots of one parameter are stored; None for as they are."""
+
+    link: Link
+    codec: Codec | None
+
+
+Links = tuple[Stored, ...]
 
 
 class Leaf(NamedTuple):
@@ -35,7 +41,8 @@ class Leaf(NamedTuple):
     param: jax.Array  # as it is stored
     moved: jax.Array | None  # what links before these have moved it by, in float32 or wider
     factor: jax.Array | None  # of a gate that is still to be applied to the update
-    slots: tuple[Held, ...]  # for each of its links
+    slots: tuple[Slots, ...]  # of each of its links, as they are stored
+    keys: tuple[Key | None, ...]  # of the bits by which these are rounded
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -49,82 +56,71 @@ def run_leaf(
       the update so far, as it came or in float32 or wider. For `rest`, also what the parameter has
       moved by before its update. Then the new slots.
     """
-    update, moved, new = _updated(links, leaf, ks)
+    update, moved, new = updated(links, leaf, ks)
     if wanted == "rest":
-        is_same = leaf.factor is None and all(map(passes, links))
+        is_same = leaf.factor is None and all(passes(type(link)) for link, _ in links)
         return leaf.update if is_same else update, moved, new
     moved = update if moved is None else moved + update
-    for i, (link, k) in enumerate(zip(links, ks, strict=True)):
-        if overrides(link, "after"):
+    for i, (link, codec) in enumerate(links):
+        if "after" in functions_of(type(link)):
             with _about(link, update.dtype):
-                moved, new[i] = _run_after(link, moved, leaf.slots[i], k, leaf.param)
+                slots, wide = _opened(link, codec, leaf.slots[i], leaf.param)
+                k = widened(ks[i], moved.dtype)
+                moved, own = _pair(link.after(leaf.param, moved, wide, k), leaf.param)
+                new[i] = _closed(codec, leaf.keys[i], slots, own)
     if wanted == "params":
         moved = leaf.param.astype(moved.dtype) + moved
     return moved.astype(leaf.param.dtype), None, new
 
 
-def averaged_leaf(link: Averaging, param: jax.Array, slots: Slots, state: Numbers) -> jax.Array:
-    """Return one parameter as `link` averages it, in the parameter's dtype."""
-    dtype = compute_dtype(param.dtype)
-    slots = _widened(_opened(link, slots, param), dtype)
-    numbers = _widened({name: state[name] for name in link.numbers()}, dtype)
-    return link.averaged(param.astype(dtype), slots, numbers).astype(param.dtype)
-
-
-def update_behind(links: Links, leaf: Leaf, ks: tuple[Numbers, ...]) -> jax.Array:
-    """Return the update as a link behind these sees it."""
-    return _updated(links, leaf, ks)[0]
-
-
-def _updated(
+def updated(
     links: Links, leaf: Leaf, ks: tuple[Numbers, ...]
 ) -> tuple[jax.Array, jax.Array | None, list[Slots]]:
     """Return the update, what the parameter has moved by before it, and the new slots."""
     dtype = compute_dtype(leaf.param.dtype)
-    wide = [_widened(k, dtype) for k in ks]
     update, param = leaf.update.astype(dtype), leaf.param.astype(dtype)
     if leaf.factor is not None:
         update = update * leaf.factor.astype(jnp.finfo(dtype).dtype).astype(dtype)
-    moved, new = leaf.moved, []
+    moved, new = leaf.moved, list[Slots]()
     seen = param if moved is None else param + moved
-    for link, held, k in zip(links, leaf.slots, wide, strict=True):
+    wide = widened(ks, dtype)
+    for i, ((link, _), k) in enumerate(zip(links, wide, strict=True)):
         with _about(link, dtype):
-            if overrides(link, "before"):
+            if "before" in functions_of(type(link)):
                 shift = link.before(seen, k)
                 moved = shift if moved is None else moved + shift
                 seen = param + moved
-            update, slots = _run_link(link, update, held, seen, k, leaf.param)
+            update, slots = _run_link(links[i], i, update, seen, leaf, k)
         new.append(slots)
     return update.astype(dtype), moved, new
 
 
 def _run_link(
-    link: Link, update: jax.Array, held: Held, param: jax.Array, k: Numbers, stored: jax.Array
+    stored: Stored, i: int, update: jax.Array, param: jax.Array, leaf: Leaf, k: Numbers
 ) -> tuple[jax.Array, Slots]:
-    """Return the update behind a link, and its new slots as they are stored."""
-    if overrides(link, "after"):  # its turn comes when all that the parameter moves by is known
+    """Return the update behind a link of a leaf, and the link's new slots as they are stored."""
+    (link, codec), own = stored, functions_of(type(stored.link))
+    if "after" in own:  # its turn comes when all that the parameter moves by is known
         return update, {}
-    slots = _opened(link, held, stored)
-    wide = _widened(slots, param.dtype)
-    if isinstance(held, Encoded) and held.codec.shows_stored and not overrides(link, "leaf"):
+    slots, wide = _opened(link, codec, leaf.slots[i], leaf.param)
+    if codec is not None and codec.shows_stored and "leaf" not in own:
         # The stored array is then one kernel of XLA, and the parameter another, which reads it. An
         # update of the unrounded slots would need the old array in both, and so a copy of it.
-        new = _closed(held, slots, link.remember(update, wide, param, k))
-        seen = _widened(held.codec.decoded(new), param.dtype)
-        return _checked(link.direction(update, seen, param, k), param), new
-    k = {**k, "stored": stored} if link.needs == "stored_param" else k
-    update, new = _pair(link.leaf(update, wide, param, k))
-    return _checked(update, param), _closed(held, slots, new)
+        new = _closed(codec, leaf.keys[i], slots, link.remember(update, wide, param, k))
+        seen = widened(codec.decoded(new), param.dtype)
+        return _pair((link.direction(update, seen, param, k), new), param)
+    k = {**k, "stored": leaf.param} if link.needs == "stored_param" else k
+    update, new = _pair(link.leaf(update, wide, param, k), param)
+    return update, _closed(codec, leaf.keys[i], slots, new)
 
 
-def _run_after(
-    link: Link, moved: jax.Array, held: Held, k: Numbers, param: jax.Array
-) -> tuple[jax.Array, Slots]:
-    """Return what a parameter moves by behind a link that sees all of it, and its new slots."""
-    slots = _opened(link, held, param)
-    wide = _widened(slots, moved.dtype)
-    moved, new = _pair(link.after(param, moved, wide, _widened(k, moved.dtype)))
-    return _checked(moved, param), _closed(held, slots, new)
+def averaged_leaf(stored: Stored, param: jax.Array, slots: Slots, state: Numbers) -> jax.Array:
+    """Return one parameter as a link averages it, in the parameter's dtype."""
+    assert isinstance(stored.link, Averaging)
+    dtype = compute_dtype(param.dtype)
+    _, wide = _opened(*stored, slots, param)
+    numbers = widened({name: state[name] for name in stored.link.numbers()}, dtype)
+    return stored.link.averaged(param.astype(dtype), wide, numbers).astype(param.dtype)
 
 
 @contextlib.contextmanager
@@ -143,40 +139,45 @@ def _about(link: Link, dtype: Any) -> Iterator[None]:
         raise
 
 
-def _pair(result: Any) -> tuple[Any, Any]:
+def _pair(result: Any, param: jax.Array) -> tuple[jax.Array, Slots]:
+    """Return what a link returned, if it is an update of the parameter's shape, and slots."""
     if not isinstance(result, tuple) or len(result) != 2:
         raise InvalidType(f"`leaf` must return (update, slots). Received: {result!r}.")
+    if jnp.shape(result[0]) != param.shape:
+        raise TreeMismatch(
+            f"`leaf` must return an update of the parameter's shape {param.shape}. "
+            f"Received: shape {jnp.shape(result[0])}."
+        )
     return result
 
 
-def _checked(update: Any, param: jax.Array) -> jax.Array:
-    """Return the update if it has the parameter's shape."""
-    if jnp.shape(update) != param.shape:
-        raise TreeMismatch(
-            f"`leaf` must return an update of the parameter's shape {param.shape}. "
-            f"Received: shape {jnp.shape(update)}."
-        )
-    return update
-
-
-def _opened(link: Link, held: Held, param: jax.Array) -> Slots:
-    """Return slots as the link has them.
+def _opened(
+    link: Link, codec: Codec | None, stored: Slots, param: jax.Array
+) -> tuple[Slots, Slots]:
+    """Return slots as the link has them, and these in the dtype of the computation.
 
     Raises:
       TreeMismatch: the link would make others for this parameter.
     """
-    slots = held.codec.decoded(held.stored) if isinstance(held, Encoded) else held
-    made = {name: s.shape for name, s in jax.eval_shape(link.slots, param).items()}
+    slots = codec.decoded(stored) if codec is not None else stored
+    made = slot_shapes(link, param.shape, param.dtype)
     came = {name: s.shape for name, s in slots.items()}
     if made != came:
         raise TreeMismatch(
             f"The state of a parameter of shape {param.shape} must have slots of shapes {made}. "
             f"Received: {came}. Does the state belong to other parameters, or to other options?"
         )
-    return slots
+    return slots, widened(slots, compute_dtype(param.dtype))
 
 
-def _closed(held: Held, old: Slots, new: Any) -> Slots:
+@functools.lru_cache(maxsize=4096)
+def slot_shapes(link: Link, shape: tuple[int, ...], dtype: Any) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the slots that a link has for such a parameter."""
+    slots = jax.eval_shape(link.slots, jax.ShapeDtypeStruct(shape, dtype))
+    return {name: slot.shape for name, slot in slots.items()}
+
+
+def _closed(codec: Codec | None, key: Key | None, old: Slots, new: Any) -> Slots:
     """Return new slots as they are stored, if they have names and shapes of the old ones."""
     if set(new) != set(old):
         raise TreeMismatch(f"`leaf` must return the slots {sorted(old)}. Received: {sorted(new)}.")
@@ -186,18 +187,7 @@ def _closed(held: Held, old: Slots, new: Any) -> Slots:
                 f"The slot {name!r} must keep its shape {slot.shape}. Got: {new[name].shape}."
             )
     new = {name: new[name].astype(slot.dtype) for name, slot in old.items()}
-    return held.codec.encoded(new, held.key) if isinstance(held, Encoded) else new
-
-
-def _widened(values: Numbers, dtype: Any) -> dict[str, Any]:
-    """Return slots or scalars in the dtype of the computation; integers stay as they are."""
-
-    def cast(x: jax.Array) -> jax.Array:
-        if jnp.issubdtype(x.dtype, jnp.complexfloating):
-            return x.astype(dtype)
-        return x.astype(jnp.finfo(dtype).dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
-
-    return {name: jax.tree.map(cast, value) for name, value in values.items()}
+    return new if codec is None else codec.encoded(new, key)
 
 
 def for_all(

@@ -245,7 +245,8 @@ class Link:
 
         A `Precision` of 16 bits shows the slots as they are stored.
         """
-        return multiplied(update, factors(self, k)) if overrides(self, "factor") else update
+        own = functions_of(type(self))
+        return multiplied(update, factors(self, k)) if "factor" in own else update
 
     def leaf(
         self, update: jax.Array, slots: Slots, param: jax.Array, k: Numbers
@@ -279,17 +280,11 @@ class Link:
         return {}
 
 
-def overrides(link: Any, *names: str) -> bool:
-    """Return whether the class of a link, or a base of it, defines one of these methods of `Link`.
-
-    Anything but a link defines none.
-    """
-    return isinstance(link, Link) and not _defined(type(link)).isdisjoint(names)
-
-
 @functools.cache
-def _defined(cls: type[Link]) -> frozenset[str]:
-    """Return the methods of `Link` that a class, or a base of it, defines again."""
+def functions_of(cls: type) -> frozenset[str]:
+    """Return the methods of `Link` that a class of links, or a base of it, defines again."""
+    if not issubclass(cls, Link):
+        return frozenset()
     return frozenset(n for n, x in vars(Link).items() if getattr(cls, n) is not x and callable(x))
 
 
@@ -316,15 +311,18 @@ def factors(link: Link, k: Numbers) -> tuple[jax.Array, ...]:
     return found if isinstance(found, tuple) else (found,)
 
 
-def multiplies(link: Any) -> bool:
-    """Return whether all that a link does to an update is to multiply it by its `factor`."""
-    return overrides(link, "factor") and not overrides(link, "leaf", "direction")
+@functools.cache
+def multiplies(cls: type) -> bool:
+    """Return whether all that links of a class do to an update is to multiply it by `factor`."""
+    own = functions_of(cls)
+    return "factor" in own and own.isdisjoint(("leaf", "direction"))
 
 
-def passes(link: Any) -> bool:
-    """Return whether updates leave a link as they came; what runs after the update may change."""
-    changes = isinstance(link, TreeLink) or overrides(link, "leaf", "direction", "factor")
-    return isinstance(link, Link) and not changes
+@functools.cache
+def passes(cls: type) -> bool:
+    """Return whether updates leave links of a class as they came; `after` may change them."""
+    changes = issubclass(cls, TreeLink) or functions_of(cls) & {"leaf", "direction", "factor"}
+    return issubclass(cls, Link) and not changes
 
 
 @dataclasses.dataclass(frozen=True)

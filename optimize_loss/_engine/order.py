@@ -10,9 +10,9 @@ import optax
 from optimize_loss._checks import InvalidType
 from optimize_loss._engine.equal import same
 from optimize_loss._engine.kinds import Gate, LossScale, RateScale
-from optimize_loss._engine.link import Link, Stage, TreeLink, number_rules, overrides, passes
+from optimize_loss._engine.link import Link, Stage, TreeLink, functions_of, number_rules, passes
 from optimize_loss._engine.numbers import has_rate
-from optimize_loss._engine.plan import Place
+from optimize_loss._engine.plan import Place, kind_of
 from optimize_loss._engine.selection import linked, where
 
 
@@ -64,13 +64,14 @@ def check_order(entries: Mapping[str, Any]) -> None:
 def _check_functions(name: str, link: Any) -> None:
     """Raise if a link has functions of which one would never run."""
     whole = isinstance(link, TreeLink)
-    if whole and (isinstance(link, Gate) or overrides(link, "before", "after")):
+    if whole and (isinstance(link, Gate) or functions_of(type(link)) & {"before", "after"}):
         raise InvalidType(
             f"The link {name!r} must be a `Link` and no `TreeLink`, as it is a gate, or runs "
             f"before or after the update of each parameter. Received: {link!r}."
         )
-    updates = overrides(link, "leaf", "factor", "remember", "direction")
-    if overrides(link, "after") and (updates or isinstance(link, Gate)):
+    own = functions_of(type(link))
+    updates = own & {"leaf", "factor", "remember", "direction"}
+    if "after" in own and (updates or isinstance(link, Gate)):
         raise InvalidType(
             f"The link {name!r} must not be a gate, and not have `leaf`, its halves or `factor`, "
             f"as it has `after`. Received: {link!r}."
@@ -110,8 +111,8 @@ def check_last(places: Sequence[Place]) -> None:
         own = stage_of(place.link)
         for other in places[i + 1 :] if own > Stage.UPDATE else ():
             behind = stage_of(other.link)
-            splits = isinstance(other.link, Gate) or other.kind != "leaf"
-            changes = behind < own and not (behind == Stage.UPDATE and passes(other.link))
+            splits = isinstance(other.link, Gate) or kind_of(type(other.link)) != "leaf"
+            changes = behind < own and not (behind == Stage.UPDATE and passes(type(other.link)))
             if splits or (changes and any(map(operator.and_, place.takes, other.takes))):
                 raise ValueError(
                     f"The link {place.name!r} must stand last, behind {other.name!r}, as it sees "
@@ -122,7 +123,7 @@ def check_last(places: Sequence[Place]) -> None:
 def stage_of(link: Any) -> Stage:
     """Return where a link stands among those of options."""
     stage = link.stage if isinstance(link, Link) else Stage.UPDATE
-    return Stage.AFTER if stage == Stage.UPDATE and overrides(link, "after") else stage
+    return Stage.AFTER if stage == Stage.UPDATE and "after" in functions_of(type(link)) else stage
 
 
 def arranged(*rows: Mapping[str, Any]) -> dict[str, Any]:

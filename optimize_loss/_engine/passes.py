@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from optimize_loss._engine.arrays import compute_dtype
-from optimize_loss._engine.kinds import Averaging, Opening
-from optimize_loss._engine.leaf import Leaf, Wanted, averaged_leaf, for_all, run_leaf
-from optimize_loss._engine.link import State, passes
+from optimize_loss._engine.kinds import Averaging
+from optimize_loss._engine.leaf import Leaf, Stored, Wanted, averaged_leaf, for_all, run_leaf
+from optimize_loss._engine.link import Numbers, State, passes
 from optimize_loss._engine.plan import Place, Plan, Segment, parts
 from optimize_loss._engine.totals import Call, Prepared, Squares, Totals
 from optimize_loss._engine.trees import Params
@@ -23,21 +23,9 @@ class Flow(NamedTuple):
 
     updates: list[jax.Array]  # in the dtype in which they came, or in float32 or wider
     moved: list[jax.Array | None]  # what each has moved by before its update
-    gate: Opening | None = None
+    gate: Numbers | None = None  # what the gate says in this step, at which the pass has ended
     factor: jax.Array | None = None  # of the gate, which is still to be applied
     squares: Squares = types.MappingProxyType({})  # if known
-
-
-def _applied(plan: Plan, flow: Flow) -> Flow:
-    """Return the same with the factor of the gate before applied."""
-    if (factor := flow.factor) is None:
-        return flow
-    dtypes = [compute_dtype(plan.params.leaves[j].dtype) for j in plan.live]
-    updates = [
-        update.astype(dtype) * factor.astype(jnp.finfo(dtype).dtype).astype(dtype)
-        for update, dtype in zip(flow.updates, dtypes, strict=True)
-    ]
-    return Flow(updates, flow.moved)
 
 
 def run(
@@ -52,31 +40,36 @@ def _run_segments(
     plan: Plan, segments: list[Segment], call: Call, flow: Flow, wanted: Wanted
 ) -> tuple[list[Any], State]:
     """Run pass after pass, those behind a gate under a condition."""
-    if not segments:
-        return _finished(plan, _applied(plan, flow), wanted), _counted(call)
     first, *rest = segments
-    now: Wanted = "rest" if rest or first.ends_in_gate or first.kind != "leaf" else wanted
-    flow, new = _RUN[first.kind](plan, first, call, flow, now)
-    if now != "rest":
-        return flow.updates, {**new, **_counted(call)}
-    gate = flow.gate if first.ends_in_gate else None
-    if gate is None:
+    if not rest:
+        flow, new = _run_leaves(plan, first, call, flow, wanted)
+        return flow.updates, {**new, "step": optax.safe_increment(call.step)}
+    flow, new = _RUN[first.kind](plan, first, call, flow, "rest")
+    if flow.gate is None:
         outputs, behind = _run_segments(plan, rest, call, flow, wanted)
-        return outputs, {**new, **behind}
+    else:
+        outputs, behind = _run_behind(plan, rest, call, flow, wanted)
+    return outputs, {**new, **behind}
+
+
+def _run_behind(
+    plan: Plan, segments: list[Segment], call: Call, flow: Flow, wanted: Wanted
+) -> tuple[list[Any], State]:
+    """Run passes if the gate before them is open; else all that they would change stays."""
+    assert flow.gate is not None
     leaves = [plan.params.leaves[j] for j in plan.live]
-    names = ["step", *(place.name for segment in rest for place in segment.places)]
+    names = ["step", *(place.name for segment in segments for place in segment.places)]
     old = leaves, {name: call.state[name] for name in names}
+    seen = _behind(flow.gate, call)
 
     def go_on() -> tuple[list[Any], State]:
-        seen = _behind(gate, call)
-        return jax.tree.map(_split_as, _run_segments(plan, rest, seen, flow, wanted), old)
+        return jax.tree.map(_split_as, _run_segments(plan, segments, seen, flow, wanted), old)
 
     def stay() -> tuple[list[Any], State]:
         unchanged = leaves if wanted == "params" else list(map(jnp.zeros_like, leaves))
         return jax.tree.map(_split_as, (unchanged, old[1]), old)
 
-    outputs, behind = jax.lax.cond(gate.k["open"], go_on, stay)
-    return outputs, {**new, **behind}
+    return jax.lax.cond(flow.gate["open"], go_on, stay)
 
 
 def _split_as(new: Any, old: Any) -> Any:
@@ -87,35 +80,16 @@ def _split_as(new: Any, old: Any) -> Any:
     return jax.sharding.reshard(new, wanted)
 
 
-def _counted(call: Call) -> State:
-    return {"step": optax.safe_increment(call.step)}
-
-
-def _behind(gate: Opening, call: Call) -> Call:
+def _behind(gate: Numbers, call: Call) -> Call:
     """Return the call as the links behind a gate see it: with the loss that the gate has made.
 
     The gradient and the loss as a function are those of one batch, and no link behind sees them.
     """
-    if gate.gate.needs != "loss_and_weight":
-        return call
-    call = call._replace(empty=gate.k.get("empty_behind", call.empty))
-    if "loss_behind" not in gate.k:
+    call = call._replace(empty=gate.get("empty_behind", call.empty))
+    if "loss_behind" not in gate:
         return call
     extra = {name: x for name, x in call.extra.items() if name not in ("grad", "value_fn")}
-    return call._replace(loss=gate.k["loss_behind"], extra=extra)
-
-
-def _finished(plan: Plan, flow: Flow, wanted: Wanted) -> list[Any]:
-    """Return what is wanted of updates that no link is left to change."""
-    results = []
-    for j, update, moved in zip(plan.live, flow.updates, flow.moved, strict=True):
-        param = plan.params.leaves[j]
-        result = update.astype(compute_dtype(param.dtype))
-        result = result if moved is None else moved + result
-        if wanted == "params":
-            result = param.astype(result.dtype) + result
-        results.append(result.astype(param.dtype))
-    return results
+    return call._replace(loss=gate["loss_behind"], extra=extra)
 
 
 def _run_leaves(
@@ -126,50 +100,59 @@ def _run_leaves(
     leaves = _leaves_with_slots(plan, segment, call, flow, slots)
     ready = Totals(plan, segment, leaves, call, flow.squares).prepared()
     results = _results(plan, segment, leaves, ready, wanted)
-    for j, (_, _, all_new) in zip(plan.live, results, strict=True):
-        for i, new in zip(segment.own[j], all_new, strict=True):
-            for slot, value in new.items():
-                slots[i][slot][j] = value
-    new_state = {
-        place.name: {**call.state[place.name], **memory, **_trees(plan.params, mine)}
-        for place, memory, mine in zip(segment.places, ready.memories, slots, strict=True)
-    }
-    last = segment.places[-1].link
-    gate = Opening(last, ready.shared[-1]) if segment.ends_in_gate else None
-    same = flow.factor is None and all(passes(place.link) for place in segment.places)
-    updates, moved = [update for update, _, _ in results], [moved for _, moved, _ in results]
-    factor = gate.gate.behind(gate.k) if gate else None
-    return Flow(updates, moved, gate, factor, ready.squares if same else {}), new_state
+    updates, moved, new = map(list, zip(*results, strict=True)) if results else ([], [], [])
+    state = _put(plan, segment, call.state, slots, new)
+    for place, memory in zip(segment.places, ready.memories, strict=True):
+        state[place.name] |= memory
+    same = flow.factor is None and all(passes(type(place.link)) for place in segment.places)
+    squares = ready.squares if same else {}
+    if segment.gate is None:
+        return Flow(updates, moved, squares=squares), state
+    k = ready.shared[-1]
+    return Flow(updates, moved, k, segment.gate.behind(k), squares), state
 
 
 def _leaves_with_slots(
-    plan: Plan, segment: Segment, call: Call, flow: Flow, slots: Sequence[dict[str, list[Any]]]
+    plan: Plan, segment: Segment, call: Call, flow: Flow, slots: Sequence[Mapping[str, list[Any]]]
 ) -> list[Leaf]:
     """Return the live parameters, each with the slots of its links."""
-    pairs = zip(segment.places, slots, strict=True)
-    held = [plan.held_slots(place, mine, call.step) for place, mine in pairs]
-    trios = zip(plan.live, flow.updates, flow.moved, strict=True)
-    return [
-        Leaf(
-            u, plan.params.leaves[j], moved, flow.factor, tuple(held[i][n] for i in segment.own[j])
-        )
-        for n, (j, u, moved) in enumerate(trios)
-    ]
+    keys = [plan.keys(place, call.step) for place in segment.places]
+    leaves = []
+    for n, (j, own) in enumerate(zip(plan.live, segment.own, strict=True)):
+        mine = tuple([plan.own_slots(segment.places[i], slots[i], j) for i in own])
+        own_keys = tuple([keys[i][n] for i in own])
+        param, moved = plan.params.leaves[j], flow.moved[n]
+        leaves.append(Leaf(flow.updates[n], param, moved, flow.factor, mine, own_keys))
+    return leaves
 
 
 def _results(
     plan: Plan, segment: Segment, leaves: Sequence[Leaf], ready: Prepared, wanted: Wanted
 ) -> list[Any]:
     """Return what `run_leaf` returns for each live parameter."""
-    links = [tuple(segment.places[i].link for i in segment.own[j]) for j in plan.live]
     try:
-        return for_all(
-            run_leaf, wanted, list(zip(links, leaves, ready.ks, strict=True)), plan.owners
-        )
+        arguments = list(zip(ready.links, leaves, ready.ks, strict=True))
+        return for_all(run_leaf, wanted, arguments, plan.owners)
     except Exception as error:
         names = {place.name: place.link for place in segment.places}
         error.add_note(f"The links are {names}.")
         raise
+
+
+def _put(
+    plan: Plan,
+    segment: Segment,
+    state: State,
+    slots: Sequence[dict[str, list[Any]]],
+    new: Sequence[Sequence[Mapping[str, Any]]],
+) -> State:
+    """Return the state of the links of a pass with new slots, for each parameter of its links."""
+    for j, own, of_leaf in zip(plan.live, segment.own, new, strict=True):
+        for i, mine in zip(own, of_leaf, strict=True):
+            for slot, value in mine.items():
+                slots[i][slot][j] = value
+    pairs = zip(segment.places, slots, strict=True)
+    return {x.name: {**state[x.name], **_trees(plan.params, mine)} for x, mine in pairs}
 
 
 def _trees(params: Params, slots: Mapping[str, list[Any]]) -> State:
@@ -181,7 +164,7 @@ def _run_tree(
     plan: Plan, segment: Segment, call: Call, flow: Flow, wanted: Wanted
 ) -> tuple[Flow, State]:
     """Run a link that sees all its parameters at once."""
-    leaves = _leaves(plan, segment, _applied(plan, flow))
+    leaves = _leaves(plan, segment, flow)
     ready = Totals(plan, segment, leaves, call, {}).prepared()
     updates, state = run_tree(plan, segment.places[0], leaves, call.state, ready)
     return Flow(updates, flow.moved), state
@@ -191,7 +174,7 @@ def _run_optax(
     plan: Plan, segment: Segment, call: Call, flow: Flow, wanted: Wanted
 ) -> tuple[Flow, State]:
     """Run an optax transformation over the whole tree."""
-    leaves = _leaves(plan, segment, _applied(plan, flow))
+    leaves = _leaves(plan, segment, flow)
     extra = call.extra if call.loss is None else {**call.extra, "value": call.loss}
     updates, state = run_optax(plan, segment.places[0], leaves, call.state, extra)
     return Flow(updates, flow.moved), state
@@ -199,10 +182,15 @@ def _run_optax(
 
 def _leaves(plan: Plan, segment: Segment, flow: Flow) -> list[Leaf]:
     """Return the live parameters for a link that sees all of them at once."""
-    return [
-        Leaf(update, plan.params.leaves[j], moved, None, ({},) * len(segment.own[j]))
-        for j, update, moved in zip(plan.live, flow.updates, flow.moved, strict=True)
-    ]
+    leaves = []
+    for n, (j, own) in enumerate(zip(plan.live, segment.own, strict=True)):
+        update, param, nothing = flow.updates[n], plan.params.leaves[j], len(own)
+        if flow.factor is not None:
+            dtype = compute_dtype(param.dtype)
+            factor = flow.factor.astype(jnp.finfo(dtype).dtype)
+            update = update.astype(dtype) * factor.astype(dtype)
+        leaves.append(Leaf(update, param, flow.moved[n], None, ({},) * nothing, (None,) * nothing))
+    return leaves
 
 
 _RUN: dict[str, Callable[..., tuple[Flow, State]]] = {
@@ -221,8 +209,9 @@ def averaged(plan: Plan, state: State) -> list[Any]:
         slots = plan.slots(place, state)
         for j, leaf in enumerate(plan.params.leaves):
             if place.takes[j]:
-                own = _decoded(plan, place, slots, j)
-                leaves[j] = averaged_leaf(place.link, leaf, own, state[place.name])
+                own = plan.own_slots(place, slots, j)
+                stored = Stored(place.link, place.codec(j) if own else None)
+                leaves[j] = averaged_leaf(stored, leaf, own, state[place.name])
     return leaves
 
 
@@ -242,7 +231,7 @@ def _decoded_state(plan: Plan, place: Place, state: State) -> State:
     return {**numbers, **memory, **trees}
 
 
-def _decoded(plan: Plan, place: Place, slots: dict[str, list[Any]], j: int) -> dict[str, Any]:
+def _decoded(plan: Plan, place: Place, slots: Mapping[str, list[Any]], j: int) -> Mapping[str, Any]:
     """Return the slots that a link has for the parameter numbered `j`, as the link has them."""
     own = plan.own_slots(place, slots, j)
     codec = place.codec(j)

@@ -14,7 +14,7 @@ import optax
 from optimize_loss._engine.chain import Chain
 from optimize_loss._engine.health import health
 from optimize_loss._engine.kinds import Gate
-from optimize_loss._engine.link import Link, Numbers, TreeLink, overrides
+from optimize_loss._engine.link import Link, Numbers, TreeLink, functions_of
 from optimize_loss._engine.numbers import ChainNumbers
 from optimize_loss._engine.order import lender
 from optimize_loss._engine.plan import parts
@@ -50,10 +50,10 @@ def plain(
             own = dict(changed)
             new[name] |= slots
         ks = dict(zip(own, _each(link, [*own], k, state["step"], params), strict=True))
-        if overrides(link, "before"):
+        if "before" in functions_of(type(link)):
             moved |= {n: moved[n] + link.before(here[n], ks[n]) for n in own}
             here |= {n: params[n] + moved[n] for n in own}
-        if overrides(link, "after"):
+        if "after" in functions_of(type(link)):
             late.append((name, link, ks))
         elif not isinstance(link, TreeLink):
             for n in own:

@@ -2,15 +2,15 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 
 from optimize_loss._checks import TreeMismatch
 from optimize_loss._engine.kinds import Gate
-from optimize_loss._engine.link import Link, State, TreeLink, by_entry
-from optimize_loss._engine.precision import Codec, Encoded, keys
+from optimize_loss._engine.link import Link, Slots, State, TreeLink, by_entry
+from optimize_loss._engine.precision import Codec, Key, keys
 from optimize_loss._engine.selection import ForParameters
 from optimize_loss._engine.trees import Owner, Params
 from optimize_loss._names import same_leaves
@@ -34,52 +34,72 @@ def parts(link: Link, state: Mapping[str, Any]) -> Parts:
     )
 
 
-class Place(NamedTuple):
-    """A link at its place in a chain."""
+Kind = Literal["leaf", "tree", "optax"]
+
+
+@functools.cache
+def kind_of(cls: type) -> Kind:
+    """Return the kind of a class of links; neighbours of the kind `leaf` share a pass."""
+    if issubclass(cls, TreeLink):
+        return "tree"
+    return "leaf" if issubclass(cls, Link) else "optax"
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A link at its place in a chain.
+
+    Attributes:
+      name: of the link.
+      link: a link of ours, or one of optax.
+      takes: for each parameter, whether the link is for it.
+      codecs: for each, how its slots are stored, None for as they are; empty without a precision.
+    """
 
     name: str
     link: Any
-    takes: tuple[bool, ...]  # for each parameter, whether the link is for it
-    codecs: tuple[Codec | None, ...] = ()  # how its slots are stored, where not as they are
+    takes: tuple[bool, ...]
+    codecs: tuple[Codec | None, ...] = ()
 
     def names(self, params: Params) -> list[str]:
         """Return the names of the parameters that the link is for."""
         pairs = zip(params.members, self.takes, strict=True)
         return [name for names, takes in pairs if takes for name in names]
 
-    @property
-    def kind(self) -> Literal["leaf", "tree", "optax"]:
-        """What kind of link it is; neighbours of the kind `leaf` share a pass."""
-        if isinstance(self.link, TreeLink):
-            return "tree"
-        return "leaf" if isinstance(self.link, Link) else "optax"
-
     def codec(self, j: int) -> Codec | None:
         """Return how the slots of the parameter numbered `j` are stored; None: as they are."""
         return self.codecs[j] if self.codecs else None
 
+    @functools.cached_property
+    def memory(self) -> tuple[str, ...]:
+        """The names of what a link of ours keeps of the whole tree."""
+        return (*self.link.memory(),)
+
+    @functools.cached_property
+    def of_tree(self) -> frozenset[str]:
+        """The names of what a link of ours keeps that is no slot."""
+        return frozenset((*self.link.numbers(), *self.memory))
+
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """Links that run together: neighbours of the kind `leaf` up to a gate, all others alone."""
+    """Links that run together: neighbours of the kind `leaf` up to a gate, all others alone.
 
+    Attributes:
+      kind: of the links.
+      places: the links.
+      own: for each live parameter, which of the links are for it.
+    """
+
+    kind: Kind
     places: tuple[Place, ...]
-
-    @property
-    def kind(self) -> Literal["leaf", "tree", "optax"]:
-        """The kind of its links."""
-        return self.places[0].kind
-
-    @property
-    def ends_in_gate(self) -> bool:
-        """Whether the links behind run only where its last one lets them."""
-        return isinstance(self.places[-1].link, Gate)
+    own: list[tuple[int, ...]]
 
     @functools.cached_property
-    def own(self) -> list[tuple[int, ...]]:
-        """For each parameter, which of the links are for it."""
-        takes = zip(*(place.takes for place in self.places), strict=True)
-        return [tuple(i for i, mine in enumerate(each) if mine) for each in takes]
+    def gate(self) -> Gate | None:
+        """The last link, if those behind run only where it lets them."""
+        last = self.places[-1].link if self.places else None
+        return last if isinstance(last, Gate) else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,15 +125,22 @@ class Plan:
         return [owners[j] for j in self.live]
 
     def segments(self) -> list[Segment]:
-        """Return the links by the pass in which they run."""
-        segments: list[Segment] = []
+        """Return the links by the pass in which they run; the last is one over the leaves."""
+        rows: list[list[Place]] = []
+        is_open = False
         for place in self.places:
-            last = segments[-1] if segments else None
-            if last is None or {place.kind, last.kind} != {"leaf"} or last.ends_in_gate:
-                segments.append(Segment((place,)))
+            kind = kind_of(type(place.link))
+            if is_open and kind == "leaf":
+                rows[-1].append(place)
             else:
-                segments[-1] = Segment((*last.places, place))
-        return segments
+                rows.append([place])
+            is_open = kind == "leaf" and not isinstance(place.link, Gate)
+        return [self._segment(row) for row in (rows if is_open else [*rows, []])]
+
+    def _segment(self, places: Sequence[Place]) -> Segment:
+        kind: Kind = kind_of(type(places[0].link)) if places else "leaf"
+        own = [tuple([i for i, x in enumerate(places) if x.takes[j]]) for j in self.live]
+        return Segment(kind, tuple(places), own)
 
     def kind(self, j: int) -> Any:
         """Return what parameters share with that numbered `j` that may lie in one array with it.
@@ -129,40 +156,40 @@ class Plan:
         """Return the slots of a link by name, for each of the parameters, live or not."""
         return {
             slot: same_leaves(f"{place.name}/{slot}", tree, "params", self.params.tree)
-            for slot, tree in parts(place.link, state[place.name]).slots.items()
+            for slot, tree in state[place.name].items()
+            if slot not in place.of_tree
         }
 
-    def own_slots(self, place: Place, slots: dict[str, list[Any]], j: int) -> dict[str, Any]:
-        """Return the slots that a link has for the parameter numbered `j`.
+    def own_slots(self, place: Place, slots: Mapping[str, Sequence[Any]], j: int) -> Slots:
+        """Return the slots that a link has for the parameter numbered `j`, as they are stored.
 
         Raises:
           TreeMismatch: there are none.
         """
-        own = {slot: x[j] for slot, x in slots.items()} if place.takes[j] else {}
-        missing = [slot for slot, x in own.items() if x is None]
-        if missing:  # other parameters may have other slots; a pass checks those that are encoded
-            param = self.params.leaves[j]
-            made = () if any(place.codecs) else jax.eval_shape(place.link.slots, param)
-            missing = [slot for slot in missing if slot in made]
-            own = {slot: x for slot, x in own.items() if x is not None}
-        if missing:
-            raise TreeMismatch(
-                f"`state` has no {missing} for the parameter {self.params.names[j]!r} in the link "
-                f"{place.name!r}: it was made for other parameters, or by a link whose `slots` "
-                "had other names for it then. They must follow from its shape and dtype alone."
-            )
+        if not place.takes[j]:
+            return {}
+        own = {slot: x[j] for slot, x in slots.items() if x[j] is not None}
+        # Other parameters may have other slots; a pass checks those that are encoded.
+        if len(own) < len(slots) and not any(place.codecs):
+            made = jax.eval_shape(place.link.slots, self.params.leaves[j])
+            if missing := [slot for slot in slots if slot in made and slot not in own]:
+                raise TreeMismatch(
+                    f"`state` has no {missing} for the parameter {self.params.names[j]!r} in the "
+                    f"link {place.name!r}: it was made for other parameters, or by a link whose "
+                    "`slots` had other names for it. They must follow from its shape and dtype."
+                )
         return own
 
-    def held_slots(self, place: Place, slots: dict[str, list[Any]], step: Any) -> list[Any]:
-        """Return the slots that a link has for each live parameter, with their codecs."""
-        own: list[Any] = [self.own_slots(place, slots, j) for j in self.live]
-        chosen = {i: codec for i, j in enumerate(self.live) if (codec := place.codec(j))}
+    def keys(self, place: Place, step: Any) -> list[Key | None]:
+        """Return for each live parameter what keys the bits by which a link's slots are rounded."""
+        found: list[Key | None] = [None] * len(self.live)
+        chosen = [n for n, j in enumerate(self.live) if place.codecs and place.codecs[j]]
         if chosen:
-            owners = [self.owners[i] for i in chosen]
-            found = keys(owners, f"{place.name}/", self.seed, step)
-            for (i, codec), key in zip(chosen.items(), found, strict=True):
-                own[i] = Encoded(own[i], key, codec)
-        return own
+            owners = [self.owners[n] for n in chosen]
+            of_chosen = keys(owners, f"{place.name}/", self.seed, step)
+            for n, key in zip(chosen, of_chosen, strict=True):
+                found[n] = key
+        return found
 
 
 def takes(name: str, entry: Any, params: Params, marks: list[bool]) -> tuple[bool, ...]:

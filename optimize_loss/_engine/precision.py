@@ -262,26 +262,6 @@ class Float8(Codec):
 _CODECS = {"bfloat16": BFloat16, "float8": Float8}
 
 
-@jax.tree_util.register_pytree_node_class
-@dataclasses.dataclass(frozen=True)
-class Encoded:
-    """The slots of one parameter as they are stored, with what is needed to read and write them."""
-
-    stored: dict[str, jax.Array]
-    key: Any
-    codec: Codec
-
-    def tree_flatten(self) -> tuple[Any, Codec]:
-        """Return the arrays, and the codec."""
-        return (self.stored, self.key), self.codec
-
-    @classmethod
-    def tree_unflatten(cls, codec: Codec, parts: Any) -> "Encoded":
-        """Return the inverse."""
-        stored, key = parts
-        return cls(stored, key, codec)
-
-
 @functools.lru_cache(maxsize=1024)
 def codec_for(link: Link, form: str, shape: tuple[int, ...], dtype: Any) -> Codec | None:
     """Return the codec for the moments of a link that are float32 like the parameter."""

@@ -82,9 +82,14 @@ def told(where: Any, names: Sequence[str], leaves: Sequence[Any]) -> list[bool]:
     return [chosen is not None for chosen in first_matches("where", patterns, names)]
 
 
+def link_of(entry: Any) -> Any:
+    """Return a link, one for some parameters without telling which."""
+    return entry.link if isinstance(entry, ForParameters) else entry
+
+
 def linked(entries: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Return the links by name, those for some parameters without telling which."""
-    return ((n, x.link if isinstance(x, ForParameters) else x) for n, x in entries.items())
+    return ((name, link_of(entry)) for name, entry in entries.items())
 
 
 def where(entry: Any) -> Any:

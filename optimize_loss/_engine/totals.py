@@ -23,10 +23,18 @@ from optimize_loss._engine.arrays import (
 )
 from optimize_loss._engine.health import Health, health
 from optimize_loss._engine.kinds import Gate
-from optimize_loss._engine.leaf import Leaf, Links, for_all, update_behind
-from optimize_loss._engine.link import Link, Numbers, State, factors, multiplies, overrides, passes
+from optimize_loss._engine.leaf import Leaf, Links, Stored, for_all, updated
+from optimize_loss._engine.link import (
+    Link,
+    Numbers,
+    State,
+    factors,
+    functions_of,
+    multiplies,
+    passes,
+)
 from optimize_loss._engine.order import lender
-from optimize_loss._engine.plan import Plan, Segment, parts
+from optimize_loss._engine.plan import Plan, Segment
 from optimize_loss._engine.precision import keys
 
 # For leaves of these numbers, Σ|u|² of each.
@@ -44,16 +52,13 @@ class Call(NamedTuple):
     weight: Any  # that the loss came with
     empty: jax.Array | None  # whether there was nothing in the batch, whose numbers mean nothing
     extra: Mapping[str, Any]  # for optax transformations
-
-    @property
-    def step(self) -> jax.Array:
-        """The number of updates made before this one, an int32."""
-        return self.state["step"]
+    step: jax.Array  # the number of updates made before this one, an int32
 
 
 class Prepared(NamedTuple):
     """What a pass needs before its first leaf."""
 
+    links: list[Links]  # of each leaf
     ks: list[tuple[Numbers, ...]]  # for each leaf, what each of its links needs
     shared: list[Numbers]  # for each link, what all of its leaves need
     memories: list[Numbers]  # for each link, its new memory
@@ -75,11 +80,9 @@ class Totals:
         call: Call,
         squares: Squares,
     ) -> None:
-        self.segment, self.leaves, self.call = segment, leaves, call
+        self.plan, self.segment, self.leaves, self.call = plan, segment, leaves, call
         self.links: list[Link] = [place.link for place in segment.places]
-        self.own = [segment.own[j] for j in plan.live]
-        self.owners = plan.owners
-        self.meant = [place.names(plan.params) for place in segment.places]
+        self.own, self.owners = segment.own, plan.owners
         self.dtype = plan.params.dtype
         self.ks: list[dict[int, Numbers]] = [{} for _ in leaves]
         self.known = dict(squares)
@@ -89,31 +92,44 @@ class Totals:
 
     def prepared(self) -> Prepared:
         """Return what the leaf functions need, and the new memories."""
-        found = [self._link(i) for i in range(len(self.links))]
-        shared, memories = map(list, zip(*found, strict=True))
-        ks = [tuple(k[i] for i in own) for k, own in zip(self.ks, self.own, strict=True)]
-        return Prepared(ks, shared, memories, self.known)
+        shared, memories = list[Numbers](), list[Numbers]()
+        for i in range(len(self.links)):
+            k, memory = self._link(i)
+            shared.append(k)
+            memories.append(memory)
+        links, ks = list[Links](), list[tuple[Numbers, ...]]()
+        for n, own in enumerate(self.own):
+            links.append(self._stored(n, own))
+            ks.append(tuple([self.ks[n][i] for i in own]))
+        return Prepared(links, ks, shared, memories, self.known)
 
     def _link(self, i: int) -> tuple[Numbers, Numbers]:
         """Compute the scalars of one link; return them, and its new memory."""
-        link, name = self.links[i], self.segment.places[i].name
+        link, place, step = self.links[i], self.segment.places[i], self.call.step
         if link.needs not in TOTALS:
             known = [needs for needs in TOTALS if needs]
             raise InvalidType(
-                f"`needs` of the link {name!r} must be one of {known}. Received: {link.needs!r}."
+                f"`needs` of the link {place.name!r} must be one of {known}. "
+                f"Received: {link.needs!r}."
             )
-        total = TOTALS[link.needs](self, i)
-        old = parts(link, self.call.state[name]).memory
-        k, memory = link.scalars(dict(self.call.numbers[name]), old, total, self.call.step)
+        measure = TOTALS[link.needs]
+        total = None if measure is None else measure(self, i)
+        state = self.call.state[place.name]
+        old = {name: state[name] for name in place.memory}
+        k, new = link.scalars(dict(self.call.numbers[place.name]), old, total, step)
         here = self._here(i)
-        each = dict(zip(self.meant[i], link.for_each(self.meant[i], k), strict=True))
-        for j in here:
-            self.ks[j][i] = {**k, **self.owners[j].own(each)}
+        if "for_each" in functions_of(type(link)):
+            names = place.names(self.plan.params)
+            each = dict(zip(names, link.for_each(names, k), strict=True))
+            for n in here:
+                self.ks[n][i] = {**k, **self.owners[n].own(each)}
+        else:
+            for n in here:
+                self.ks[n][i] = k
         if link.needs == "random_bits":
-            draws = keys([self.owners[j] for j in here], "", k["seed"], self.call.step)
-            for j, draw in zip(here, draws, strict=True):
-                self.ks[j][i] = {**self.ks[j][i], "draw": draw}
-        new = {m: memory[m].astype(x.dtype) for m, x in old.items()}
+            draws = keys([self.owners[n] for n in here], "", k["seed"], step)
+            for n, draw in zip(here, draws, strict=True):
+                self.ks[n][i] = {**self.ks[n][i], "draw": draw}
         return k, self._remembered(link, k, old, new)
 
     def _remembered(self, link: Link, k: Numbers, old: Numbers, new: Numbers) -> Numbers:
@@ -121,6 +137,7 @@ class Totals:
 
         What weighs batches counts it.
         """
+        new = {name: new[name].astype(x.dtype) for name, x in old.items()}
         empty = self.call.empty
         if empty is None or link.needs == "loss_and_weight":
             return new
@@ -129,25 +146,26 @@ class Totals:
 
     def _here(self, i: int) -> list[int]:
         """Return the leaves that a link is for."""
-        return [j for j, own in enumerate(self.own) if i in own]
+        return [n for n, own in enumerate(self.own) if i in own]
 
-    def _picked(self, j: int, which: Sequence[int]) -> tuple[Links, Leaf, tuple[Numbers, ...]]:
+    def _stored(self, n: int, which: Sequence[int]) -> Links:
+        """Return some links of a leaf."""
+        places, j = self.segment.places, self.plan.live[n]
+        return tuple([Stored(places[i].link, places[i].codec(j)) for i in which])
+
+    def _picked(self, n: int, which: Sequence[int]) -> tuple[Links, Leaf, tuple[Numbers, ...]]:
         """Return a leaf with some of its links."""
-        own = self.own[j]
-        mine = [i for i in own if i in which]
-        leaf = self.leaves[j]._replace(
-            slots=tuple(self.leaves[j].slots[own.index(i)] for i in mine)
-        )
-        return tuple(self.links[i] for i in mine), leaf, tuple(self.ks[j][i] for i in mine)
-
-    def _as_it_came(self, j: int) -> Leaf:
-        """Return a leaf without any link, whose update is as it came to the pass."""
-        return self.leaves[j]._replace(slots=(), factor=None)
+        leaf, own = self.leaves[n], self.own[n]
+        at = [m for m, i in enumerate(own) if i in which]
+        slots, of_slots = tuple([leaf.slots[m] for m in at]), tuple([leaf.keys[m] for m in at])
+        mine = [own[m] for m in at]
+        ks = tuple([self.ks[n][i] for i in mine])
+        return self._stored(n, mine), leaf._replace(slots=slots, keys=of_slots), ks
 
     def _changing(self, place: int) -> list[int]:
         """Return the links before one that change updates, or what links behind them see."""
-        before = self.links[:place]
-        return [i for i, x in enumerate(before) if not passes(x) or overrides(x, "before")]
+        classes = [type(link) for link in self.links[:place]]
+        return [i for i, x in enumerate(classes) if not passes(x) or "before" in functions_of(x)]
 
     def global_norm(self, place: int) -> jax.Array:
         """Return √Σ|u|² of the updates that reach the link at `place`.
@@ -157,26 +175,17 @@ class Totals:
         """
         if not (here := self._here(place)):
             return jnp.zeros((), self.dtype)
-        changing, multipliers = self._changing(place), list[jax.Array]()
-        while changing and (passes(self.links[i := changing[-1]]) or self._multiplies(i, here)):
-            changing.pop()
-            multipliers = self._multipliers(i, here) + multipliers
-        gate = self.leaves[here[0]].factor
-        if not changing and gate is not None:
-            multipliers = [*self._sizes([gate]), *multipliers]
-        prefixes = [
-            self._picked(j, changing) if changing else ((), self._as_it_came(j), ()) for j in here
-        ]
-        owners = [self.owners[j] for j in here]
+        changing, multipliers = self._taken_apart(place, here)
+        prefixes = [self._picked(n, changing) for n in here]
+        if not changing:  # of the updates as they came
+            prefixes = [((), leaf._replace(factor=None), ()) for _, leaf, _ in prefixes]
+        owners = [self.owners[n] for n in here]
         key = (tuple(changing), tuple(here))
         if key not in self.squares:
             self.squares[key] = for_all(_squares, self.dtype, prefixes, owners)
             if not changing:
                 self.known[tuple(here)] = self.squares[key]
         each = self.squares[key]
-        squares = jnp.concatenate(each)
-        factor = multiplied(jnp.ones((), self.dtype), multipliers)
-        plain, total = jnp.sum(squares), jnp.sum(squares * (factor * factor))
 
         def rescaled() -> jax.Array:
             # A scale of its own for each leaf: XLA on CPU would write a shared one out as an array.
@@ -184,29 +193,42 @@ class Totals:
             scaled = jnp.concatenate(for_all(_scaled_squares, self.dtype, arguments, owners))
             return norm(multiplied(sqrt(scaled) * _unit(squares), multipliers))
 
+        squares = jnp.concatenate(each)
+        factor = multiplied(jnp.ones((), self.dtype), multipliers)
+        plain, total = jnp.sum(squares), jnp.sum(squares * (factor * factor))
         low, high = jnp.minimum(plain, total), jnp.maximum(plain, total)
         in_range = (low > 2.0 ** -_limit(self.dtype)) & (high < jnp.inf)
         return jax.lax.cond(in_range, lambda: sqrt(total), rescaled)
 
+    def _taken_apart(self, place: int, here: Sequence[int]) -> tuple[list[int], list[jax.Array]]:
+        """Return the links that must run before a norm, and by what to multiply it after them."""
+        changing, multipliers = self._changing(place), list[jax.Array]()
+        while changing and self._multiplies(changing[-1], here):
+            multipliers = self._multipliers(changing.pop(), here) + multipliers
+        gate = self.leaves[here[0]].factor
+        if not changing and gate is not None:
+            multipliers = [*self._sizes([gate]), *multipliers]
+        return changing, multipliers
+
     def _multiplies(self, i: int, here: Sequence[int]) -> bool:
-        """Return whether a link multiplies every leaf by one number."""
+        """Return whether a link multiplies every leaf by one number, or passes its update."""
         link = self.links[i]
-        if not multiplies(link) or not overrides(link, "for_each"):
-            return multiplies(link)
-        found = [self.ks[j][i] for j in here if self.owners[j].bucket and i in self.own[j]]
+        if not multiplies(type(link)) or "for_each" not in functions_of(type(link)):
+            return multiplies(type(link)) or passes(type(link))
+        found = [self.ks[n][i] for n in here if self.owners[n].bucket and i in self.own[n]]
         shapes = (jax.eval_shape(functools.partial(factors, link), k) for k in found)
         return all(shape.shape == () for several in shapes for shape in several)
 
     def _multipliers(self, i: int, here: Sequence[int]) -> list[jax.Array]:
         """Return what a link multiplies by: numbers, or arrays of one for each leaf."""
-        link, mine = self.links[i], [i in self.own[j] for j in here]
-        if not multiplies(link):
+        link, mine = self.links[i], [i in self.own[n] for n in here]
+        if not multiplies(type(link)):
             return []
-        if not overrides(link, "for_each") and all(mine):
+        if "for_each" not in functions_of(type(link)) and all(mine):
             return self._sizes(factors(link, self.ks[here[0]][i]))
         each = [
-            self._sizes(factors(link, self.ks[j][i])) if own else []
-            for j, own in zip(here, mine, strict=True)
+            self._sizes(factors(link, self.ks[n][i])) if own else []
+            for n, own in zip(here, mine, strict=True)
         ]
         one = jnp.ones((), self.dtype)
         return [jnp.stack(sizes) for sizes in itertools.zip_longest(*each, fillvalue=one)]
@@ -216,9 +238,9 @@ class Totals:
 
     def finite(self, place: int) -> jax.Array:
         """Return whether all entries of the updates that reach a link are finite."""
-        changing = self._changing(place)
-        prefixes = [self._picked(j, changing) for j in self._here(place)]
-        owners = [self.owners[j] for j in self._here(place)]
+        changing, here = self._changing(place), self._here(place)
+        prefixes = [self._picked(n, changing) for n in here]
+        owners = [self.owners[n] for n in here]
         found = for_all(_strayed, self.dtype, prefixes, owners)
         finite = functools.reduce(jnp.add, found, jnp.zeros((), self.dtype)) == 0
         return finite if self.call.empty is None else self.call.empty | finite
@@ -226,7 +248,7 @@ class Totals:
     def health(self, place: int) -> Health:
         """Return what a guard judges by."""
         here = self._here(place)
-        updates, owners = [self.leaves[j].update for j in here], [self.owners[j] for j in here]
+        updates, owners = [self.leaves[n].update for n in here], [self.owners[n] for n in here]
         of_loss = (self.call.loss, self.call.weight)
         found = health(self.global_norm(place), of_loss, updates, owners, self.call.judged())
         return found.without(self.call.empty)
@@ -254,10 +276,10 @@ class Totals:
         return self.call.numbers[owner][number]
 
 
-TOTALS: dict[str | None, Callable[[Totals, int], Any]] = {
-    None: lambda totals, place: None,
-    "random_bits": lambda totals, place: None,
-    "stored_param": lambda totals, place: None,
+TOTALS: dict[str | None, Callable[[Totals, int], Any] | None] = {
+    None: None,
+    "random_bits": None,
+    "stored_param": None,
     "global_norm": Totals.global_norm,
     "finite": Totals.finite,
     "health": Totals.health,
@@ -272,14 +294,14 @@ TOTALS: dict[str | None, Callable[[Totals, int], Any]] = {
 def _strayed(links: Links, dtype: Any, leaf: Leaf, ks: tuple[Numbers, ...]) -> jax.Array:
     """Return 0 if all entries of an update are finite, else NaN, as ∞ - ∞ and NaN - NaN are."""
     # XLA on CPU would write `isfinite` out as an array, and forgets a NaN in the maximum.
-    update = update_behind(links, leaf, ks)
+    update = updated(links, leaf, ks)[0]
     return jnp.sum(jnp.abs(update - update)).astype(dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _squares(links: Links, dtype: Any, leaf: Leaf, ks: tuple[Numbers, ...]) -> jax.Array:
     """Return Σ|u|² of one leaf, of shape (1,)."""
-    return jnp.sum(abs_squared(update_behind(links, leaf, ks))).astype(dtype)[None]
+    return jnp.sum(abs_squared(updated(links, leaf, ks)[0])).astype(dtype)[None]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -287,7 +309,7 @@ def _scaled_squares(
     links: Links, dtype: Any, leaf: Leaf, ks: tuple[Numbers, ...], squares: jax.Array
 ) -> jax.Array:
     """Return Σ|u|² of one leaf, of shape (1,), once more, of entries divided by its unit."""
-    update = update_behind(links, leaf, ks)
+    update = updated(links, leaf, ks)[0]
     unit = _unit(squares)[0].astype(jnp.finfo(update.dtype).dtype).astype(update.dtype)
     return sum_of_squares(update / unit).astype(dtype)[None]
 

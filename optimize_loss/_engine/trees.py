@@ -1,5 +1,7 @@
 """A tree of parameters taken apart into names and leaves, and gradients checked against it."""
 
+import dataclasses
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -35,7 +37,8 @@ class Owner(NamedTuple):
         return {key: self.bucket.spread([numbers[key] for numbers in found]) for key in first}
 
 
-class Params(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Params:
     """A tree of parameters, taken apart. A bucket is one leaf."""
 
     tree: Any
@@ -43,7 +46,7 @@ class Params(NamedTuple):
     leaves: list[Any]
     buckets: list[Members | None]  # for each leaf, what is in it if it is a bucket
 
-    @property
+    @functools.cached_property
     def dtype(self) -> Any:
         """The dtype of numbers in the state: float64 where a parameter is, else float32."""
         wide = [p for p in self.leaves if is_inexact(p) and jnp.finfo(p.dtype).dtype == jnp.float64]
@@ -59,13 +62,13 @@ class Params(NamedTuple):
         is_plain = isinstance(self.tree, dict | list | tuple | None)
         return structure.num_nodes == 1 and not self.leaves and not is_plain
 
-    @property
+    @functools.cached_property
     def members(self) -> list[tuple[str, ...]]:
         """For each leaf, the names of the parameters in it."""
         pairs = zip(self.names, self.buckets, strict=True)
         return [(name,) if bucket is None else bucket.names for name, bucket in pairs]
 
-    @property
+    @functools.cached_property
     def owners(self) -> list[Owner]:
         """For each leaf, which parameters it is."""
         return list(map(Owner, self.members, self.buckets))
@@ -148,6 +151,7 @@ def as_array(what: str, name: str, leaf: Any) -> Any:
     )
 
 
+@functools.cache
 def _holds_numbers(dtype: Any) -> bool:
     kinds = (jnp.number, jnp.bool_, jax.dtypes.extended)
     return any(jnp.issubdtype(dtype, kind) for kind in kinds)

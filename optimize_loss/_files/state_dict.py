@@ -105,7 +105,11 @@ def _check_names(wanted: set[str], found: set[str]) -> None:
     if wanted != found:
         pairs = (("`like`", sorted(wanted - found)), ("`tree`", sorted(found - wanted)))
         only = [f"Only in {where}: {names[:10]}." for where, names in pairs if names]
-        raise CheckpointMismatch(f"`tree` must have the leaves of `like`. {' '.join(only)}")
+        raise CheckpointMismatch(
+            f"`tree` must have the leaves of `like`. {' '.join(only)} Make `like` with a step that "
+            "has the options and parameters of the one that made `tree`. For a state whose links "
+            "have changed since, use `ol.save` and `ol.restore`, which match what has a place."
+        )
 
 
 def _check_kind(name: str, like: Any, leaf: Any) -> None:
@@ -115,7 +119,8 @@ def _check_kind(name: str, like: Any, leaf: Any) -> None:
     if came != (like.shape, like.dtype):
         raise CheckpointMismatch(
             f"`tree` must have at {name!r} shape {like.shape} and dtype {like.dtype}: nothing is "
-            f"cast. Received: shape {came[0]}, dtype {came[1]}."
+            f"cast. Received: shape {came[0]}, dtype {came[1]}. Make `like` with parameters and a "
+            "`precision` as they were, or cast the array in `tree`."
         )
 
 

@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding
 from optimize_loss._engine.bucket import Layout, shown_name
 from optimize_loss._engine.kinds import Averaging, Gate
 from optimize_loss._engine.link import TreeLink, number_rules, passes
+from optimize_loss._engine.numbers import has_rate
 from optimize_loss._engine.plan import parts, takes
 from optimize_loss._engine.reset import owners_of
 from optimize_loss._engine.selection import linked
@@ -229,7 +230,9 @@ def _movers(chain: Chain, has_slots: dict[str, bool]) -> dict[str, bool]:
     found = {}
     for name, link in _linked(chain):
         ours = isinstance(link, Link)
-        looks = ours and (passes(link) or (isinstance(link, Averaging) and not _has_rate(link)))
+        looks = ours and (
+            passes(type(link)) or (isinstance(link, Averaging) and not _has_rate(link))
+        )
         if not looks and (has_slots[name] or _has_rate(link)):
             found[name] = has_slots[name]
     return found
@@ -248,20 +251,14 @@ def _short(value: Any) -> str:
 
 
 def _rows(setup: Setup, made: _Made, movers: dict[str, bool]) -> Iterator[Row]:
-    trainable, rules = made.trainable, setup.rules
-    leaves, names = jax.tree.leaves(trainable.params), leaf_names(trainable.params)
-    buckets = made.layout.buckets if made.layout else ()
-    numbers = _numbers(setup, trainable)
-    in_bucket = {name: shown_name(key) for key, members in buckets for name in members.names}
-    sizes = _slot_bytes(setup.chain, trainable, made.state)
-    texts = [*rules.texts, None]
-    for name, leaf, trained, i in zip(
-        names, leaves, trainable.marks, rules.index(names), strict=True
-    ):
-        own = numbers.get(name, {})
-        links = tuple(own.get("links", ()))
+    params, marks = made.trainable.params, made.trainable.marks
+    names, texts = leaf_names(params), [*setup.rules.texts, None]
+    numbers = _numbers(setup, made.trainable)
+    sizes = _slot_bytes(setup.chain, params, made.state)
+    each = zip(names, jax.tree.leaves(params), marks, setup.rules.index(names), strict=True)
+    for (name, leaf, trained, i), place in zip(each, _places(setup, made), strict=True):
+        links = tuple(numbers[name].pop("links"))
         moving = [link for link in links if link in movers]
-        spread = f"slots over {setup.spread!r}" if setup.spread and trained else ""
         yield Row(
             name=name,
             shape=tuple(leaf.shape),
@@ -270,14 +267,22 @@ def _rows(setup: Setup, made: _Made, movers: dict[str, bool]) -> Iterator[Row]:
             rule=texts[i],
             links=links,
             moved_by=tuple(link for link in moving if movers[link]) or tuple(moving),
-            learning_rate=own.get("learning_rate"),
-            schedule=own.get("schedule"),
-            multiplier=own.get("multiplier", 1.0),
-            weight_decay=own.get("weight_decay", 0.0),
-            param_bytes=math.prod(leaf.shape) * leaf.dtype.itemsize,
-            state_bytes=sizes.get(name, 0),
-            place=", ".join(filter(None, (in_bucket.get(name) or _sharding(leaf), spread))),
+            param_bytes=_bytes(leaf),
+            state_bytes=sizes[name],
+            place=place,
+            **numbers[name],
         )
+
+
+def _places(setup: Setup, made: _Made) -> Iterator[str]:
+    """Yield for each parameter the array that it shares, or its sharding, and that of its slots."""
+    params, marks = made.trainable.params, made.trainable.marks
+    buckets = made.layout.buckets if made.layout else ()
+    shared = {name: shown_name(key) for key, members in buckets for name in members.names}
+    spread = f"slots over {setup.spread!r}" if setup.spread else ""
+    for name, leaf, trained in zip(leaf_names(params), jax.tree.leaves(params), marks, strict=True):
+        place = shared.get(name) or _sharding(leaf)
+        yield ", ".join(filter(None, (place, spread if trained else "")))
 
 
 def _sharding(leaf: Any) -> str:
@@ -286,28 +291,33 @@ def _sharding(leaf: Any) -> str:
     return str(sharding.spec) if isinstance(sharding, NamedSharding) and sharded else ""
 
 
-def _slot_bytes(chain: Chain, trainable: Trainable, state: dict[str, Any]) -> dict[str, int]:
+def _slot_bytes(chain: Chain, params: Any, state: dict[str, Any]) -> dict[str, int]:
     """Return the bytes of the slots of each parameter, by name."""
-    names, treedef = leaf_names(trainable.params), jax.tree.structure(trainable.params)
-    sizes = dict.fromkeys(names, 0)
-    for link_name, link in _linked(chain):
-        mine = state[link_name]
-        if isinstance(link, Link) and not isinstance(link, TreeLink):
-            slots = [treedef.flatten_up_to(x) for x in parts(link, mine).slots.values()]
-            pairs = [pair for leaves in slots for pair in zip(names, leaves, strict=True)]
-        else:
-            pairs = list(zip(owners_of(mine, names), jax.tree.leaves(mine), strict=True))
-        for owner, x in pairs:
-            if owner is not None and x is not None:
-                sizes[owner] += x.size * x.dtype.itemsize
+    sizes = dict.fromkeys(leaf_names(params), 0)
+    for name, link in _linked(chain):
+        for owner, slot in _owned(link, state[name], params):
+            sizes[owner] += _bytes(slot)
     return sizes
+
+
+def _owned(link: Any, state: Any, params: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the slots of a link, each with the parameter whose it is."""
+    names = leaf_names(params)
+    if isinstance(link, Link) and not isinstance(link, TreeLink):
+        for slot in parts(link, state).slots.values():
+            leaves = jax.tree.structure(params).flatten_up_to(slot)
+            yield from zip(names, leaves, strict=True)
+    else:
+        for owner, leaf in zip(owners_of(state, names), jax.tree.leaves(state), strict=True):
+            if owner is not None:
+                yield owner, leaf
 
 
 def _numbers(setup: Setup, trainable: Trainable) -> dict[str, dict[str, Any]]:
     """Return for each trained parameter its links, and rate, multiplier and decay at first."""
     chain, first = setup.chain, setup.horizon.first
     taken = take_apart(trainable.tree(trainable.leaves))
-    found: dict[str, dict[str, Any]] = {name: {"links": []} for name in taken.names}
+    found: dict[str, dict[str, Any]] = {n: {"links": []} for n in leaf_names(trainable.params)}
     marks = [True] * len(taken.names)
     for name, entry in chain.links:
         link = chain.link(name)
@@ -329,11 +339,8 @@ def _of_link(link: Any, here: Sequence[str], first: int) -> Iterator[tuple[str, 
       here: its parameters.
       first: the first step.
     """
-    if not isinstance(link, Link):
-        return
-    numbers = link.numbers()
-    if "learning_rate" in number_rules(type(link)) and "learning_rate" in numbers:
-        rate = numbers["learning_rate"]
+    if has_rate(link):
+        rate = link.numbers()["learning_rate"]
         yield "learning_rate", dict.fromkeys(here, _at(rate, first))
         yield "schedule", dict.fromkeys(here, rate if callable(rate) else None)
     if isinstance(link, ShrinkParams | AddWeightDecay):
@@ -341,9 +348,20 @@ def _of_link(link: Any, here: Sequence[str], first: int) -> Iterator[tuple[str, 
         yield "weight_decay", {n: 0.0 if x else decay for n, x in zip(here, spared, strict=True)}
     if isinstance(link, MultiplySteps | MultiplyLayers | ShrinkByRule | AddDecayByRule):
         values = [_at_each(value, first) for value in link.values]
-        key = "weight_decay" if isinstance(link, ShrinkByRule | AddDecayByRule) else "multiplier"
         of_rules = first_index(link.patterns, tuple(here))
-        yield key, {name: values[i] for name, i in zip(here, of_rules, strict=True)}
+        yield (
+            _OF_RULES[type(link)],
+            {name: values[i] for name, i in zip(here, of_rules, strict=True)},
+        )
+
+
+# What the numbers of these are in a row.
+_OF_RULES: dict[type, str] = {
+    MultiplySteps: "multiplier",
+    MultiplyLayers: "multiplier",
+    ShrinkByRule: "weight_decay",
+    AddDecayByRule: "weight_decay",
+}
 
 
 def _at_each(value: Any, first: int) -> Any:

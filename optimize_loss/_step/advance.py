@@ -103,12 +103,17 @@ def layout_of(
     """
     if bucket is None:
         return None
+    kinds = kinds_of(chain, axis, trainable)
+    return find_layout(trainable.params, kinds, trainable.marks, bucket)
+
+
+def kinds_of(chain: Chain, axis: str | None, trainable: Trainable) -> list[Any]:
+    """Return for each parameter what those share that may lie in one array; None for none."""
     kinds: Iterator[Any] = iter(chain.kinds(trainable.tree(trainable.leaves)))
     if axis:  # members that can be parted equally have an array that can
         pairs = zip(kinds, trainable.leaves, strict=True)
         kinds = (kind and (kind, x.size % devices_along(axis, x) == 0) for kind, x in pairs)
-    of_all = [next(kinds) if trained else () for trained in trainable.marks]
-    return find_layout(trainable.params, of_all, trainable.marks, bucket)
+    return [next(kinds) if trained else () for trained in trainable.marks]
 
 
 def first_arrays(
@@ -150,10 +155,10 @@ def _is_one_key(array: jax.Array) -> bool:
 
 
 def advance_many(
-    recipe: Recipe, shardings: Any, state: TrainState, batches: Any
+    one: Callable[..., Any], shardings: Any, state: TrainState, batches: Any
 ) -> tuple[TrainState, Values]:
-    """Take as many steps as the batches have entries, while being traced."""
-    state, metrics = jax.lax.scan(functools.partial(advance, recipe, shardings), state, batches)
+    """Take as many steps as the batches have entries, while being traced; `one` takes each."""
+    state, metrics = jax.lax.scan(functools.partial(one, shardings), state, batches)
     if state.placement is not None:
         state = _with_packed(state, state.placement.constrain(state.packed))
     return state, metrics
@@ -193,9 +198,13 @@ def advance(
         extra |= for_line_searches(chain, trainable, loss_of, grads, scale)
     new = _updated(recipe, state, grads, extra)
     model_state = kept(_counts(chain, state, new, extra), state.model_state, aux.model_state)
-    batches = jnp.minimum(state.batches, jnp.iinfo(jnp.int32).max - 1) + 1
-    new = dataclasses.replace(new, model_state=model_state, batches=batches)
+    new = dataclasses.replace(new, model_state=model_state, batches=count_of(state))
     return new, joined(_metrics(recipe, state, new, loss), aux.metrics, recipe.name)
+
+
+def count_of(state: TrainState) -> jax.Array:
+    """Return how many batches have been taken with the one of this step."""
+    return jnp.minimum(state.batches, jnp.iinfo(jnp.int32).max - 1) + 1
 
 
 def _key_of_step(chain: Chain, state: TrainState) -> Any:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 import jax
@@ -178,9 +178,19 @@ class SkipSpikes(Guard):
         return {"open": is_open}, new
 
 
+def guards_of(links: Sequence[tuple[str, Any]], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the name of each guard among the links of a chain, and the guard.
+
+    Args:
+      links: of the chain.
+      prefix: with which its name begins.
+    """
+    return ((n, link) for n, link in links if isinstance(link, Guard) and n.startswith(prefix))
+
+
 def guard_of(links: Sequence[tuple[str, Any]]) -> tuple[str, Any] | None:
     """Return the name of the guard among the links of a chain, and the guard; None without one."""
-    return next(((name, link) for name, link in links if isinstance(link, Guard)), None)
+    return next(guards_of(links), None)
 
 
 def was_open(links: Sequence[tuple[str, Any]], old: Any, new: Any) -> jax.Array | None:

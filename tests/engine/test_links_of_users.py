@@ -183,7 +183,7 @@ def test_owners_are_found_once(monkeypatch):
     from optimize_loss._engine.trees import Params
 
     found, owners = [], vars(Params)["owners"]
-    counted = property(lambda p: found.append(1) or owners.__get__(p))
+    counted = property(lambda p: found.append(1) or owners.func(p))
     monkeypatch.setattr(Params, "owners", counted)
     tx, p = T.chain(adam=T.ScaleByAdam(), **RATE), {str(i): jnp.zeros(()) for i in range(20)}
     jax.eval_shape(tx.update, p, tx.init(p), p)

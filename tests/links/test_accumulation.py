@@ -13,6 +13,7 @@ from optimize_loss._step.advance import advance, advance_many
 from tests.links.around import T, W, assert_close, build, network_params, rows, squares, weighing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bucket", [None, "auto"])
 @pytest.mark.parametrize("reduce", ["mean", "weighted", "sum"])
 def test_accumulation_equals_the_big_batch(reduce, bucket):
@@ -164,6 +165,7 @@ def test_the_rule_runs_once_for_so_many_batches():
     assert counted(accumulate=4, skip="nonfinite").tolist() == [loss_alone, rule]
 
 
+@pytest.mark.slow
 def test_accumulation_adds_no_operations_to_those_of_the_rule():
     """By XLA's count, in which a branch is always taken and the body of a loop runs once.
 

@@ -19,8 +19,8 @@ from optimize_loss._files.checkpoint import RestoreReport as RestoreReport
 from optimize_loss._files.checkpoint import restore as restore
 from optimize_loss._files.checkpoint import save as save
 from optimize_loss._files.folder import Checkpoints as Checkpoints
-from optimize_loss._files.state_dict import from_state_dict as from_state_dict
-from optimize_loss._files.state_dict import to_state_dict as to_state_dict
+from optimize_loss._files.named import from_state_dict as from_state_dict
+from optimize_loss._files.named import to_state_dict as to_state_dict
 from optimize_loss._search.results import LearningRateTest as LearningRateTest
 from optimize_loss._search.results import Sweep as Sweep
 from optimize_loss._state.hook import Hook as Hook

@@ -6,16 +6,20 @@ and a notebook shows the figure that a cell ends with. Needs the extra `demo`.
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optimize_loss._checks import AT_LEAST_1, InvalidType, check_integer, received
+from optimize_loss._checks import AT_LEAST_1, InvalidType, TreeMismatch, check_integer, received
+from optimize_loss._engine.trees import as_array
+from optimize_loss._names import leaf_names, same_leaves
 from optimize_loss._report.figure import COLOURS, finish, panels, scale, styled, whole_ticks
-from optimize_loss._report.ratios import find_ratios
 from optimize_loss.schedules import evaluate
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["learning_rate", "metrics", "schedule", "sweep", "update_ratios"]
 
@@ -45,7 +49,7 @@ class _Runs(Protocol):
     def final(self) -> np.ndarray: ...
 
 
-def schedule(schedules: Any, steps: int = 1000) -> Any:
+def schedule(schedules: Any, steps: int = 1000) -> "Figure":
     """Draw one or several schedules over the step.
 
     Args:
@@ -104,7 +108,7 @@ def _short(function: Any) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 
-def metrics(metrics: Mapping[str, Any]) -> Any:
+def metrics(metrics: Mapping[str, Any]) -> "Figure":
     """Draw the metrics of a run over its steps: losses, rates, norms, then each of the others.
 
     An axis is logarithmic where all values are above 0 and the greatest is over 10 times the
@@ -202,7 +206,7 @@ def _draw_steps(axes: Any, values: np.ndarray, label: str, style: Mapping[str, A
     axes.plot(at, means, label=label, lw=1.6, marker=marker, **style)
 
 
-def update_ratios(before: Any, after: Any, *, steps: int = 1) -> Any:
+def update_ratios(before: Any, after: Any, *, steps: int = 1) -> "Figure":
     """Draw how much each parameter has changed, as a part of its size.
 
         ratio = ‖after - before‖ / (‖before‖ · steps)
@@ -235,7 +239,7 @@ def update_ratios(before: Any, after: Any, *, steps: int = 1) -> Any:
       [0.25, 0.1]
     """
     steps = check_integer("steps", steps, AT_LEAST_1)
-    found = find_ratios(before, after)
+    found = _ratios(before, after)
     shown = np.array([ratio.value for ratio in found[:MOST_BARS]]) / steps
     figure, [axes] = panels(1, height=1.2 + 0.26 * len(shown))
     axes.barh(range(len(shown)), shown, color=COLOURS[0], height=0.7)
@@ -253,7 +257,69 @@ def update_ratios(before: Any, after: Any, *, steps: int = 1) -> Any:
     return figure
 
 
-def sweep(result: _Runs) -> Any:
+class _Ratio(NamedTuple):
+    """Of one parameter.
+
+    Attributes:
+      name: of the parameter, with a remark where there is no ratio.
+      value: ‖after - before‖ / ‖before‖; 0 where there is none.
+      rank: what a list of them is sorted by.
+    """
+
+    name: str
+    value: float
+    rank: float
+
+
+def _ratios(before: Any, after: Any) -> list[_Ratio]:
+    """Return the ratio of each parameter: what is not finite first, then from large to small.
+
+    Raises:
+      InvalidType: a leaf is no array of numbers.
+      RuntimeError: a step has taken the memory of a leaf.
+      TreeMismatch: the trees have different leaves.
+      ValueError: there are none.
+    """
+    later = same_leaves("after", after, "before", before)
+    triples = list(zip(leaf_names(before), jax.tree.leaves(before), later, strict=True))
+    ratios = [_ratio(*triple) for triple in triples if not _is_key(triple[1])]
+    if not ratios:
+        raise ValueError("`before` must have a parameter. Received: a tree without any.")
+    return sorted(ratios, key=lambda ratio: -ratio.rank)
+
+
+def _is_key(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _ratio(name: str, before: Any, after: Any) -> _Ratio:
+    old, new = _values("before", name, before), _values("after", name, after)
+    if old.shape != new.shape:
+        raise TreeMismatch(
+            f"`after` must have at {name!r} the shape of `before`, {old.shape}. "
+            f"Received: shape {new.shape}."
+        )
+    if not (np.isfinite(old).all() and np.isfinite(new).all()):
+        return _Ratio(f"{name} (not finite)", 0.0, np.inf)
+    if not old.any():
+        return _Ratio(f"{name} (was 0)", 0.0, -1.0)
+    value = float(np.linalg.norm((new - old).ravel()) / np.linalg.norm(old.ravel()))
+    return _Ratio(name, value, value)
+
+
+def _values(which: str, name: str, leaf: Any) -> np.ndarray:
+    """Return a leaf on the host, in float64 or complex128."""
+    leaf = as_array(f"`{which}` at", name, leaf)
+    if isinstance(leaf, jax.Array) and leaf.is_deleted():
+        raise RuntimeError(
+            f"`{which}` was donated: a step gives its memory to the state that it returns. Keep a "
+            "copy before the step: `before = jax.device_get(state.params)`."
+        )
+    array = np.asarray(jax.device_get(leaf))
+    return array.astype(np.complex128 if np.iscomplexobj(array) else np.float64)
+
+
+def sweep(result: _Runs) -> "Figure":
     """Draw the loss of a sweep over each of its numbers.
 
     A dot is a run: its mean loss over the last tenth of the steps. The line goes through the best
@@ -332,7 +398,7 @@ def _through_the_best(points: Sequence[dict[str, Any]], name: str, losses: np.nd
     }
 
 
-def learning_rate(result: _Curve) -> Any:
+def learning_rate(result: _Curve) -> "Figure":
     """Draw a learning-rate range test: the loss over the rate, with the rate that is suggested.
 
     Args:

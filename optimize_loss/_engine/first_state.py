@@ -24,8 +24,6 @@ def init_link(place: Place, params: Params, precision: Precision | None) -> Stat
       ValueError: a pattern of the link matches no parameter, or two of these have one name.
     """
     link = place.link
-    if not params.are_unknown:
-        link.check_names(place.names(params))
     arrays = {
         name: to_array(name, value, link.rule(name), params.dtype)
         for name, value in link.numbers().items()

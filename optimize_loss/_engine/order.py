@@ -8,9 +8,10 @@ from typing import Any
 import optax
 
 from optimize_loss._checks import InvalidType
+from optimize_loss._engine.by_name import numbers_by_name
 from optimize_loss._engine.equal import same
-from optimize_loss._engine.kinds import Gate, LossScale, RateScale
-from optimize_loss._engine.link import Link, Stage, TreeLink, functions_of, number_rules, passes
+from optimize_loss._engine.kinds import Averaging, Gate, LossScale, RateScale
+from optimize_loss._engine.link import Link, Stage, TreeLink, functions_of, passes
 from optimize_loss._engine.numbers import has_rate
 from optimize_loss._engine.plan import Place, kind_of
 from optimize_loss._engine.selection import linked, where
@@ -38,7 +39,6 @@ def lender(entries: Mapping[str, Any], borrower: str, number: str) -> str:
         name
         for name, link in linked(entries)
         if name != borrower and isinstance(link, Link) and number in link.numbers()
-        if number in number_rules(type(link))  # and is not named after a parameter
     ]
     own = where(entries[borrower])
     wider = (own, getattr(own, "within", None), getattr(own, "whole", None), None)
@@ -57,8 +57,22 @@ def check_order(entries: Mapping[str, Any]) -> None:
     _check_head(entries)
     for name, link in linked(entries):
         _check_functions(name, link)
+        _check_by_name(name, link)
         if getattr(link, "needs", None) == "learning_rate":
             lender(entries, name, "learning_rate")
+
+
+def _check_by_name(name: str, link: Any) -> None:
+    """Raise if a number of a link is given by name that must be one for all its parameters."""
+    fields = numbers_by_name(link) if isinstance(link, Link) else {}
+    kinds = isinstance(link, Gate | LossScale | RateScale | Averaging | TreeLink)
+    for field in fields:
+        if kinds or field == "learning_rate" or link.memory():
+            raise InvalidType(
+                f"`{field}` of the link {name!r} must be one number for all its parameters: only "
+                "numbers of links that treat each parameter by itself may go by name. Use "
+                f"`ForParameters`, or `rules` of `optimize_loss`. Received: {link!r}."
+            )
 
 
 def _check_functions(name: str, link: Any) -> None:

@@ -8,10 +8,11 @@ from typing import Any, Literal, NamedTuple
 import jax
 
 from optimize_loss._checks import TreeMismatch
+from optimize_loss._engine.by_name import acts_on, numbers_by_name
 from optimize_loss._engine.kinds import Gate
 from optimize_loss._engine.link import Link, Slots, State, TreeLink, by_entry
 from optimize_loss._engine.precision import Codec, Key, keys
-from optimize_loss._engine.selection import ForParameters
+from optimize_loss._engine.selection import ForParameters, link_of
 from optimize_loss._engine.trees import Owner, Params
 from optimize_loss._names import same_leaves
 
@@ -148,7 +149,7 @@ class Plan:
         None where it must lie by itself.
         """
         own = [(i, x.link, x.codec(j)) for i, x in enumerate(self.places) if x.takes[j]]
-        if all(by_entry(type(x)) and (codec is None or codec.by_entry) for _, x, codec in own):
+        if all(_by_entry(x) and (codec is None or codec.by_entry) for _, x, codec in own):
             return tuple((i, type(codec)) for i, _, codec in own)
         return None
 
@@ -192,12 +193,31 @@ class Plan:
         return found
 
 
+def _by_entry(link: Link) -> bool:
+    """Return whether a link treats every entry by itself, with numbers that can be spread."""
+    pairs = (name for name in numbers_by_name(link) if link.rule(name).kind == "decay")
+    return by_entry(type(link)) and not any(pairs)
+
+
 def takes(name: str, entry: Any, params: Params, marks: list[bool]) -> tuple[bool, ...]:
-    """Return for each parameter whether a link is for it; integers are no link's."""
+    """Return for each parameter whether a link is for it; integers are no link's.
+
+    Raises:
+      ValueError: there is none, or a pattern of the link matches none.
+    """
     if params.are_unknown:
         return ()
-    if not isinstance(entry, ForParameters):
-        return tuple(marks)
+    found = _meant(name, entry, params, marks) if isinstance(entry, ForParameters) else tuple(marks)
+    link = link_of(entry)
+    if not isinstance(link, Link):
+        return found
+    link.check_names(Place(name, link, found).names(params))
+    acts = acts_on(link, [names[0] for names in params.members])
+    return tuple([a and b for a, b in zip(found, acts, strict=True)])
+
+
+def _meant(name: str, entry: ForParameters, params: Params, marks: list[bool]) -> tuple[bool, ...]:
+    """Return for each parameter whether a link for some of them is for it."""
     # Parameters in one bucket go through the same links: the first of them tells.
     names, leaves = params.each()
     meant = dict(zip(names, entry.takes(names, leaves), strict=True))

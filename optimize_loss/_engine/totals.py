@@ -21,6 +21,7 @@ from optimize_loss._engine.arrays import (
     sqrt,
     sum_of_squares,
 )
+from optimize_loss._engine.by_name import by_numbers
 from optimize_loss._engine.health import Health, health
 from optimize_loss._engine.kinds import Gate
 from optimize_loss._engine.leaf import Leaf, Links, Stored, for_all, updated
@@ -32,6 +33,7 @@ from optimize_loss._engine.link import (
     functions_of,
     multiplies,
     passes,
+    varies,
 )
 from optimize_loss._engine.order import lender
 from optimize_loss._engine.plan import Plan, Segment
@@ -116,16 +118,15 @@ class Totals:
         total = None if measure is None else measure(self, i)
         state = self.call.state[place.name]
         old = {name: state[name] for name in place.memory}
-        k, new = link.scalars(dict(self.call.numbers[place.name]), old, total, step)
-        here = self._here(i)
-        if "for_each" in functions_of(type(link)):
-            names = place.names(self.plan.params)
-            each = dict(zip(names, link.for_each(names, k), strict=True))
-            for n in here:
-                self.ks[n][i] = {**k, **self.owners[n].own(each)}
-        else:
-            for n in here:
-                self.ks[n][i] = k
+        here, differs = self._here(i), varies(link)
+        names = place.names(self.plan.params) if differs else ()
+        k, new, each = dict[str, Any](), old, dict[str, Numbers]()
+        for some, own in by_numbers(link, names, dict(self.call.numbers[place.name])):
+            k, new = link.scalars(own, old, total, step)
+            pairs = zip(some, link.for_each(some, k), strict=True)
+            each |= {name: {**k, **mine} for name, mine in pairs}
+        for n in here:
+            self.ks[n][i] = self.owners[n].own(each) if differs else k
         if link.needs == "random_bits":
             draws = keys([self.owners[n] for n in here], "", k["seed"], step)
             for n, draw in zip(here, draws, strict=True):
@@ -213,7 +214,7 @@ class Totals:
     def _multiplies(self, i: int, here: Sequence[int]) -> bool:
         """Return whether a link multiplies every leaf by one number, or passes its update."""
         link = self.links[i]
-        if not multiplies(type(link)) or "for_each" not in functions_of(type(link)):
+        if not multiplies(type(link)) or not varies(link):
             return multiplies(type(link)) or passes(type(link))
         found = [self.ks[n][i] for n in here if self.owners[n].bucket and i in self.own[n]]
         shapes = (jax.eval_shape(functools.partial(factors, link), k) for k in found)
@@ -224,7 +225,7 @@ class Totals:
         link, mine = self.links[i], [i in self.own[n] for n in here]
         if not multiplies(type(link)):
             return []
-        if "for_each" not in functions_of(type(link)) and all(mine):
+        if not varies(link) and all(mine):
             return self._sizes(factors(link, self.ks[here[0]][i]))
         each = [
             self._sizes(factors(link, self.ks[n][i])) if own else []

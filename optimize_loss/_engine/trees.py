@@ -31,10 +31,10 @@ class Owner(NamedTuple):
 
     def own(self, each: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
         """Return what is its own, from that of each parameter by name."""
-        if self.bucket is None:
+        if (bucket := self.bucket) is None:
             return each[self.names[0]]
-        first, *_ = found = [each[name] for name in self.names]
-        return {key: self.bucket.spread([numbers[key] for numbers in found]) for key in first}
+        found = (each[name] for name in self.names)
+        return jax.tree.map(lambda *numbers: bucket.spread(numbers), *found)
 
 
 @dataclasses.dataclass(frozen=True)

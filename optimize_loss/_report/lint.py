@@ -12,9 +12,11 @@ import numpy as np
 
 from optimize_loss._checks import AT_LEAST_1, check_integer
 from optimize_loss._engine.arrays import is_narrow
+from optimize_loss._engine.by_name import numbers_by_name
 from optimize_loss._engine.kinds import Averaging
 from optimize_loss._engine.link import TreeLink, number_rules
 from optimize_loss._engine.numbers import has_rate
+from optimize_loss._names import pattern_text
 from optimize_loss._state.rules import Rules
 from optimize_loss.schedules import evaluate
 from optimize_loss.transforms import (
@@ -308,9 +310,9 @@ def _unused(rows: Sequence[Row], links: Links, rules: Rules) -> Iterator[str]:
 
 
 def _unused_multipliers(name: str, link: MultiplyGradients) -> Iterator[str]:
-    for text, value in link.numbers().items():
+    for pattern, value in numbers_by_name(link)["multipliers"].pairs:
         if _is(value, 1):
-            yield f"`{name}` has no effect for {text!r}: its number is 1."
+            yield f"`{name}` has no effect for {pattern_text(pattern)!r}: its number is 1."
 
 
 def _in_use(rules: Rules, i: int, mine: Sequence[Row], links: Links) -> set[str]:
@@ -322,8 +324,9 @@ def _in_use(rules: Rules, i: int, mine: Sequence[Row], links: Links) -> set[str]
     exempt = any(j < len(later.patterns) for j in later.index([row.name for row in mine]))
     found = {"freeze", "learning_rate_multiplier"} if exempt else set()
     for _, link, _ in links:
-        found |= {"noise_scale"} if isinstance(link, AddNoise) else set()
-        found |= {"weight_decay"} if isinstance(link, ShrinkParams | AddWeightDecay) else set()
+        if isinstance(link, AddNoise | ShrinkParams | AddWeightDecay):
+            own = {"scale": "noise_scale", "weight_decay": "weight_decay"}
+            found |= {own[number] for number in own.keys() & link.numbers()}
     return found
 
 

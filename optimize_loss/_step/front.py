@@ -14,7 +14,7 @@ from optimize_loss._state.rules import check_rules
 from optimize_loss._step import options
 from optimize_loss._step.misplaced import checked_names
 from optimize_loss._step.options import Around
-from optimize_loss._step.rule_links import clips, precision_of, with_noise, with_rules
+from optimize_loss._step.rule_links import clips, precision_of, with_rules
 from optimize_loss._step.train_step import TrainStep
 from optimize_loss.optimizers._resolve import resolve
 from optimize_loss.transforms import (
@@ -29,7 +29,7 @@ from optimize_loss.transforms import (
 )
 
 
-@checked_names
+@checked_names(TrainStep.run, TrainStep.init)
 def optimize_loss(
     loss: Callable[..., Any],
     global_step: Any = 0,
@@ -102,10 +102,12 @@ def optimize_loss(
         which starts at 0; with `accumulate`, of those of the updates. Training is not affected.
       rules: {pattern: rule}, in order: the first pattern that matches a parameter decides which
         rule it has. A rule is a dict with some of these keys, whose numbers may be schedules, and
-        are set as `state.set(**{"rules.weight_decay/**/bias": 0.0})`:
+        are set as `state.set(**{"weight_decay/**/bias": 0.0})`, with `noise_scale` called `scale`
+        and `learning_rate_multiplier` called `multiplier`:
         `learning_rate_multiplier`: at least 0, of all that a step moves the parameter by, decay
         that goes by the rate too; or a list with one for each entry of the first axis, for layers
-        that are stacked, set as `rules.learning_rate_multiplier_of_layers/pattern[0]`.
+        that are stacked, set as `rules.learning_rate_multiplier.` + the pattern with `.` for `/` +
+        `/0` for the first.
         `weight_decay`: at least 0, in place of the optimizer's; where that has none, as in `AdamW`.
         `clip_norm`: above 0, the largest joint norm of the rule's parameters, before
         `clip_gradients`, which stays global; set as `rules.clip_norm.` + the pattern with `.` for
@@ -189,8 +191,7 @@ def optimize_loss(
     rate = options.check_rate(learning_rate, learning_rate_decay_fn, global_step)
     chosen = check_summaries(summaries)
     own = check_rules(rules)
-    links = options.gradient_links(gradient_noise_scale, seed, gradient_multipliers)
-    links = with_noise(own, links, seed)
+    links = options.gradient_links(gradient_noise_scale, own, seed, gradient_multipliers)
     links |= observed(chosen, clips(own) | options.clip_links(clip_gradients))
     links |= options.mean_of_loss(moving_average_decay)
     around = Around(skip, loss_scale, accumulate, plateau, sam, lookahead, ema)

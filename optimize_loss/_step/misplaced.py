@@ -2,13 +2,12 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 from optimize_loss import optimizers
 from optimize_loss._checks import InvalidType, likely, received
 from optimize_loss._state.rules import KEYS
-from optimize_loss._step.train_step import TrainStep
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -33,31 +32,39 @@ _OTHER_NAMES = {
 _KNOWN_BEST = ("RMSprop", "SGD", "AdamW", "Adam")  # the last one most
 
 
-def checked_names(function: Callable[P, R]) -> Callable[P, R]:
-    """Return a function that reports where an argument belongs that it does not have.
+def checked_names(
+    *methods: Callable[..., Any],
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Return a decorator: a function reports where an argument belongs that it does not have.
 
     Its signature stays for `help()` and type checkers.
+
+    Args:
+      *methods: those of a step, whose arguments may be given to the function by mistake.
     """
-    known = inspect.signature(function).parameters
 
-    @functools.wraps(function)
-    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
-        for name, value in kwargs.items():
-            if name not in known:
-                advice = _advice(name, [*known], kwargs.get("optimizer"))
-                raise InvalidType(f"{advice} {received(name, value)}")
-        return function(*args, **kwargs)
+    def decorated(function: Callable[P, R]) -> Callable[P, R]:
+        known = inspect.signature(function).parameters
 
-    return checked
+        @functools.wraps(function)
+        def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+            for name, value in kwargs.items():
+                if name not in known:
+                    places = {**_of_rules(), **_of_optimizers(kwargs.get("optimizer"))}
+                    places |= {**_of_methods(methods), **dict.fromkeys(known, "")}
+                    raise InvalidType(f"{_advice(name, places, [*known])} {received(name, value)}")
+            return function(*args, **kwargs)
+
+        return checked
+
+    return decorated
 
 
-def _advice(wrong: str, known: list[str], optimizer: Any) -> str:
+def _advice(wrong: str, places: Mapping[str, str], known: Sequence[str]) -> str:
     """Return what to write in place of an argument that `optimize_loss` does not have."""
-    options = _of_optimizers(optimizer)
-    places = {**_of_rules(), **options, **_of_methods(), **dict.fromkeys(known, "")}
     meant: str | None = _OTHER_NAMES.get(wrong, wrong)
     if meant not in places:
-        meant = likely(wrong, [*known, *options])
+        meant = likely(wrong, places)
     if meant is None:
         return f"`optimize_loss` has no argument `{wrong}`, only {known}."
     question = "" if meant == wrong else f" Did you mean `{meant}`?"
@@ -68,10 +75,10 @@ def _of_rules() -> dict[str, str]:
     return {key: f" It is a key of a rule: `rules={{pattern: dict({key}=…)}}`." for key in KEYS}
 
 
-def _of_methods() -> dict[str, str]:
+def _of_methods(methods: Iterable[Callable[..., Any]]) -> dict[str, str]:
     return {
         name: f" It is an argument of `step.{method.__name__}`."
-        for method in (TrainStep.run, TrainStep.init)
+        for method in methods
         for name in inspect.signature(method).parameters
     }
 

@@ -24,6 +24,7 @@ from optimize_loss._engine.link import is_transformation
 from optimize_loss._engine.order import arranged
 from optimize_loss._engine.selection import linked
 from optimize_loss._names import Pattern, check_patterns
+from optimize_loss._state.rules import Rules
 from optimize_loss.schedules import Decayed, WarmUpDecay
 from optimize_loss.transforms import (
     Accumulate,
@@ -120,12 +121,14 @@ def check_rate(rate: Any, decay: Any, global_step: Any) -> Any:
     return Decayed(rate, decay)
 
 
-def gradient_links(noise_scale: Any, seed: Any, multipliers: Any) -> Links:
+def gradient_links(noise_scale: Any, rules: Rules, seed: Any, multipliers: Any) -> Links:
     """Return the links that come before clipping."""
     links: Links = {}
     if noise_scale is not None:
         _number("gradient_noise_scale", noise_scale, NOT_NEGATIVE)
-        links["gradient_noise"] = AddNoise(noise_scale, seed)
+    scale = rules.number("noise_scale", rules.having("noise_scale"), noise_scale)
+    if scale is not None:
+        links["gradient_noise"] = AddNoise(scale, seed)
     if multipliers is not None and multipliers != {}:
         links["gradient_multipliers"] = MultiplyGradients(multipliers)
     return links

@@ -20,8 +20,9 @@ from optimize_loss._engine.selection import ForParameters, told
 from optimize_loss._engine.sharding import Placement
 from optimize_loss._names import Pattern, first_index, matching
 from optimize_loss._random import name_words
+from optimize_loss._state.recipe import Recipe, trainable_of
 from optimize_loss._state.train_state import TrainState
-from optimize_loss._step.advance import Recipe, advance, count_of
+from optimize_loss._step.advance import advance, count_of
 
 Links = dict[str, Any]  # the state of each link, by name
 
@@ -184,7 +185,7 @@ class Part:
         """Return how this part's chain sees the parameters that are packed so for all parts."""
         if layout is None:
             return None
-        names = set(self.recipe.trainable(params).names)
+        names = set(trainable_of(self.recipe, params).names)
         first = {name: members.names[0] for name, members in layout.buckets}
         trained = frozenset(name for name in layout.trained if first.get(name, name) in names)
         return dataclasses.replace(layout, trained=trained, numbers=())
@@ -238,7 +239,7 @@ class Part:
         if state.layout is not None:
             params = state.layout.only_trained(state.packed_params)
         else:
-            params = self.recipe.trainable(state.packed_params).leaves
+            params = trainable_of(self.recipe, state.packed_params).leaves
         own = {tag: x for tag, x in metrics.items() if tag != f"{self.recipe.name}batches"}
         return Taken(params, state.links, state.model_state, own)
 
@@ -246,7 +247,7 @@ class Part:
         """Return the packed parameters of a state, with others in place of those it trains."""
         if state.layout is not None:
             return {**state.packed_params, **trained}
-        return self.recipe.trainable(state.packed_params).replace(trained)
+        return trainable_of(self.recipe, state.packed_params).replace(trained)
 
 
 def _traced(function: Callable[[], Taken]) -> tuple[Callable[[], Taken], Taken]:

@@ -19,14 +19,15 @@ from optimize_loss._engine.selection import linked
 from optimize_loss._engine.sharding import init_spread, placement_of
 from optimize_loss._engine.transfers import asked_for
 from optimize_loss._engine.trees import PARAMETER, copied, distinct, owned, placed_like
-from optimize_loss._files.state_dict import register_with_flax
+from optimize_loss._files.named import register_with_flax
 from optimize_loss._report.explain import Explanation, explain
 from optimize_loss._report.lint import Row
 from optimize_loss._state.form import Form
 from optimize_loss._state.gradients import Trainable
 from optimize_loss._state.modules import Graph
+from optimize_loss._state.recipe import check_model_state, kinds_of, parted, trainable_of
 from optimize_loss._state.train_state import TrainState
-from optimize_loss._step.advance import first_key, kinds_of
+from optimize_loss._step.advance import first_key
 from optimize_loss._step.parts import Part, Turn, advance_parts
 from optimize_loss._step.step import Step
 from optimize_loss._step.train_step import TrainStep
@@ -195,15 +196,15 @@ class JointStep(Step):
         Raises:
           InvalidType, ValueError: as `init`.
         """
-        params, model_state, _ = self._first._recipe.parted(params, model_state)
+        params, model_state, _ = parted(self._first, params, model_state)
 
         def layout(mine: Trainable) -> Layout | None:
-            trainable = {n: x._recipe.trainable(mine.params) for n, x in self.steps.items()}
+            trainable = {n: trainable_of(x, mine.params) for n, x in self.steps.items()}
             self._check_owners(trainable)
             return self._layout(trainable)
 
         found = {
-            name: explain(step._setup(steps, layout, ()), params)
+            name: explain(step, params, step._horizon(steps), (), layout)
             for name, step in self.steps.items()
         }
         takes_key = any(step.loss.takes("key") for step in self.steps.values())
@@ -219,7 +220,7 @@ class JointStep(Step):
         return tuple(
             Part(
                 name=name,
-                recipe=dataclasses.replace(step._recipe, name=f"{name}/{step.name}"),
+                recipe=dataclasses.replace(step, name=f"{name}/{step.name}"),
                 every=self.every.get(name),
                 counts=step.increment_step,
             )
@@ -267,18 +268,18 @@ class JointStep(Step):
         """Return the parameters, the first model state, and the structure of modules."""
         steps = self.steps.values()
         takers = [s for s in steps if s.loss.takes("model_state") or s.update_ops] or [self._first]
-        params, model_state, graph = takers[0]._recipe.parted(params, model_state)
+        params, model_state, graph = parted(takers[0], params, model_state)
         if graph is None:
-            takers[0]._recipe.check_model_state(model_state)
+            check_model_state(takers[0], model_state)
         return params, model_state, graph
 
     def _layout(self, trainable: Mapping[str, Trainable]) -> Layout | None:
         """Return how parameters that go through the same links of all steps share arrays."""
-        bounds = [step.bucket for step in self.steps.values()]
+        bounds: list[Any] = [step.bucket for step in self.steps.values()]
         sees_whole = any(_sees_the_tree(step.chain) for step in self.steps.values())
         if sees_whole or None in bounds:
             return None
-        each = [kinds_of(s.chain, s.shard_state, trainable[n]) for n, s in self.steps.items()]
+        each = [kinds_of(s, trainable[n]) for n, s in self.steps.items()]
         kinds = [None if None in own else own for own in zip(*each, strict=True)]
         marks = map(any, zip(*(x.marks for x in trainable.values()), strict=True))
         params = trainable[next(iter(trainable))].params

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,33 +9,33 @@ import jax.numpy as jnp
 import numpy as np
 
 from optimize_loss._checks import InvalidType
-from optimize_loss._engine.bucket import Layout
 from optimize_loss._engine.device import from_host
 from optimize_loss._engine.sharding import check_on_mesh, placement_of
 from optimize_loss._engine.transfers import asked_for
 from optimize_loss._engine.trees import PARAMETER, check_on_device, copied, distinct, placed_like
-from optimize_loss._files.state_dict import register_with_flax
-from optimize_loss._names import Pattern
-from optimize_loss._report.explain import Explanation, Setup, explain
-from optimize_loss._report.lint import check_horizon
+from optimize_loss._files.named import register_with_flax
+from optimize_loss._report.explain import Explanation, explain
+from optimize_loss._report.lint import Horizon, check_horizon
 from optimize_loss._state.form import Form
 from optimize_loss._state.gradients import Trainable
-from optimize_loss._state.loss import Loss
-from optimize_loss._state.rules import NO_RULES, Rules
+from optimize_loss._state.recipe import (
+    Recipe,
+    check_model_state,
+    layout_of,
+    parted,
+    trainable_of,
+)
 from optimize_loss._state.train_state import TrainState
 from optimize_loss._step.advance import (
-    Recipe,
     advance,
     first_arrays,
     first_key,
-    layout_of,
 )
 from optimize_loss._step.step import Step
-from optimize_loss.transforms import Chain
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class TrainStep(Step):
+class TrainStep(Recipe, Step):
     """A training step: `state, metrics = step(state, batch)`. `optimize_loss` makes it.
 
     Attributes:
@@ -66,21 +65,6 @@ class TrainStep(Step):
       0.5 1.0
     """
 
-    loss: Loss
-    chain: Chain
-    variables: tuple[Pattern, ...] | None
-    update_ops: tuple[Callable[..., Any], ...]
-    summaries: tuple[str, ...]
-    name: str
-    first_step: int
-    increment_step: bool
-    colocate_gradients: bool
-    seed: int
-    learning_rate: Any
-    bucket: int | None
-    shard_state: str | None = None
-    rules: Rules = NO_RULES
-
     @asked_for()
     def init(self, params: Any, *, model_state: Any = None, key: Any = None) -> TrainState:
         """Return the state before the first step.
@@ -103,14 +87,13 @@ class TrainStep(Step):
         if isinstance(params, TrainState):
             raise InvalidType("`params` must be a tree of arrays. Received: a TrainState.")
         register_with_flax()
-        params, model_state, graph = self._recipe.parted(params, model_state)
+        params, model_state, graph = parted(self, params, model_state)
         if graph is None:
-            self._recipe.check_model_state(model_state)
+            check_model_state(self, model_state)
         params = copied(PARAMETER, params)
         trainable, axis = self._checked(params), self.shard_state
         try:
-            layout = self._layout(trainable)
-            packed, optimizer, layout = first_arrays(self.chain, axis, trainable, layout)
+            packed, optimizer, layout = first_arrays(self, trainable)
         except ValueError as error:
             if self.variables is not None:
                 error.add_note(f"Only these parameters are trained: {trainable.names}.")
@@ -161,25 +144,18 @@ class TrainStep(Step):
           ('w', 0.5, 48, ())
         """
         key = jax.random.key(0) if self.loss.takes("key") else None
-        params, model_state, _ = self._recipe.parted(params, model_state)
+        params, model_state, _ = parted(self, params, model_state)
         rest = (np.int32(self.first_step), np.int32(0), key, model_state)
-        return explain(self._setup(steps, self._layout, rest), params)
+        layout = functools.partial(layout_of, self)
+        return explain(self, params, self._horizon(steps), rest, layout)
 
-    def _setup(self, steps: Any, layout: Callable[[Trainable], Layout | None], rest: Any) -> Setup:
-        return Setup(
-            chain=self.chain,
-            rules=self.rules,
-            trainable=self._recipe.trainable,
-            layout=layout,
-            horizon=check_horizon(self.first_step, steps, self.increment_step),
-            spread=self.shard_state,
-            rest=rest,
-        )
+    def _horizon(self, steps: int | None) -> Horizon:
+        return check_horizon(self.first_step, steps, self.increment_step)
 
     def _checked(self, params: Any) -> Trainable:
         """Return which of these arrays are trained, if this step can train them."""
         self.rules.check(params)
-        trainable = self._recipe.trainable(params)
+        trainable = trainable_of(self, params)
         check_on_device(trainable.names, trainable.leaves)
         if self.shard_state:
             check_on_mesh(self.shard_state, trainable.names, trainable.leaves)
@@ -190,29 +166,13 @@ class TrainStep(Step):
         return {self.name: ""}
 
     def _advance(self, shardings: Any, state: TrainState, batch: Any) -> Any:
-        return advance(self._recipe, shardings, state, batch)
-
-    @functools.cached_property
-    def _recipe(self) -> Recipe:
-        return Recipe(
-            loss=self.loss,
-            chain=self.chain,
-            variables=self.variables,
-            rules=self.rules,
-            update_ops=self.update_ops,
-            summaries=self.summaries,
-            name=self.name,
-            learning_rate=self.learning_rate,
-        )
-
-    def _layout(self, trainable: Trainable) -> Layout | None:
-        return layout_of(self.chain, self.bucket, self.shard_state, trainable)
+        return advance(self, shardings, state, batch)
 
     def _shardings(self, state: TrainState) -> tuple[Any, ...] | None:
         """Return where gradients are to lie; None where XLA may choose."""
         if not self.colocate_gradients:
             return None
-        trained = self._recipe.trainable(state.outline).leaves
+        trained = trainable_of(self, state.outline).leaves
         return tuple(getattr(leaf, "sharding", None) for leaf in trained)
 
     @functools.cached_property

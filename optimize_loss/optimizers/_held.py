@@ -5,12 +5,13 @@ import dataclasses
 import functools
 import operator
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
+from jax.typing import DTypeLike
 
 from optimize_loss._checks import InvalidType, TreeMismatch, nearest, received
 from optimize_loss._engine.chain import Chain
@@ -165,7 +166,11 @@ INITIALIZERS = {"zeros": jnp.zeros, "ones": jnp.ones}
 
 
 def add_variable(
-    optimizer: Any, shape: Any, dtype: Any, initializer: Any, name: str | None
+    optimizer: Any,
+    shape: Sequence[int],
+    dtype: DTypeLike | None,
+    initializer: Any,
+    name: str | None,
 ) -> Variable:
     """Return a new variable of an optimizer; arguments as of `Optimizer.add_variable`."""
     value = _initial(shape, dtype, initializer)

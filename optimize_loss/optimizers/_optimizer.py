@@ -1,11 +1,12 @@
 """What an optimizer is: options that become a chain, and three ways to use it."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
+from jax.typing import ArrayLike, DTypeLike
 
 from optimize_loss._checks import STEP, InvalidType, check_integer, received
 from optimize_loss._engine.kinds import LossScale
@@ -479,7 +480,7 @@ class Optimizer(Options):
     def built(self, value: bool) -> None:
         """Let a `build` for Keras say so; only the one here makes it true."""
 
-    def build(self, var_list: Any) -> None:
+    def build(self, var_list: Sequence[Variable]) -> None:
         """Make the optimizer's variables. Subclasses with an `update_step` extend it.
 
         Such a subclass calls `super().build(var_list)` first, then `add_variable` or
@@ -567,7 +568,7 @@ class Optimizer(Options):
     def add_variable(
         self,
         shape: Sequence[int] = (),
-        dtype: Any = None,
+        dtype: DTypeLike | None = None,
         initializer: str | Callable[..., Any] = "zeros",
         name: str | None = None,
     ) -> Variable:
@@ -590,7 +591,7 @@ class Optimizer(Options):
         model_variable: Variable,
         variable_name: str,
         shape: Sequence[int] | None = None,
-        initial_value: Any = None,
+        initial_value: ArrayLike | Variable | None = None,
     ) -> Variable:
         """Return a new variable of the optimizer that belongs to one of the model.
 
@@ -620,7 +621,7 @@ class Optimizer(Options):
         """Subtract from a variable: `variable.assign_sub(value)`."""
         variable.assign_sub(value)
 
-    def set_weights(self, weights: Sequence[Any]) -> None:
+    def set_weights(self, weights: Sequence[ArrayLike | Variable]) -> None:
         """Assign to all variables, in the order of `variables`; if that fails, to none.
 
         Args:
@@ -632,7 +633,7 @@ class Optimizer(Options):
         """
         self._require_built("set_weights").set(list(weights))
 
-    def save_own_variables(self, store: Any) -> None:
+    def save_own_variables(self, store: MutableMapping[str, Any]) -> None:
         """Write the variables by name, hyperparameters not among them.
 
         Args:
@@ -643,7 +644,7 @@ class Optimizer(Options):
         """
         self._require_built("save_own_variables").save(store)
 
-    def load_own_variables(self, store: Any) -> None:
+    def load_own_variables(self, store: Mapping[str, Any]) -> None:
         """Read the variables from what `save_own_variables` wrote.
 
         Args:

@@ -11,7 +11,7 @@ from jax.sharding import AxisType
 
 from optimize_loss._checks import COUNT, check_integer
 from optimize_loss._engine.arrays import sqrt, sum_of_squares, unit_of, zeros
-from optimize_loss._engine.link import Finite, Fraction, Link, NotNegative
+from optimize_loss._engine.link import Finite, Fraction, Link, NotNegative, Numbers, Slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,11 +70,11 @@ class ScaleByMuon(Link):
     rms_rate: NotNegative | None = 0.2
     means = ("sum",)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "ns_steps", check_integer("ns_steps", self.ns_steps, COUNT))
 
-    def slots(self, param):
+    def slots(self, param: jax.Array) -> dict[str, jax.Array]:
         """Return the sum.
 
         Raises:
@@ -87,11 +87,11 @@ class ScaleByMuon(Link):
             )
         return {"sum": zeros(param)}
 
-    def remember(self, update, slots, param, k):
+    def remember(self, update: jax.Array, slots: Slots, param: jax.Array, k: Numbers) -> Slots:
         """Add one update to the sum."""
         return {"sum": k["momentum"] * slots["sum"] + update}
 
-    def direction(self, update, slots, param, k):
+    def direction(self, update: jax.Array, slots: Slots, param: jax.Array, k: Numbers) -> jax.Array:
         """Make the sum, or one step ahead of it, orthogonal."""
         u = update + k["momentum"] * slots["sum"] if self.nesterov else slots["sum"]
         coefficients = k["linear"], k["cubic"], k["quintic"]

@@ -1,6 +1,7 @@
 """An optax transformation for some of the parameters."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from optimize_loss._engine.arrays import compute_dtype
-from optimize_loss._engine.link import TreeLink
+from optimize_loss._engine.link import Numbers, TreeLink
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,12 +25,18 @@ class RunOptax(TreeLink):
 
     transformation: Any
 
-    def init(self, params):
+    def init(self, params: Mapping[str, jax.Array]) -> dict[str, Any]:
         """Return the state of the transformation."""
         wide = {name: p.astype(compute_dtype(p.dtype)) for name, p in params.items()}
         return {"state": jax.tree.map(jnp.asarray, self.transformation.init(wide))}
 
-    def run(self, updates, slots, params, k):
+    def run(
+        self,
+        updates: Mapping[str, jax.Array],
+        slots: Mapping[str, Any],
+        params: Mapping[str, jax.Array],
+        k: Numbers,
+    ) -> tuple[Mapping[str, jax.Array], Mapping[str, Any]]:
         """Return what the transformation makes of the updates."""
         given = {name: updates.get(name, jnp.zeros_like(p)) for name, p in params.items()}
         update = optax.with_extra_args_support(self.transformation).update

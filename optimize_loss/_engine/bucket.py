@@ -8,7 +8,7 @@ the same elementwise links share one array. Links see it as one parameter.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -159,20 +159,17 @@ class Layout(Static):
 
     def parted(self, grads: Mapping[str, Any]) -> "Layout":
         """Return the layout in which the members with and without gradients do not mix."""
-        buckets: list[tuple[str, Members]] = []
+        buckets: dict[str, Members] = {}
         trained = set(self.trained)
         for name, members in self.buckets:
-            without = [m in grads and grads[m] is None for m in members.names]
-            if not any(without) or all(without):
-                buckets.append((name, members))
-                continue
-            for part, which in ((name, False), (f"{name} without gradient", True)):
-                chosen = [i for i, w in enumerate(without) if w is which]
-                names, shapes = members.names, members.shapes
-                some = Members(tuple(names[i] for i in chosen), tuple(shapes[i] for i in chosen))
-                buckets.append((part, some))
-                trained.add(part)
-        return dataclasses.replace(self, buckets=tuple(buckets), trained=frozenset(trained))
+            without = [member in grads and grads[member] is None for member in members.names]
+            if any(without) and not all(without):
+                parts = members.parted(without)
+                buckets |= zip((name, f"{name} without gradient"), parts, strict=True)
+                trained.add(f"{name} without gradient")
+            else:
+                buckets[name] = members
+        return dataclasses.replace(self, buckets=tuple(buckets.items()), trained=frozenset(trained))
 
 
 def _wide(leaf: jax.Array) -> jax.Array:
@@ -236,33 +233,45 @@ def find_layout(
       largest: the number of elements above which a leaf stays by itself.
     """
     names, leaves = leaf_names(params), jax.tree.leaves(params)
-    groups: dict[Any, list[int]] = {}
-    for i, (leaf, kind) in enumerate(zip(leaves, kinds, strict=True)):
-        place = _place(leaf)
-        if kind is None or place is None or leaf.size > largest:
-            continue
-        groups.setdefault((leaf.dtype, place, kind, trained[i]), []).append(i)
-    groups = {key: found for key, found in groups.items() if len(found) > 1}
-    if not groups:
+    buckets = _buckets(names, leaves, _groups(leaves, kinds, trained, largest))
+    if not buckets:
         return None
-    buckets: dict[str, Members] = {}
-    by_itself = {name for name, t in zip(names, trained, strict=True) if t}
-    of_buckets = set()
-    for (dtype, _, _, is_trained), found in groups.items():
-        taken = {*names, *map(shown_name, buckets)}
-        texts = (f"bucket/{dtype.name}/{n}" for n in itertools.count())
-        bucket = next(text for text in texts if text not in taken)
-        members = Members(tuple(names[i] for i in found), tuple(leaves[i].shape for i in found))
-        bucket = f"{bucket}/{members.digest}"
-        buckets[bucket] = members
-        by_itself -= set(members.names)
-        of_buckets |= {bucket} if is_trained else set()
+    alone = set(itertools.compress(names, trained))
+    of_buckets = {bucket for bucket, members in buckets.items() if members.names[0] in alone}
+    alone.difference_update(*(members.names for members in buckets.values()))
     return Layout(
         treedef=jax.tree.structure(params),
         names=tuple(names),
         buckets=tuple(buckets.items()),
-        trained=frozenset(by_itself | of_buckets),
+        trained=frozenset(alone | of_buckets),
     )
+
+
+def _groups(
+    leaves: Sequence[Any], kinds: Sequence[Any], trained: Sequence[bool], largest: int
+) -> list[list[int]]:
+    """Return the numbers of the leaves that share an array."""
+    groups: dict[Any, list[int]] = {}
+    for i, (leaf, kind) in enumerate(zip(leaves, kinds, strict=True)):
+        place = _place(leaf)
+        if kind is not None and place is not None and leaf.size <= largest:
+            groups.setdefault((leaf.dtype, place, kind, trained[i]), []).append(i)
+    return [found for found in groups.values() if len(found) > 1]
+
+
+def _buckets(
+    names: Sequence[str], leaves: Sequence[Any], groups: Sequence[Sequence[int]]
+) -> dict[str, Members]:
+    """Return the members of each bucket, by a name that no parameter has."""
+    buckets: dict[str, Members] = {}
+    numbers: dict[str, Iterator[int]] = {}
+    for found in groups:
+        dtype = leaves[found[0]].dtype.name
+        texts = (f"bucket/{dtype}/{n}" for n in numbers.setdefault(dtype, itertools.count()))
+        bucket = next(text for text in texts if text not in names)
+        members = Members(tuple(names[i] for i in found), tuple(leaves[i].shape for i in found))
+        buckets[f"{bucket}/{members.digest}"] = members
+    return buckets
 
 
 def _place(leaf: Any) -> Any:

@@ -1,6 +1,7 @@
 """Links in a row, by name: one optax transformation whose state is a dict."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -181,7 +182,7 @@ class Chain(Transformation):
         names = ("/".join(pair) for pair in self.all_numbers())
         return numbers.set_numbers(self._ours, state, dict.fromkeys(names))
 
-    @property
+    @functools.cached_property
     def traced_numbers(self) -> list[str]:
         """The numbers that are traced values, as `link/number`."""
         return numbers.traced_numbers(self._ours)
@@ -253,7 +254,7 @@ class Chain(Transformation):
         state, retraced = exchanged(dict(self.links), dict(other.links), state)
         return (other if retraced else self), state
 
-    @property
+    @functools.cached_property
     def _ours(self) -> dict[str, Link]:
         """The links of ours, by name."""
         return {name: link for name, link in self._linked() if isinstance(link, Link)}
@@ -309,24 +310,20 @@ class Chain(Transformation):
         _check_state(self, state)
         if traced := self.traced_numbers:
             state = numbers.set_numbers(self._ours, state, dict.fromkeys(traced))
-        are_given = params is not None
-        if not are_given:
-            params = jax.tree.map(_unknown, updates)
-        known = without_strangers(updates, params)
+        given = jax.tree.map(_unknown, updates) if params is None else params
+        known = without_strangers(updates, given)
         taken = take_apart(known)
         flat = taken.check_updates(updates)
-        live = [j for j, p in enumerate(taken.leaves) if flat[j] is not None and is_inexact(p)]
-        plan = self._plan(taken, tuple(live))
-        if not are_given:
+        plan = self._plan(taken, taken.live(flat))
+        if params is None:
             _check_not_read(plan.places)
         call = self._call(state, schedule_step, extra)
-        results, new_state = run(plan, call, [flat[j] for j in live], wanted)
-        outputs = list(taken.leaves if wanted == "params" else flat)
-        for j, result in zip(live, results, strict=True):
-            outputs[j] = result
-        result = taken.unflatten(outputs)
-        if known is not params and wanted == "params":
-            result = with_strangers(result, params)
+        results, new_state = run(plan, call, [flat[j] for j in plan.live], wanted)
+        done = dict(zip(plan.live, results, strict=True))
+        others = taken.leaves if wanted == "params" else flat
+        result = taken.unflatten([done.get(j, x) for j, x in enumerate(others)])
+        if known is not given and wanted == "params":
+            result = with_strangers(result, given)
         return result, new_state
 
 

@@ -84,13 +84,12 @@ def number_rules(cls: type) -> dict[str, Rule]:
     """Return the rule of every field of a link that is a hyperparameter; plain floats count."""
     rules = {}
     for name, hint in typing.get_type_hints(cls, include_extras=True).items():
-        origin, parts = typing.get_origin(hint), typing.get_args(hint)
-        found = [r for part in (hint, *parts) for r in getattr(part, "__metadata__", ())]
-        is_union = origin in (typing.Union, types.UnionType)
-        if rule := next((r for r in found if isinstance(r, Rule)), None):
-            rules[name] = rule
-        elif hint is float or (is_union and float in parts):
-            rules[name] = _checks.FINITE
+        kinds = (hint, *typing.get_args(hint))
+        marks = [mark for kind in kinds for mark in getattr(kind, "__metadata__", ())]
+        found = [mark for mark in marks if isinstance(mark, Rule)]
+        is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+        if found or float in (kinds if is_union else [hint]):
+            rules[name] = (*found, _checks.FINITE)[0]
     return rules
 
 

@@ -17,8 +17,7 @@ from optimize_loss._engine.health import health
 from optimize_loss._engine.kinds import Gate
 from optimize_loss._engine.link import Link, Numbers, TreeLink, functions_of
 from optimize_loss._engine.numbers import judged, numbers_at
-from optimize_loss._engine.order import lender
-from optimize_loss._engine.plan import parts
+from optimize_loss._engine.plan import lender, parts
 from optimize_loss._engine.precision import keys
 from optimize_loss._engine.selection import ForParameters, linked
 from optimize_loss._engine.trees import Owner

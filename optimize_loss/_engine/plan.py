@@ -9,10 +9,17 @@ import jax
 
 from optimize_loss._checks import TreeMismatch
 from optimize_loss._engine.by_name import acts_on, numbers_by_name
+from optimize_loss._engine.equal import same
 from optimize_loss._engine.kinds import Gate
-from optimize_loss._engine.link import Link, Slots, State, TreeLink, by_entry
+from optimize_loss._engine.link import (
+    Link,
+    Slots,
+    State,
+    TreeLink,
+    by_entry,
+)
 from optimize_loss._engine.precision import Codec, Key, keys
-from optimize_loss._engine.selection import ForParameters, link_of
+from optimize_loss._engine.selection import ForParameters, link_of, linked, where
 from optimize_loss._engine.trees import Owner, Params
 from optimize_loss._names import same_leaves
 
@@ -173,13 +180,17 @@ class Plan:
         # Other parameters may have other slots; a pass checks those that are encoded.
         if len(own) < len(slots) and not any(place.codecs):
             made = jax.eval_shape(place.link.slots, self.params.leaves[j])
-            if missing := [slot for slot in slots if slot in made and slot not in own]:
-                raise TreeMismatch(
-                    f"`state` has no {missing} for the parameter {self.params.names[j]!r} in the "
-                    f"link {place.name!r}: it was made for other parameters, or by a link whose "
-                    "`slots` had other names for it. They must follow from its shape and dtype."
-                )
+            self._check_made(place, j, sorted(made.keys() & slots.keys() - own.keys()))
         return own
+
+    def _check_made(self, place: Place, j: int, missing: Sequence[str]) -> None:
+        """Raise a `TreeMismatch` if slots of a link are missing for a parameter."""
+        if missing:
+            raise TreeMismatch(
+                f"`state` has no {missing} for the parameter {self.params.names[j]!r} in the "
+                f"link {place.name!r}: it was made for other parameters, or by a link whose "
+                "`slots` had other names for it. They must follow from its shape and dtype."
+            )
 
     def keys(self, place: Place, step: Any) -> list[Key | None]:
         """Return for each live parameter what keys the bits by which a link's slots are rounded."""
@@ -228,3 +239,25 @@ def _meant(name: str, entry: ForParameters, params: Params, marks: list[bool]) -
             f"{names}."
         )
     return tuple(takes)
+
+
+def lender(entries: Mapping[str, Any], borrower: str, number: str) -> str:
+    """Return the name of the one link whose number another one borrows.
+
+    Raises:
+      ValueError: no link has such a number, or more than one.
+    """
+    others = [
+        name
+        for name, link in linked(entries)
+        if name != borrower and isinstance(link, Link) and number in link.numbers()
+    ]
+    own = where(entries[borrower])
+    wider = (own, getattr(own, "within", None), getattr(own, "whole", None), None)
+    suited = [n for n in others if any(same(where(entries[n]), x) for x in wider)]
+    if len(suited) != 1:
+        raise ValueError(
+            f"The link {borrower!r} needs the `{number}` of one other link, which is for all "
+            f"parameters or for the same ones. Links that have one: {others}."
+        )
+    return suited[0]

@@ -6,6 +6,7 @@ section 5.1).
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from optimize_loss._checks import InvalidType, received
 from optimize_loss._engine.chain import Chain
+from optimize_loss._engine.device import axes_of
 from optimize_loss._engine.link import Link, TreeLink
 from optimize_loss._engine.members import Static
 from optimize_loss._engine.plan import parts
@@ -67,7 +69,7 @@ def _put(leaf: Any, sharding: NamedSharding) -> Any:
 
 def _over(sharding: NamedSharding, names: Collection[str]) -> NamedSharding:
     """Return a sharding without the axes that have other names."""
-    parts = (tuple(name for name in _axes(part) if name in names) for part in sharding.spec)
+    parts = (tuple(name for name in axes_of(part) if name in names) for part in sharding.spec)
     return NamedSharding(sharding.mesh, PartitionSpec(*map(_part, parts)))
 
 
@@ -187,19 +189,25 @@ class _Spread:
 
     def one(self, slot: Any, param: Any = None) -> NamedSharding:
         """Return where one array lies: over the axis along the first dimension that can be."""
-        like = param if param is not None and param.shape == slot.shape else None
-        spec = () if like is None else like.sharding.spec
-        axes = [_axes(part) for part in (*spec, *[None] * (slot.ndim - len(spec)))]
-        if like is not None and any(self.axis in part for part in axes):
-            return like.sharding
-        for i in sorted(range(slot.ndim), key=lambda i: len(axes[i])):
-            parts = math.prod(self.mesh.shape[name] for name in (*axes[i], self.axis))
-            if slot.size and slot.shape[i] % parts == 0:
-                axes[i] = (*axes[i], self.axis)
-                break
+        there = param.sharding if param is not None and param.shape == slot.shape else self.whole
+        axes = [axes_of(part) for part in there.spec] + [()] * (slot.ndim - len(there.spec))
+        if self.axis in itertools.chain(*axes):
+            return there
+        fewest = sorted(range(slot.ndim), key=lambda i: len(axes[i])) if slot.size else []
+        along = next((i for i in fewest if self._divides(slot.shape[i], axes[i])), None)
+        if along is not None:
+            axes[along] = (*axes[along], self.axis)
+        return NamedSharding(self.mesh, PartitionSpec(*map(_part, self._as_written(axes))))
+
+    def _divides(self, size: int, axes: tuple[str, ...]) -> bool:
+        """Return whether a dimension that is spread over some axes can be over one more."""
+        return size % math.prod(self.mesh.shape[name] for name in (*axes, self.axis)) == 0
+
+    def _as_written(self, axes: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+        """Return axes as results are written: what differs is compiled again."""
         while axes and not axes[-1] and _explicit(self.mesh) < {*self.mesh.axis_names}:
-            axes.pop()  # as results are written: what differs is compiled again
-        return NamedSharding(self.mesh, PartitionSpec(*(_part(part) for part in axes)))
+            axes = axes[:-1]
+        return axes
 
 
 def _explicit(mesh: Mesh | AbstractMesh) -> set[str]:
@@ -215,8 +223,3 @@ def _part(axes: tuple[str, ...]) -> Any:
 
 def _is_none(x: Any) -> bool:
     return x is None
-
-
-def _axes(part: Any) -> tuple[str, ...]:
-    """Return the axes of a mesh over which a dimension is spread."""
-    return () if part is None else part if isinstance(part, tuple) else (part,)

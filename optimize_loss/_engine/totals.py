@@ -35,8 +35,7 @@ from optimize_loss._engine.link import (
     passes,
     varies,
 )
-from optimize_loss._engine.order import lender
-from optimize_loss._engine.plan import Plan, Segment
+from optimize_loss._engine.plan import Plan, Segment, lender
 from optimize_loss._engine.precision import keys
 
 # For leaves of these numbers, Σ|u|² of each.
@@ -108,14 +107,7 @@ class Totals:
     def _link(self, i: int) -> tuple[Numbers, Numbers]:
         """Compute the scalars of one link; return them, and its new memory."""
         link, place, step = self.links[i], self.segment.places[i], self.call.step
-        if link.needs not in TOTALS:
-            known = [needs for needs in TOTALS if needs]
-            raise InvalidType(
-                f"`needs` of the link {place.name!r} must be one of {known}. "
-                f"Received: {link.needs!r}."
-            )
-        measure = TOTALS[link.needs]
-        total = None if measure is None else measure(self, i)
+        total = self._total(i)
         state = self.call.state[place.name]
         old = {name: state[name] for name in place.memory}
         here, differs = self._here(i), varies(link)
@@ -128,10 +120,26 @@ class Totals:
         for n in here:
             self.ks[n][i] = self.owners[n].own(each) if differs else k
         if link.needs == "random_bits":
-            draws = keys([self.owners[n] for n in here], "", k["seed"], step)
-            for n, draw in zip(here, draws, strict=True):
-                self.ks[n][i] = {**self.ks[n][i], "draw": draw}
+            self._draw(i, here, k["seed"])
         return k, self._remembered(link, k, old, new)
+
+    def _draw(self, i: int, here: Sequence[int], seed: jax.Array) -> None:
+        """Give a link what keys the random bits of its leaves."""
+        draws = keys([self.owners[n] for n in here], "", seed, self.call.step)
+        for n, draw in zip(here, draws, strict=True):
+            self.ks[n][i] = {**self.ks[n][i], "draw": draw}
+
+    def _total(self, i: int) -> Any:
+        """Return what a link needs of the whole tree."""
+        needs = self.links[i].needs
+        if needs not in TOTALS:
+            known = [name for name in TOTALS if name]
+            raise InvalidType(
+                f"`needs` of the link {self.segment.places[i].name!r} must be one of {known}. "
+                f"Received: {needs!r}."
+            )
+        measure = TOTALS[needs]
+        return None if measure is None else measure(self, i)
 
     def _remembered(self, link: Link, k: Numbers, old: Numbers, new: Numbers) -> Numbers:
         """Return the memory of a link: the old one where there was nothing in the batch.
@@ -214,8 +222,10 @@ class Totals:
     def _multiplies(self, i: int, here: Sequence[int]) -> bool:
         """Return whether a link multiplies every leaf by one number, or passes its update."""
         link = self.links[i]
-        if not multiplies(type(link)) or not varies(link):
-            return multiplies(type(link)) or passes(type(link))
+        if not multiplies(type(link)):
+            return passes(type(link))
+        if not varies(link):
+            return True
         found = [self.ks[n][i] for n in here if self.owners[n].bucket and i in self.own[n]]
         shapes = (jax.eval_shape(functools.partial(factors, link), k) for k in found)
         return all(shape.shape == () for several in shapes for shape in several)

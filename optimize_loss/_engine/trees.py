@@ -93,6 +93,11 @@ class Params:
         flat = same_leaves("updates", updates, "params", self.tree)
         return [self._check(*each) for each in zip(self.names, flat, self.leaves, strict=True)]
 
+    def live(self, updates: Sequence[Any]) -> tuple[int, ...]:
+        """Return the numbers of the leaves that have an update and can be trained."""
+        pairs = enumerate(zip(updates, self.leaves, strict=True))
+        return tuple([j for j, (u, p) in pairs if u is not None and is_inexact(p)])
+
     def _check(self, name: str, update: Any, param: Any) -> Any:
         if update is None:
             return None

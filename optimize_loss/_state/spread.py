@@ -20,14 +20,8 @@ def check_spread(params: Any, batch: Any) -> None:
     """
     parts = [x for x in jax.tree.leaves(batch) if np.ndim(x)]
     placed = [getattr(x, "sharding", None) for x in (*jax.tree.leaves(params), *parts)]
-    named = [x for x in placed if isinstance(x, NamedSharding)]
-    others = [x for x in placed if x is not None and not isinstance(x, NamedSharding)]
     mesh = _mesh(params)
-    if mesh is None or not parts or any(len(x.device_set) > 1 for x in others):
-        return
-    used = set(_axes(named))
-    idle = [axis for axis, size in mesh.shape.items() if size > 1 and axis not in used]
-    if idle:
+    if mesh is not None and parts and (idle := _idle(mesh, placed)):
         axes = ", ".join(map(repr, idle))
         spec = repr(idle[0]) if len(idle) == 1 else f"({axes})"
         warnings.warn(
@@ -35,7 +29,7 @@ def check_spread(params: Any, batch: Any) -> None:
             "on them, and neither they nor the batch are spread over it. Spread the batch, as in "
             f"`jax.device_put(batch, NamedSharding(mesh, PartitionSpec({spec})))`; `step.run` does "
             "so with `sharding=`.",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
@@ -44,6 +38,16 @@ def _mesh(params: Any) -> Mesh | AbstractMesh | None:
     shardings = (getattr(x, "sharding", None) for x in jax.tree.leaves(params))
     meshes = (x.mesh for x in shardings if isinstance(x, NamedSharding))
     return next((x for x in meshes if x.size > 1), None)
+
+
+def _idle(mesh: Mesh | AbstractMesh, placed: Iterable[Any]) -> list[str]:
+    """Return the axes over which nothing is spread; none where that is not known."""
+    shardings = [x for x in placed if x is not None]
+    named = [x for x in shardings if isinstance(x, NamedSharding)]
+    if any(len(x.device_set) > 1 for x in shardings if x not in named):
+        return []
+    used = set(_axes(named))
+    return [axis for axis, size in mesh.shape.items() if size > 1 and axis not in used]
 
 
 def _axes(shardings: Iterable[NamedSharding]) -> Iterator[str]:

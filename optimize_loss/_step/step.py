@@ -368,6 +368,12 @@ class Step(abc.ABC):
         self._check_state(state)
         return self._programs[False, True].lower(self._shardings(state), state, *as_arrays(batch))
 
+    def _look(self, traced: bool, state: TrainState, batch: tuple[Any, ...]) -> None:
+        """Warn of a batch that is not spread over a mesh, before the first call."""
+        if not (traced or self._seen):
+            self._seen.append(None)
+            check_spread(state.packed_params, batch)
+
     def _dispatch(self, many: bool, state: TrainState, batch: tuple[Any, ...]) -> Any:
         self._check_state(state)
         if state.chain is not self._form.chain:  # so that the next state need not be compared
@@ -377,8 +383,7 @@ class Step(abc.ABC):
         if any(map(is_foreign, kinds)):
             batch = as_arrays(batch)
         traced = state.is_traced or any(issubclass(kind, Tracer) for kind in kinds)
-        if not (traced or self._seen):
-            self._seen.append(check_spread(state.packed_params, batch))
+        self._look(traced, state, batch)
         try:
             new, metrics = self._programs[many, not traced](self._shardings(state), state, *batch)
         except (TypeError, ValueError, jax.errors.JaxRuntimeError) as error:

@@ -185,12 +185,11 @@ def _links(made: Any) -> dict[str, Any]:
 
 def _check_order(links: dict[str, Any]) -> None:
     """Raise if the rate comes before a rule that gives gradients of any size the same update."""
-    ours = list(linked(links))
-    rates = [i for i, (_, link) in enumerate(ours) if has_rate(link)]
-    rules = [i for i, (_, link) in enumerate(ours) if _normalizes(link)]
-    hidden = [i for i, (_, link) in enumerate(ours) if not isinstance(link, Link)]
-    if rates and rules and rates[-1] < rules[-1] and not any(i > rules[-1] for i in hidden):
-        rate, rule = ours[rates[-1]][0], ours[rules[-1]][0]
+    each = list(linked(links))
+    rates = [i for i, (_, link) in enumerate(each) if has_rate(link) or not isinstance(link, Link)]
+    rules = [i for i, (_, link) in enumerate(each) if _normalizes(link)]
+    if rates and rules and rates[-1] < rules[-1] and isinstance(each[rates[-1]][1], Link):
+        rate, rule = each[rates[-1]][0], each[rules[-1]][0]
         raise ValueError(
             f"`optimizer` must have the link {rate!r} behind {rule!r}, whose updates do not depend "
             "on the size of the gradients: before it, the rate has no effect. Write "

@@ -60,7 +60,9 @@ class RunOptaxWithLoss(RunOptax):
 
     needs = "loss"
 
-    def scalars(self, numbers, memory, total, step):
+    def scalars(
+        self, numbers: Numbers, memory: Numbers, total: Any, step: jax.Array
+    ) -> tuple[Numbers, Numbers]:
         """Return the loss."""
         return {"value": total}, {}
 

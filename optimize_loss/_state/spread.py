@@ -42,11 +42,10 @@ def _mesh(params: Any) -> Mesh | AbstractMesh | None:
 
 def _idle(mesh: Mesh | AbstractMesh, placed: Iterable[Any]) -> list[str]:
     """Return the axes over which nothing is spread; none where that is not known."""
-    shardings = [x for x in placed if x is not None]
-    named = [x for x in shardings if isinstance(x, NamedSharding)]
-    if any(len(x.device_set) > 1 for x in shardings if x not in named):
+    spread = [x for x in placed if x is not None and x.num_devices > 1]
+    if not all(isinstance(x, NamedSharding) for x in spread):
         return []
-    used = set(_axes(named))
+    used = set(_axes(spread))
     return [axis for axis, size in mesh.shape.items() if size > 1 and axis not in used]
 
 

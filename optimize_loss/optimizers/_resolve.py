@@ -185,11 +185,13 @@ def _links(made: Any) -> dict[str, Any]:
 
 def _check_order(links: dict[str, Any]) -> None:
     """Raise if the rate comes before a rule that gives gradients of any size the same update."""
-    each = list(linked(links))
-    rates = [i for i, (_, link) in enumerate(each) if has_rate(link) or not isinstance(link, Link)]
-    rules = [i for i, (_, link) in enumerate(each) if _normalizes(link)]
-    if rates and rules and rates[-1] < rules[-1] and isinstance(each[rates[-1]][1], Link):
-        rate, rule = each[rates[-1]][0], each[rules[-1]][0]
+    rate = rule = None
+    for name, link in linked(links):
+        if has_rate(link) or not isinstance(link, Link):
+            rate, rule = name if isinstance(link, Link) else None, None
+        elif _normalizes(link):
+            rule = name
+    if rate and rule:
         raise ValueError(
             f"`optimizer` must have the link {rate!r} behind {rule!r}, whose updates do not depend "
             "on the size of the gradients: before it, the rate has no effect. Write "

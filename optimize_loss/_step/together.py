@@ -273,17 +273,23 @@ class JointStep(Step):
             check_model_state(takers[0], model_state)
         return params, model_state, graph
 
+    @property
+    def _bound(self) -> int | None:
+        """The most entries of a parameter that shares an array with others; None for none."""
+        steps = self.steps.values()
+        bounds = [step.bucket for step in steps if step.bucket is not None]
+        sees_whole = any(_sees_the_tree(step.chain) for step in steps)
+        return None if sees_whole or len(bounds) < len(steps) else min(bounds)
+
     def _layout(self, trainable: Mapping[str, Trainable]) -> Layout | None:
         """Return how parameters that go through the same links of all steps share arrays."""
-        bounds: list[Any] = [step.bucket for step in self.steps.values()]
-        sees_whole = any(_sees_the_tree(step.chain) for step in self.steps.values())
-        if sees_whole or None in bounds:
+        if (bound := self._bound) is None:
             return None
         each = [kinds_of(s, trainable[n]) for n, s in self.steps.items()]
         kinds = [None if None in own else own for own in zip(*each, strict=True)]
         marks = map(any, zip(*(x.marks for x in trainable.values()), strict=True))
         params = trainable[next(iter(trainable))].params
-        return find_layout(params, kinds, list(marks), min(bounds))
+        return find_layout(params, kinds, list(marks), bound)
 
     def _first_links(
         self, packed: Any, layout: Layout | None, trainable: Mapping[str, Trainable]

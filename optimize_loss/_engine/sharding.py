@@ -176,12 +176,25 @@ def init_spread(chain: Chain, params: Any, axis: str) -> State:
       axis: its name.
     """
     made = jax.eval_shape(chain.init, params)
+    shardings = spread_shardings(chain, made, params, axis)
+    return jax.jit(chain.init, out_shardings=shardings)(params)
+
+
+def spread_shardings(chain: Chain, made: State, params: Any, axis: str) -> State:
+    """Return where each array of a chain's state lies: a tree like the state.
+
+    Args:
+      chain: the links.
+      made: their state, with or without values.
+      params: the parameters, all on one mesh with this axis.
+      axis: its name.
+    """
     mesh = jax.tree.leaves(params)[0].sharding.mesh
     whole = NamedSharding(mesh, PartitionSpec())
     shardings = jax.tree.map(lambda _: whole, made)
     for name, _ in chain.links:
         shardings[name] = _of_link(chain.link(name), made[name], params, _Spread(mesh, axis))
-    return jax.jit(chain.init, out_shardings=shardings)(params)
+    return shardings
 
 
 def _of_link(link: Any, state: Any, params: Any, spread: "_Spread") -> Any:

@@ -268,11 +268,13 @@ def _places(recipe: Recipe, made: _Made) -> Iterator[str]:
     params, marks = made.trainable.params, made.trainable.marks
     buckets = made.layout.buckets if made.layout else ()
     shared = {name: shown_name(key) for key, members in buckets for name in members.names}
-    axis = recipe.shard_state
     for name, leaf, trained in zip(leaf_names(params), jax.tree.leaves(params), marks, strict=True):
-        place = shared.get(name) or _sharding(leaf)
-        spread = axis and trained and name not in shared and is_spread(leaf, axis)
-        yield ", ".join(filter(None, (place, f"slots over {axis!r}" if spread else "")))
+        alone = (_sharding(leaf), _of_slots(recipe.shard_state, leaf) if trained else "")
+        yield shared.get(name) or ", ".join(filter(None, alone))
+
+
+def _of_slots(axis: str | None, leaf: Any) -> str:
+    return f"slots over {axis!r}" if axis and is_spread(leaf, axis) else ""
 
 
 def _sharding(leaf: Any) -> str:

@@ -16,7 +16,6 @@ from optimize_loss._checks import InvalidType
 from optimize_loss._engine.arrays import (
     Sums,
     joint_norm,
-    multiplied,
     square_unit,
     sum_of_squares,
     sums_of_squares,

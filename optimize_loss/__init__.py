@@ -19,8 +19,8 @@ from optimize_loss._files.checkpoint import RestoreReport as RestoreReport
 from optimize_loss._files.checkpoint import restore as restore
 from optimize_loss._files.checkpoint import save as save
 from optimize_loss._files.folder import Checkpoints as Checkpoints
-from optimize_loss._files.state_dict import from_state_dict as from_state_dict
-from optimize_loss._files.state_dict import to_state_dict as to_state_dict
+from optimize_loss._files.named import from_state_dict as from_state_dict
+from optimize_loss._files.named import to_state_dict as to_state_dict
 from optimize_loss._search.results import LearningRateTest as LearningRateTest
 from optimize_loss._search.results import Sweep as Sweep
 from optimize_loss._state.hook import Hook as Hook
@@ -28,8 +28,14 @@ from optimize_loss._state.hook import every as every
 from optimize_loss._state.loss import Aux as Aux
 from optimize_loss._state.metrics import OPTIMIZER_SUMMARIES as OPTIMIZER_SUMMARIES
 from optimize_loss._state.train_state import TrainState as TrainState
+from optimize_loss._step.epochs import Epochs as Epochs
 from optimize_loss._step.front import optimize_loss as optimize_loss
+from optimize_loss._step.hooks import Evaluate as Evaluate
+from optimize_loss._step.hooks import Profile as Profile
+from optimize_loss._step.hooks import StopEarly as StopEarly
 from optimize_loss._step.options import adaptive_clipping_fn as adaptive_clipping_fn
+from optimize_loss._step.together import JointStep as JointStep
+from optimize_loss._step.together import together as together
 from optimize_loss._step.train_step import TrainStep as TrainStep
 from optimize_loss._version import __version__ as __version__
 from optimize_loss.optimizers._tf1 import OPTIMIZER_CLS_NAMES as OPTIMIZER_CLS_NAMES
@@ -44,13 +50,18 @@ __all__ = [
     "CheckpointMismatch",
     "CheckpointVersion",
     "Checkpoints",
+    "Epochs",
+    "Evaluate",
     "Hook",
     "InvalidType",
+    "JointStep",
     "LearningRateTest",
     "NonFiniteError",
     "Precision",
+    "Profile",
     "RestoreReport",
     "Spike",
+    "StopEarly",
     "StopRun",
     "Sweep",
     "TrainState",
@@ -67,6 +78,7 @@ __all__ = [
     "save",
     "schedules",
     "to_state_dict",
+    "together",
     "transforms",
 ]
 

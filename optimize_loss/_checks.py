@@ -291,7 +291,12 @@ def meant(wrong: str, known: Iterable[str]) -> str:
       >>> meant("wd", ["learning_rate", "weight_decay"])
       ' Did you mean `weight_decay`?'
     """
+    found = likely(wrong, known)
+    return "" if found is None else f" Did you mean `{found}`?"
+
+
+def likely(wrong: str, known: Iterable[str]) -> str | None:
+    """Return the name that is like a wrong one, or has its letters as initials; None for none."""
     known = list(known)
     initials = {"".join(part[:1] for part in name.split("_")): name for name in known}
-    found = [initials[wrong]] if wrong in initials else _close(wrong, known, 1)
-    return f" Did you mean `{found[0]}`?" if found else ""
+    return initials.get(wrong) or next(iter(_close(wrong, known, 1)), None)

@@ -19,7 +19,7 @@ from optimize_loss._engine.trees import distinct
 from optimize_loss._names import leaf_names
 from optimize_loss.optimizers import Optimizer, serialize
 from optimize_loss.optimizers._boxes import links_of
-from optimize_loss.optimizers._config import plain
+from optimize_loss.optimizers._declaration import plain
 from optimize_loss.optimizers._keras_view import Shown, as_keras_3, inside, rates
 from optimize_loss.optimizers._resolve import instance, resolve
 from optimize_loss.optimizers._variable import different_names
@@ -30,7 +30,7 @@ try:
 except ImportError as error:
     raise ImportError(
         "optimize_loss.keras needs Keras with JAX as its backend. Install it with: "
-        "pip install 'optimize_loss[keras]', and set KERAS_BACKEND=jax in the environment before "
+        "pip install keras, and set KERAS_BACKEND=jax in the environment before "
         f"Keras is imported. ({error})"
     ) from error
 
@@ -130,20 +130,27 @@ class KerasOptimizer(Shown, keras.optimizers.Optimizer):
 
     def _make_boxes(self, state: Mapping[str, Any]) -> None:
         """Make a variable for each array of the state, but for those that Keras has made."""
-        boxes: dict[str, Any] = {"step": self._iterations}
-        rates = {f"{link}/learning_rate": box for link, box in self._rate_boxes.items()}
-        boxes |= {n: box for n, box in rates.items() if box is self._learning_rate}
         leaves, self._structure = jax.tree.flatten(state)
         named = dict(zip(leaf_names(state), leaves, strict=True))
-        for name in _ordered([n for n in named if n not in boxes], self._names):
-            if name in rates:  # one of several: it takes its place among the others
-                self._untrack_variable(rates[name])
-                self._track_variable(rates[name])
-            boxes[name] = rates[name] if name in rates else self._add(name, named[name])
+        rates = {f"{link}/learning_rate": box for link, box in self._rate_boxes.items()}
+        boxes: dict[str, Any] = {"step": self._iterations}
+        boxes |= {n: box for n, box in rates.items() if box is self._learning_rate}
+        for name in _ordered(list(named), self._names):
+            if name not in boxes:
+                is_rate = name in rates
+                boxes[name] = (
+                    self._put_last(rates[name]) if is_rate else self._add(name, named[name])
+                )
         self._boxes = [(boxes[name], x.dtype) for name, x in named.items()]
         self.__dict__["_named_boxes"] = boxes
         if not self._rates:
             self._take_injected_rate(named)
+
+    def _put_last(self, box: keras.Variable) -> keras.Variable:
+        """Return one of several rates, which takes its place among the other variables."""
+        self._untrack_variable(box)
+        self._track_variable(box)
+        return box
 
     def _take_injected_rate(self, state: Mapping[str, jax.Array]) -> None:
         """Let the rate of `optax.inject_hyperparams`, if it is a number, be the learning rate."""

@@ -6,16 +6,20 @@ and a notebook shows the figure that a cell ends with. Needs the extra `demo`.
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optimize_loss._checks import AT_LEAST_1, InvalidType, check_integer, received
+from optimize_loss._checks import AT_LEAST_1, InvalidType, TreeMismatch, check_integer, received
+from optimize_loss._engine.trees import as_array
+from optimize_loss._names import leaf_names, same_leaves
 from optimize_loss._report.figure import COLOURS, finish, panels, scale, styled, whole_ticks
-from optimize_loss._report.ratios import find_ratios
 from optimize_loss.schedules import evaluate
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["learning_rate", "metrics", "schedule", "sweep", "update_ratios"]
 
@@ -45,7 +49,7 @@ class _Runs(Protocol):
     def final(self) -> np.ndarray: ...
 
 
-def schedule(schedules: Any, steps: int = 1000) -> Any:
+def schedule(schedules: Any, steps: int = 1000) -> "Figure":
     """Draw one or several schedules over the step.
 
     Args:
@@ -79,24 +83,22 @@ def schedule(schedules: Any, steps: int = 1000) -> Any:
 
 
 def _labelled(schedules: Any) -> dict[str, Callable[[Any], Any]]:
-    if callable(schedules):
-        schedules = [schedules]
-    if not isinstance(schedules, Mapping) and isinstance(schedules, Iterable):
-        schedules = list(schedules)
-        names = [_short(x) for x in schedules]
-        twice = {n for n in names if names.count(n) > 1}
-        labels = [f"{n} {i}" if n in twice else n for i, n in enumerate(names)]
-        schedules = dict(zip(labels, schedules, strict=True))
-    if not isinstance(schedules, Mapping) or not schedules or not _all_callable(schedules):
+    each = [schedules] if callable(schedules) else schedules
+    if isinstance(each, Iterable) and not isinstance(each, Mapping):
+        functions = list(each)
+        each = dict(zip(_labels(functions), functions, strict=True))
+    if not isinstance(each, Mapping) or not each or not all(map(callable, each.values())):
         raise InvalidType(
             "`schedules` must be a function of the step, a list of them, or {label: function}. "
-            f"{received('schedules', schedules)}"
+            f"{received('schedules', each)}"
         )
-    return {str(label): function for label, function in schedules.items()}
+    return {str(label): function for label, function in each.items()}
 
 
-def _all_callable(functions: Mapping[Any, Any]) -> bool:
-    return all(map(callable, functions.values()))
+def _labels(functions: Sequence[Any]) -> list[str]:
+    """Return a label for each function, with a number where several are called the same."""
+    names = [_short(x) for x in functions]
+    return [f"{n} {i}" if names.count(n) > 1 else n for i, n in enumerate(names)]
 
 
 def _short(function: Any) -> str:
@@ -106,7 +108,7 @@ def _short(function: Any) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 
-def metrics(metrics: Mapping[str, Any]) -> Any:
+def metrics(metrics: Mapping[str, Any]) -> "Figure":
     """Draw the metrics of a run over its steps: losses, rates, norms, then each of the others.
 
     An axis is logarithmic where all values are above 0 and the greatest is over 10 times the
@@ -134,10 +136,7 @@ def metrics(metrics: Mapping[str, Any]) -> Any:
     """
     if not isinstance(metrics, Mapping):
         raise InvalidType(f"`metrics` must map tags to arrays. {received('metrics', metrics)}")
-    lines = {}
-    for tag, value in metrics.items():
-        if isinstance(value, np.ndarray | jax.Array) and np.ndim(value) == 1 and np.size(value):
-            lines[str(tag)] = np.asarray(value)
+    lines = {str(tag): np.asarray(value) for tag, value in metrics.items() if _is_line(value)}
     if not lines:
         raise ValueError(
             "`metrics` must have an array of shape (steps,), as `step.run` and `step.many` return; "
@@ -146,13 +145,14 @@ def metrics(metrics: Mapping[str, Any]) -> Any:
     grouped = _grouped(lines)
     figure, every = panels(len(grouped), height=3.0)
     for axes, (label, members) in zip(every, grouped.items(), strict=True):
-        for style, (tag, values) in styled(members):
-            _draw_steps(axes, values.astype(np.float64), tag, style)
-        scale("y", axes, [values.astype(np.float64) for _, values in members])
-        if all(np.issubdtype(values.dtype, np.integer) for _, values in members):
-            whole_ticks(axes)
+        _draw_panel(axes, members)
         finish(axes, "step", label, legend=len(members) > 1)
     return figure
+
+
+def _is_line(value: Any) -> bool:
+    """Return whether a metric has one number a step."""
+    return isinstance(value, np.ndarray | jax.Array) and np.ndim(value) == 1 and np.size(value) > 0
 
 
 _GROUPS = {
@@ -185,6 +185,14 @@ def _place(tag: str) -> tuple[str, str]:
     return tag, tag
 
 
+def _draw_panel(axes: Any, members: Sequence[tuple[str, np.ndarray]]) -> None:
+    for style, (tag, values) in styled(members):
+        _draw_steps(axes, values.astype(np.float64), tag, style)
+    scale("y", axes, [values.astype(np.float64) for _, values in members])
+    if all(np.issubdtype(values.dtype, np.integer) for _, values in members):
+        whole_ticks(axes)
+
+
 def _draw_steps(axes: Any, values: np.ndarray, label: str, style: Mapping[str, Any]) -> None:
     """Draw a line over the steps; of many, the means of groups before their least and greatest."""
     starts = np.arange(0, len(values), -(-len(values) // MOST_POINTS))
@@ -198,7 +206,7 @@ def _draw_steps(axes: Any, values: np.ndarray, label: str, style: Mapping[str, A
     axes.plot(at, means, label=label, lw=1.6, marker=marker, **style)
 
 
-def update_ratios(before: Any, after: Any, *, steps: int = 1) -> Any:
+def update_ratios(before: Any, after: Any, *, steps: int = 1) -> "Figure":
     """Draw how much each parameter has changed, as a part of its size.
 
         ratio = ‖after - before‖ / (‖before‖ · steps)
@@ -231,7 +239,7 @@ def update_ratios(before: Any, after: Any, *, steps: int = 1) -> Any:
       [0.25, 0.1]
     """
     steps = check_integer("steps", steps, AT_LEAST_1)
-    found = find_ratios(before, after)
+    found = _ratios(before, after)
     shown = np.array([ratio.value for ratio in found[:MOST_BARS]]) / steps
     figure, [axes] = panels(1, height=1.2 + 0.26 * len(shown))
     axes.barh(range(len(shown)), shown, color=COLOURS[0], height=0.7)
@@ -249,7 +257,69 @@ def update_ratios(before: Any, after: Any, *, steps: int = 1) -> Any:
     return figure
 
 
-def sweep(result: _Runs) -> Any:
+class _Ratio(NamedTuple):
+    """Of one parameter.
+
+    Attributes:
+      name: of the parameter, with a remark where there is no ratio.
+      value: ‖after - before‖ / ‖before‖; 0 where there is none.
+      rank: what a list of them is sorted by.
+    """
+
+    name: str
+    value: float
+    rank: float
+
+
+def _ratios(before: Any, after: Any) -> list[_Ratio]:
+    """Return the ratio of each parameter: what is not finite first, then from large to small.
+
+    Raises:
+      InvalidType: a leaf is no array of numbers.
+      RuntimeError: a step has taken the memory of a leaf.
+      TreeMismatch: the trees have different leaves.
+      ValueError: there are none.
+    """
+    later = same_leaves("after", after, "before", before)
+    triples = list(zip(leaf_names(before), jax.tree.leaves(before), later, strict=True))
+    ratios = [_ratio(*triple) for triple in triples if not _is_key(triple[1])]
+    if not ratios:
+        raise ValueError("`before` must have a parameter. Received: a tree without any.")
+    return sorted(ratios, key=lambda ratio: -ratio.rank)
+
+
+def _is_key(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _ratio(name: str, before: Any, after: Any) -> _Ratio:
+    old, new = _values("before", name, before), _values("after", name, after)
+    if old.shape != new.shape:
+        raise TreeMismatch(
+            f"`after` must have at {name!r} the shape of `before`, {old.shape}. "
+            f"Received: shape {new.shape}."
+        )
+    if not (np.isfinite(old).all() and np.isfinite(new).all()):
+        return _Ratio(f"{name} (not finite)", 0.0, np.inf)
+    if not old.any():
+        return _Ratio(f"{name} (was 0)", 0.0, -1.0)
+    value = float(np.linalg.norm((new - old).ravel()) / np.linalg.norm(old.ravel()))
+    return _Ratio(name, value, value)
+
+
+def _values(which: str, name: str, leaf: Any) -> np.ndarray:
+    """Return a leaf on the host, in float64 or complex128."""
+    leaf = as_array(f"`{which}` at", name, leaf)
+    if isinstance(leaf, jax.Array) and leaf.is_deleted():
+        raise RuntimeError(
+            f"`{which}` was donated: a step gives its memory to the state that it returns. Keep a "
+            "copy before the step: `before = jax.device_get(state.params)`."
+        )
+    array = np.asarray(jax.device_get(leaf))
+    return array.astype(np.complex128 if np.iscomplexobj(array) else np.float64)
+
+
+def sweep(result: _Runs) -> "Figure":
     """Draw the loss of a sweep over each of its numbers.
 
     A dot is a run: its mean loss over the last tenth of the steps. The line goes through the best
@@ -272,9 +342,7 @@ def sweep(result: _Runs) -> Any:
       >>> print(ol.plot.sweep(found).axes[0].lines[0].get_ydata())
       [0.75 0.5  0.  ]
     """
-    columns = {name: [point[name] for point in result.points] for name in result.points[0]}
-    varied = [name for name, values in columns.items() if len(set(values)) > 1]
-    names = [n for n in varied if n != "seed"] or varied or list(columns)
+    names = _varied(result.points)
     figure, every = panels(len(names), height=3.4)
     for axes, name in zip(every, names, strict=True):
         _draw_number(axes, result, name)
@@ -282,14 +350,16 @@ def sweep(result: _Runs) -> Any:
     return figure
 
 
+def _varied(points: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the numbers with several values; the seed, or all numbers, if there are no others."""
+    varied = [name for name in points[0] if len({point[name] for point in points}) > 1]
+    return [name for name in varied if name != "seed"] or varied or list(points[0])
+
+
 def _draw_number(axes: Any, result: _Runs, name: str) -> None:
     losses = result.final
     values = [point[name] for point in result.points]
-    ticks = [v for v in dict.fromkeys(values) if v is None]
-    x = np.array([np.nan if v is None else float(v) for v in values])
-    if ticks:  # as built: it stands at the left of the numbers
-        x[np.isnan(x)] = np.nanmin(x) / 2 if np.any(np.isfinite(x)) else 0.0
-    good = np.isfinite(losses)
+    x, good = _positions(values), np.isfinite(losses)
     line = _through_the_best(result.points, name, losses)
     where = np.array([x[values.index(v)] for v in line])
     order = np.argsort(where)
@@ -309,6 +379,13 @@ def _draw_number(axes: Any, result: _Runs, name: str) -> None:
     scale("x", axes, [x])
 
 
+def _positions(values: Sequence[Any]) -> np.ndarray:
+    """Return where values are on an axis; None, as built, is at the left of the numbers."""
+    x = np.array([np.nan if v is None else float(v) for v in values])
+    least = np.nanmin(x) if np.any(np.isfinite(x)) else 0.0
+    return np.where([v is None for v in values], least / 2, x)
+
+
 def _through_the_best(points: Sequence[dict[str, Any]], name: str, losses: np.ndarray) -> dict:
     """Return for each value the least loss over the other numbers, of means over the seeds."""
     groups: dict[Any, dict[Any, list[float]]] = {}
@@ -321,7 +398,7 @@ def _through_the_best(points: Sequence[dict[str, Any]], name: str, losses: np.nd
     }
 
 
-def learning_rate(result: _Curve) -> Any:
+def learning_rate(result: _Curve) -> "Figure":
     """Draw a learning-rate range test: the loss over the rate, with the rate that is suggested.
 
     Args:

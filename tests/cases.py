@@ -4,11 +4,6 @@ A new link gets a row here. What it cannot do is a column of its row.
 """
 
 import dataclasses
-import json
-import os
-import pathlib
-import subprocess
-import sys
 from typing import Any
 
 import jax
@@ -20,7 +15,9 @@ import pytest
 from optimize_loss import optimizers as optim
 from optimize_loss import schedules
 from optimize_loss import transforms as T
-from optimize_loss.transforms._by_rule import AddDecayByRule, ByRule, MultiplySteps, ShrinkByRule
+from optimize_loss._engine.by_name import ByName
+from optimize_loss.transforms._multiply import MultiplySteps
+from tests import devices
 
 LOSS = np.float32(2.0)  # what links that read the loss are given
 SHAPES = {"encoder": {"layer_0": {"bias": (2,), "kernel": (8, 2)}}, "scale": ()}
@@ -76,6 +73,7 @@ def numbers_of(tx: T.Chain) -> dict[str, Any]:
         if isinstance(link := tx.link(name), T.Link)
         for number, value in link.numbers().items()
         if not callable(value)
+        if not isinstance(getattr(link, number, None), ByName)  # the default, for the rest
     }
 
 
@@ -121,19 +119,14 @@ def adaptive(std, decay, epsilon, momentum, rate):
     )
 
 
-def by_rule(multiplier, decay, added, adam, rate):
-    """Links whose number goes by the rule of a parameter."""
-    patterns = ("**/bias", "scale")
-
-    def some(link, *chosen):
-        return T.ForParameters(ByRule(patterns, chosen), link, optional=True)
-
+def by_name(multiplier, decay, added, adam, rate):
+    """Links whose number goes by the name of a parameter."""
     return T.chain(
-        shrink=some(ShrinkByRule(patterns, (decay, None)), 0),
-        adam=T.ScaleByAdam(*adam),
-        add=some(AddDecayByRule(patterns, (None, added)), 1),
+        shrink=T.ShrinkParams({"**/bias": decay}),
+        adam=T.ScaleByAdam(adam[0], adam[1], {"scale": adam[2], "**": adam[2] / 2}),
+        add=T.AddWeightDecay({"scale": added}),
         rate=T.ScaleByLearningRate(rate),
-        multiply=some(MultiplySteps(patterns, (multiplier, 2 * multiplier)), 0, 1),
+        multiply=MultiplySteps({"**/bias": multiplier, "scale": 2 * multiplier}),
     )
 
 
@@ -492,9 +485,10 @@ CASES = [
         keeps_slots=False,
     ),
     case(
-        "chain-by-rule",
-        by_rule(0.5, 0.1, 0.2, (0.9, 0.99, 1e-7), 0.1),
-        by_rule(0.25, 0.2, 0.1, (0.8, 0.9, 1e-3), 0.2),
+        "chain-by-name",
+        by_name(0.5, 0.1, 0.2, (0.9, 0.99, 1e-7), 0.1),
+        by_name(0.25, 0.2, 0.1, (0.8, 0.9, 1e-3), 0.2),
+        empty_ok=False,
     ),
     case(
         "tf1-momentum",
@@ -547,21 +541,21 @@ def grads(t: int) -> Any:
 QUICKLY_COMPILED = "--xla_backend_optimization_level=0"
 
 
-def on_eight_devices(module: str, function: str, flags: str = QUICKLY_COMPILED) -> Any:
-    """Call a function of a module that returns JSON, in a process with eight CPU devices."""
-    code = f"from tests import conftest; import {module} as tested; print(tested.{function}())"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=pathlib.Path(__file__).parent.parent,
-        env=os.environ
-        | {
-            "JAX_PLATFORMS": "cpu",
-            "JAX_NUM_CPU_DEVICES": "8",
-            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip(),
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+def on_eight_devices(
+    module: str,
+    function: str,
+    *arguments: Any,
+    flags: str = QUICKLY_COMPILED,
+    alone: bool = False,
+) -> Any:
+    """Call a function of a module that returns JSON, in a process with eight CPU devices.
+
+    Other tests share it, unless this one measures the process and must be alone.
+    """
+    if not alone:
+        return devices.shared(flags).call(module, function, *arguments)
+    process = devices.Devices(flags)
+    try:
+        return process.call(module, function, *arguments)
+    finally:
+        process.close()

@@ -166,23 +166,22 @@ def train(setting: Setting, photo: Photo, steps: int, seed: int, log: str | None
       log: folder for a TensorBoard log; None for none.
     """
     start = time.perf_counter()
-    state = setting.step.init(init_net(seed))
+    state, done = setting.step.init(init_net(seed)), 0
     frames, kept = [_frame(photo, 0, state)], []
-    wanted = [share * steps for share in FRAMES[1:]]
+    wanted = np.array(FRAMES) * steps
     with _progress(setting.label, steps) as report, _writer(log) as write:
         for batches in _batches(photo, steps, seed):
             state, metrics = setting.step.many(state, *batches)
             write(state.step, metrics)
-            kept.append({tag: v for tag, v in metrics.items() if tag in _TAGS})
-            done, last = int(state.step), float(metrics["loss"][-1])
-            finite = bool(np.isfinite(last))
-            if done >= wanted[0] or not finite:
+            kept.append(metrics)
+            before, done, last = done, int(state.step), float(metrics["loss"][-1])
+            diverged = not np.isfinite(last)
+            if diverged or np.any((before < wanted) & (wanted <= done)):
                 frames.append(_frame(photo, done, state))
-                wanted = [share for share in wanted if share > done]
             report(done, last)
-            if not finite:
+            if diverged:
                 break
-    curves = {tag: np.concatenate([part[tag] for part in kept]) for tag in kept[0]}
+    curves = {tag: np.concatenate([part[tag] for part in kept]) for tag in _TAGS if tag in kept[0]}
     return Run(setting, curves, frames, time.perf_counter() - start)
 
 

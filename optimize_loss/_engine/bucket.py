@@ -8,7 +8,7 @@ the same elementwise links share one array. Links see it as one parameter.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -106,12 +106,12 @@ class Layout(Static):
 
     def join_numbers(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """Return the state of a chain with its numbers in few arrays."""
-        joined: dict[str, Any] = _map_links(
-            lambda mine: {name: x for name, x in mine.items() if not _is_number(x)}, state
-        )
+        joined = dict(state)
         for key, members in self.numbers:
-            pairs = (name.split("/", 1) for name in members.names)
+            pairs = [name.split("/", 1) for name in members.names]
             joined[key] = members.join_on_device([state[link][number] for link, number in pairs])
+            for link, number in pairs:
+                joined[link] = {name: x for name, x in joined[link].items() if name != number}
         return joined
 
     def split_numbers(self, joined: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,6 +137,16 @@ class Layout(Static):
         """Return the state of a chain with every slot packed as here, not in another layout."""
         return _map_slots(lambda packed: self.gather(unpacked(packed)), state)
 
+    def own_slots(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the state of a chain with of every slot, packed, what is trained."""
+        return _map_slots(self.only_trained, state)
+
+    def all_slots(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the state of a chain with None in every packed slot for what it does not have."""
+        members = dict(self.buckets)
+        none = {n: Bucket(None, members[n]) if n in members else None for n in self.trained}
+        return _map_slots(lambda packed: {**none, **packed}, state)
+
     def trains(self, names: Sequence[str]) -> bool:
         """Return whether it was made for a step that trains these parameters."""
         buckets = dict(self.buckets)
@@ -149,20 +159,17 @@ class Layout(Static):
 
     def parted(self, grads: Mapping[str, Any]) -> "Layout":
         """Return the layout in which the members with and without gradients do not mix."""
-        buckets: list[tuple[str, Members]] = []
+        buckets: dict[str, Members] = {}
         trained = set(self.trained)
         for name, members in self.buckets:
-            without = [m in grads and grads[m] is None for m in members.names]
-            if not any(without) or all(without):
-                buckets.append((name, members))
-                continue
-            for part, which in ((name, False), (f"{name} without gradient", True)):
-                chosen = [i for i, w in enumerate(without) if w is which]
-                names, shapes = members.names, members.shapes
-                some = Members(tuple(names[i] for i in chosen), tuple(shapes[i] for i in chosen))
-                buckets.append((part, some))
-                trained.add(part)
-        return dataclasses.replace(self, buckets=tuple(buckets), trained=frozenset(trained))
+            without = [member in grads and grads[member] is None for member in members.names]
+            if any(without) and not all(without):
+                parts = members.parted(without)
+                buckets |= zip((name, f"{name} without gradient"), parts, strict=True)
+                trained.add(f"{name} without gradient")
+            else:
+                buckets[name] = members
+        return dataclasses.replace(self, buckets=tuple(buckets.items()), trained=frozenset(trained))
 
 
 def _wide(leaf: jax.Array) -> jax.Array:
@@ -226,33 +233,45 @@ def find_layout(
       largest: the number of elements above which a leaf stays by itself.
     """
     names, leaves = leaf_names(params), jax.tree.leaves(params)
-    groups: dict[Any, list[int]] = {}
-    for i, (leaf, kind) in enumerate(zip(leaves, kinds, strict=True)):
-        place = _place(leaf)
-        if kind is None or place is None or leaf.size > largest:
-            continue
-        groups.setdefault((leaf.dtype, place, kind, trained[i]), []).append(i)
-    groups = {key: found for key, found in groups.items() if len(found) > 1}
-    if not groups:
+    buckets = _buckets(names, leaves, _groups(leaves, kinds, trained, largest))
+    if not buckets:
         return None
-    buckets: dict[str, Members] = {}
-    by_itself = {name for name, t in zip(names, trained, strict=True) if t}
-    of_buckets = set()
-    for (dtype, _, _, is_trained), found in groups.items():
-        taken = {*names, *map(shown_name, buckets)}
-        texts = (f"bucket/{dtype.name}/{n}" for n in itertools.count())
-        bucket = next(text for text in texts if text not in taken)
-        members = Members(tuple(names[i] for i in found), tuple(leaves[i].shape for i in found))
-        bucket = f"{bucket}/{members.digest}"
-        buckets[bucket] = members
-        by_itself -= set(members.names)
-        of_buckets |= {bucket} if is_trained else set()
+    alone = set(itertools.compress(names, trained))
+    of_buckets = {bucket for bucket, members in buckets.items() if members.names[0] in alone}
+    alone.difference_update(*(members.names for members in buckets.values()))
     return Layout(
         treedef=jax.tree.structure(params),
         names=tuple(names),
         buckets=tuple(buckets.items()),
-        trained=frozenset(by_itself | of_buckets),
+        trained=frozenset(alone | of_buckets),
     )
+
+
+def _groups(
+    leaves: Sequence[Any], kinds: Sequence[Any], trained: Sequence[bool], largest: int
+) -> list[list[int]]:
+    """Return the numbers of the leaves that share an array."""
+    groups: dict[Any, list[int]] = {}
+    for i, (leaf, kind) in enumerate(zip(leaves, kinds, strict=True)):
+        place = _place(leaf)
+        if kind is not None and place is not None and leaf.size <= largest:
+            groups.setdefault((leaf.dtype, place, kind, trained[i]), []).append(i)
+    return [found for found in groups.values() if len(found) > 1]
+
+
+def _buckets(
+    names: Sequence[str], leaves: Sequence[Any], groups: Sequence[Sequence[int]]
+) -> dict[str, Members]:
+    """Return the members of each bucket, by a name that no parameter has."""
+    buckets: dict[str, Members] = {}
+    numbers: dict[str, Iterator[int]] = {}
+    for found in groups:
+        dtype = leaves[found[0]].dtype.name
+        texts = (f"bucket/{dtype}/{n}" for n in numbers.setdefault(dtype, itertools.count()))
+        bucket = next(text for text in texts if text not in names)
+        members = Members(tuple(names[i] for i in found), tuple(leaves[i].shape for i in found))
+        buckets[f"{bucket}/{members.digest}"] = members
+    return buckets
 
 
 def _place(leaf: Any) -> Any:

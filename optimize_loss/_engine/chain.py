@@ -1,6 +1,7 @@
 """Links in a row, by name: one optax transformation whose state is a dict."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from optimize_loss._checks import InvalidType, TreeMismatch, check_single
+from optimize_loss._engine import numbers
 from optimize_loss._engine.device import from_host
 from optimize_loss._engine.equal import same, structural_hash
 from optimize_loss._engine.exchange import exchanged, settled
@@ -15,7 +17,6 @@ from optimize_loss._engine.first_state import init_link
 from optimize_loss._engine.kinds import weighs_nothing
 from optimize_loss._engine.leaf import Wanted
 from optimize_loss._engine.link import Link, State, functions_of, is_transformation
-from optimize_loss._engine.numbers import ChainNumbers
 from optimize_loss._engine.order import check_last, check_order, with_losses
 from optimize_loss._engine.passes import averaged, decoded, run
 from optimize_loss._engine.plan import Place, Plan, kind_of, takes
@@ -106,9 +107,6 @@ class Chain(Transformation):
         taken = take_apart(params)
         places = self._places(taken)
         check_last(places)
-        for place in places:
-            if isinstance(place.link, Link):
-                place.link.check_names(place.names(taken))
         if any(kind_of(type(place.link)) != "leaf" for place in places):  # they see the user's tree
             return [None] * len(taken.leaves)
         plan = Plan(taken, tuple(places))
@@ -153,7 +151,7 @@ class Chain(Transformation):
 
     def numbers_named(self, name: str, state: State, schedule_step: Any = None) -> State:
         """Return the hyperparameter `name` of every link that has it, at this step, by link."""
-        return self._numbers.named(name, state, _step(state, schedule_step))
+        return numbers.named_at(self._ours, name, state, _step(state, schedule_step))
 
     @asked_for()
     def set(self, state: State, **values: Any) -> State:
@@ -177,20 +175,21 @@ class Chain(Transformation):
           Traceback (most recent call last):
           ValueError: `max_norm` must be above 0. Received: max_norm=-1.
         """
-        return self._numbers.replaced(state, values)
+        return numbers.set_numbers(self._ours, state, values)
 
     def with_own_numbers(self, state: State) -> State:
         """Return the state with all numbers as the links were built with them."""
-        return self._numbers.given(state, ["/".join(pair) for pair in self.all_numbers()])
+        names = ("/".join(pair) for pair in self.all_numbers())
+        return numbers.set_numbers(self._ours, state, dict.fromkeys(names))
 
-    @property
+    @functools.cached_property
     def traced_numbers(self) -> list[str]:
         """The numbers that are traced values, as `link/number`."""
-        return self._numbers.traced()
+        return numbers.traced_numbers(self._ours)
 
-    def all_numbers(self) -> Iterator[tuple[str, str]]:
+    def all_numbers(self) -> list[tuple[str, str]]:
         """Return the link and the name of every hyperparameter."""
-        return self._numbers.all()
+        return numbers.all_numbers(self._ours)
 
     def find(self, name: str) -> tuple[str, str]:
         """Return the link and the number that `name`, or `link/number`, stands for.
@@ -198,7 +197,7 @@ class Chain(Transformation):
         Raises:
           ValueError: there is none, or more than one.
         """
-        return self._numbers.find(name)
+        return numbers.find(self._ours, name)
 
     @asked_for()
     def averaged(self, state: State, params: Any) -> Any:
@@ -234,11 +233,11 @@ class Chain(Transformation):
 
     def loss_scale(self, state: State, schedule_step: Any = None) -> jax.Array | None:
         """Return what the loss must be multiplied by before its gradients come here, or None."""
-        return self._numbers.loss_scale(state, _step(state, schedule_step))
+        return numbers.loss_scale(self._ours, state, _step(state, schedule_step))
 
     def dynamic_loss_scale(self, state: State) -> jax.Array | None:
         """Return the product of the loss scales that change by themselves, or None."""
-        return self._numbers.dynamic_loss_scale(state)
+        return numbers.dynamic_loss_scale(self._ours, state)
 
     def with_numbers_of(self, other: "Chain", state: State) -> tuple["Chain", State]:
         """Return the chain and the state that go on from `state` with the numbers of `other`.
@@ -255,9 +254,10 @@ class Chain(Transformation):
         state, retraced = exchanged(dict(self.links), dict(other.links), state)
         return (other if retraced else self), state
 
-    @property
-    def _numbers(self) -> ChainNumbers:
-        return ChainNumbers(dict(self.links))
+    @functools.cached_property
+    def _ours(self) -> dict[str, Link]:
+        """The links of ours, by name."""
+        return {name: link for name, link in self._linked() if isinstance(link, Link)}
 
     def _linked(self) -> Iterator[tuple[str, Any]]:
         return linked(dict(self.links))
@@ -270,12 +270,13 @@ class Chain(Transformation):
         return Plan(params, tuple(places), live, seed)
 
     def _call(self, state: State, schedule_step: Any, extra: Mapping[str, Any]) -> Call:
-        numbers = self._numbers.at_step(state, _step(state, schedule_step))
+        ours = self._ours
+        own = numbers.numbers_at(ours, state, _step(state, schedule_step))
         weight = extra.get("weight")
         return Call(
             state=state,
-            numbers=numbers,
-            judged=lambda: self._numbers.judged(numbers, state),
+            numbers=own,
+            judged=lambda: numbers.judged(ours, own, state),
             entries=dict(self.links),
             loss=extra.get("value"),
             weight=weight,
@@ -308,25 +309,21 @@ class Chain(Transformation):
     ) -> tuple[Any, State]:
         _check_state(self, state)
         if traced := self.traced_numbers:
-            state = self._numbers.given(state, traced)
-        are_given = params is not None
-        if not are_given:
-            params = jax.tree.map(_unknown, updates)
-        known = without_strangers(updates, params)
+            state = numbers.set_numbers(self._ours, state, dict.fromkeys(traced))
+        given = jax.tree.map(_unknown, updates) if params is None else params
+        known = without_strangers(updates, given)
         taken = take_apart(known)
         flat = taken.check_updates(updates)
-        live = [j for j, p in enumerate(taken.leaves) if flat[j] is not None and is_inexact(p)]
-        plan = self._plan(taken, tuple(live))
-        if not are_given:
+        plan = self._plan(taken, taken.live(flat))
+        if params is None:
             _check_not_read(plan.places)
         call = self._call(state, schedule_step, extra)
-        results, new_state = run(plan, call, [flat[j] for j in live], wanted)
-        outputs = list(taken.leaves if wanted == "params" else flat)
-        for j, result in zip(live, results, strict=True):
-            outputs[j] = result
-        result = taken.unflatten(outputs)
-        if known is not params and wanted == "params":
-            result = with_strangers(result, params)
+        results, new_state = run(plan, call, [flat[j] for j in plan.live], wanted)
+        done = dict(zip(plan.live, results, strict=True))
+        others = taken.leaves if wanted == "params" else flat
+        result = taken.unflatten([done.get(j, x) for j, x in enumerate(others)])
+        if known is not given and wanted == "params":
+            result = with_strangers(result, given)
         return result, new_state
 
 

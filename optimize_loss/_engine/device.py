@@ -142,18 +142,24 @@ def of_part(there: Any, first: tuple[int, ...], shape: tuple[int, ...]) -> Any:
       first: the lengths of its axes but for the last one.
       shape: of the part, without these axes.
     """
-    if not isinstance(there, NamedSharding) or there.is_fully_replicated or _is_explicit(there):
+    if _has_all(there):
         return whole(there, len(first) + len(shape))
     *before, last = *there.spec, *[None] * (len(first) + 1 - len(there.spec))
     along = next((i for i, size in enumerate(shape) if size > 1), None)
-    axes = () if last is None else last if isinstance(last, tuple) else (last,)
-    if (
-        axes
-        and along is not None
-        and not shape[along] % math.prod(there.mesh.shape[axis] for axis in axes)
-    ):
+    parts = math.prod(there.mesh.shape[axis] for axis in axes_of(last))
+    if axes_of(last) and along is not None and not shape[along] % parts:
         before += [*[None] * along, last]
     return NamedSharding(there.mesh, PartitionSpec(*before), memory_kind=there.memory_kind)
+
+
+def axes_of(part: Any) -> tuple[str, ...]:
+    """Return the axes of a mesh over which a dimension is spread."""
+    return () if part is None else part if isinstance(part, tuple) else (part,)
+
+
+def _has_all(there: Any) -> bool:
+    """Return whether each device has all of an array, or the array's type says what it has."""
+    return not isinstance(there, NamedSharding) or there.is_fully_replicated or _is_explicit(there)
 
 
 def _is_explicit(there: NamedSharding) -> bool:

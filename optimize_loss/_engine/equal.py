@@ -88,20 +88,20 @@ class _Comparison:
         if type(one) is not type(other):
             return not strict and _equal(one, other)
         parts, theirs = _parts(one), _parts(other)
-        if parts is None or theirs is None:
-            exact = strict and isinstance(one, float | complex | set | frozenset)
-            return repr(one) == repr(other) if exact else _equal(one, other)
+        if None in (parts, theirs):
+            return _same_values(one, other, strict)
         self._met[pair] = one, other  # kept, so that no other value has the id
-        if isinstance(one, types.FunctionType) and not self._same_globals(one, other):
-            return False
         strict = strict or isinstance(one, _FUNCTIONS)
-        return len(parts) == len(theirs) and all(
-            self.same(*each, strict) for each in zip(parts, theirs, strict=True)
-        )
+        return self._same_globals(one, other) and self._same_parts(parts, theirs, strict)
 
-    def _same_globals(self, one: types.FunctionType, other: types.FunctionType) -> bool:
+    def _same_parts(self, parts: Any, theirs: Any, strict: bool) -> bool:
+        """Return whether two lists of parts are the same, one after the other."""
+        pairs = zip(parts, theirs, strict=False)
+        return len(parts) == len(theirs) and all(self.same(*each, strict) for each in pairs)
+
+    def _same_globals(self, one: Any, other: Any) -> bool:
         """Return whether the names that a function reads from its module stand for the same."""
-        if one.__globals__ is other.__globals__:
+        if not isinstance(one, types.FunctionType) or one.__globals__ is other.__globals__:
             return True
         names = set(_names(one.__code__))
         mine, theirs = (
@@ -112,6 +112,12 @@ class _Comparison:
             and mine.keys() == theirs.keys()
             and all(self.same(mine[name], theirs[name], strict=True) for name in mine)
         )
+
+
+def _same_values(one: Any, other: Any, strict: bool) -> bool:
+    """Return whether two values without parts are equal."""
+    exact = strict and isinstance(one, float | complex | set | frozenset)
+    return repr(one) == repr(other) if exact else _equal(one, other)
 
 
 def _parts(value: Any) -> list[Any] | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from jax.core import Tracer
 
+from optimize_loss._engine.by_name import ByName
 from optimize_loss._engine.equal import same
 from optimize_loss._engine.link import Link, State, number_rules
 from optimize_loss._engine.numbers import replaced
@@ -58,9 +59,9 @@ def structure(entry: Any) -> Any:
     if not isinstance(entry, Link):
         return entry
     numbers, rules = entry.numbers(), number_rules(type(entry))
-    inside = [value for name, value in numbers.items() if name not in rules]
-    rest = {n: _without(inside, x) for n, x in _fields(entry).items() if n not in numbers}
-    return type(entry), rest, [*numbers]
+    inside = [value for name, value in numbers.items() if name.partition("/")[0] not in rules]
+    fields = {n: x for n, x in _fields(entry).items() if n not in numbers or isinstance(x, ByName)}
+    return type(entry), {n: _without(inside, x) for n, x in fields.items()}, [*numbers]
 
 
 def settled(link: Any) -> Any:
@@ -83,6 +84,10 @@ def _known(field: Any) -> Any:
     """Return a field with 1 for what is traced in it; the same one where nothing is."""
     if isinstance(field, Tracer):
         return 1.0
+    if isinstance(field, ByName):
+        known = _known(numbers := (field.pairs, field.rest))
+        changed = dict(zip(("pairs", "rest"), known, strict=True))
+        return field if known is numbers else dataclasses.replace(field, **changed)
     if type(field) is tuple:
         parts = tuple(map(_known, field))
         return parts if any(map(operator.is_not, parts, field)) else field
@@ -95,6 +100,8 @@ def _fields(value: Any) -> dict[str, Any]:
 
 def _without(numbers: list[Any], field: Any) -> Any:
     """Return a field without the numbers that stand inside it, as multipliers do."""
+    if isinstance(field, ByName):
+        return field.patterns, field.optional
     if isinstance(field, tuple):
         return tuple(_without(numbers, part) for part in field)
     return None if any(field is number for number in numbers) else field

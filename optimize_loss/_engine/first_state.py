@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.interpreters import partial_eval
 
 from optimize_loss._engine.device import from_host
@@ -24,8 +25,6 @@ def init_link(place: Place, params: Params, precision: Precision | None) -> Stat
       ValueError: a pattern of the link matches no parameter, or two of these have one name.
     """
     link = place.link
-    if not params.are_unknown:
-        link.check_names(place.names(params))
     arrays = {
         name: to_array(name, value, link.rule(name), params.dtype)
         for name, value in link.numbers().items()
@@ -74,7 +73,7 @@ def made_from(function: Callable[[Any], Any], params: Any) -> Any:
     if not shapes:
         return function(params)
     jaxpr = jax.make_jaxpr(function)(params).jaxpr
-    marks = [[i == j for j in range(len(jaxpr.outvars))] for i in range(len(jaxpr.outvars))]
+    marks = np.eye(len(jaxpr.outvars), dtype=bool).tolist()
     depends = [any(partial_eval.dce_jaxpr(jaxpr, mark)[1]) for mark in marks]
     values, structure = jax.tree.flatten(function(jax.tree.map(_zeros, params)))
     placed = any(x.sharding is not None for x in shapes)

@@ -38,9 +38,11 @@ import jax
 from optimize_loss import _checks
 from optimize_loss._checks import Rule, check_flags
 from optimize_loss._engine.arrays import multiplied
+from optimize_loss._engine.by_name import ByName, by_name, numbers_by_name
+from optimize_loss._names import Pattern
 
 Schedule = Callable[[Any], Any]
-Number = float | Schedule
+Number = float | Schedule | Mapping[Pattern, float | Schedule] | ByName
 
 # Types of hyperparameters. The rule is checked when a link is built and when its state is set.
 Finite = Annotated[Number, _checks.FINITE]
@@ -82,13 +84,12 @@ def number_rules(cls: type) -> dict[str, Rule]:
     """Return the rule of every field of a link that is a hyperparameter; plain floats count."""
     rules = {}
     for name, hint in typing.get_type_hints(cls, include_extras=True).items():
-        origin, parts = typing.get_origin(hint), typing.get_args(hint)
-        found = [r for part in (hint, *parts) for r in getattr(part, "__metadata__", ())]
-        is_union = origin in (typing.Union, types.UnionType)
-        if rule := next((r for r in found if isinstance(r, Rule)), None):
-            rules[name] = rule
-        elif hint is float or (is_union and float in parts):
-            rules[name] = _checks.FINITE
+        kinds = (hint, *typing.get_args(hint))
+        marks = [mark for kind in kinds for mark in getattr(kind, "__metadata__", ())]
+        found = [mark for mark in marks if isinstance(mark, Rule)]
+        is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+        if found or float in (kinds if is_union else [hint]):
+            rules[name] = (*found, _checks.FINITE)[0]
     return rules
 
 
@@ -101,12 +102,30 @@ def check_fields(options: Any) -> None:
     """
     for name, rule in number_rules(type(options)).items():
         value = getattr(options, name)
-        may_be_scheduled = not rule.initial and rule.kind in ("real", "decay")
-        if value is not None and not (may_be_scheduled and callable(value)):
-            object.__setattr__(options, name, rule.check(name, value))
+        if value is not None and not isinstance(value, ByName):
+            object.__setattr__(options, name, _checked_field(type(options), rule, name, value))
     for field in dataclasses.fields(options):
         if field.type in (bool, "bool"):
             check_flags(**{field.name: getattr(options, field.name)})
+
+
+def _checked_field(cls: Any, rule: Rule, name: str, value: Any) -> Any:
+    """Return a hyperparameter that a rule allows; by name with the default for the rest."""
+    if not isinstance(value, Mapping) or not _may_vary(rule):
+        return checked(rule, name, value)
+    default = cls.__dataclass_fields__[name].default
+    rest = None if default is dataclasses.MISSING else default
+    return by_name(name, value, functools.partial(checked, rule), rest)
+
+
+def _may_vary(rule: Rule) -> bool:
+    """Return whether a number may be a schedule, or be given by name."""
+    return not rule.initial and rule.kind in ("real", "decay")
+
+
+def checked(rule: Rule, name: str, value: Any) -> Any:
+    """Return a number that a rule allows; a schedule as it is."""
+    return value if callable(value) and _may_vary(rule) else rule.check(name, value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,8 +134,10 @@ class Link:
 
     Subclass it as a frozen dataclass. Fields annotated with `float` or one of the types of
     `ol.transforms` (`Positive`, `NotNegative`, `Fraction`, `Decay`, …) are hyperparameters:
-    checked, kept in the state as numbers, and open to schedules. All other fields are structure:
-    they decide which program is built. In `leaf`, `k[name]` is a hyperparameter of this step; for
+    checked, kept in the state as numbers, and open to schedules. One may also be given by name, as
+    {pattern: number}: the first pattern that matches a parameter decides; what none matches has the
+    default, and without one the link leaves it alone. All other fields are structure: they decide
+    which program is built. In `leaf`, `k[name]` is a hyperparameter of this step; for
     a `Decay` β it is the pair (β, 1-β). Then write the functions that the link needs:
 
         slots(param)                           its memory for one parameter: {"m": zeros}
@@ -183,13 +204,16 @@ class Link:
 
     def rule(self, name: str) -> Rule:
         """Return what the hyperparameter `name` must satisfy."""
-        return number_rules(type(self))[name]
+        return number_rules(type(self))[name.partition("/")[0]]
 
     def numbers(self) -> dict[str, Any]:
         """Return the hyperparameters by name, schedules included; None means absent."""
         rules = number_rules(type(self))
         values = {name: getattr(self, name) for name, rule in rules.items() if not rule.initial}
-        return {name: value for name, value in values.items() if value is not None}
+        found: dict[str, Any] = {}
+        for name, value in values.items():
+            found |= value.numbers(name) if isinstance(value, ByName) else {name: value}
+        return {name: value for name, value in found.items() if value is not None}
 
     def slots(self, param: jax.Array) -> dict[str, jax.Array]:
         """Return the memory for one parameter, as it is before the first step."""
@@ -217,6 +241,8 @@ class Link:
 
     def check_names(self, names: Sequence[str]) -> None:
         """Raise a `ValueError` if a pattern of this link matches none of the parameters."""
+        for field, number in numbers_by_name(self).items():
+            number.check_names(field, names)
 
     def for_each(self, names: Sequence[str], k: Numbers) -> Iterator[Numbers]:
         """Return for each parameter what is its own in `k`; equal shapes still share a trace."""
@@ -286,6 +312,11 @@ def functions_of(cls: type) -> frozenset[str]:
     if not issubclass(cls, Link):
         return frozenset()
     return frozenset(n for n, x in vars(Link).items() if getattr(cls, n) is not x and callable(x))
+
+
+def varies(link: Link) -> bool:
+    """Return whether what the functions of one parameter need may differ between parameters."""
+    return "for_each" in functions_of(type(link)) or bool(numbers_by_name(link))
 
 
 _ON_LEAVES = frozenset(

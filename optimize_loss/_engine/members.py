@@ -150,23 +150,26 @@ class Members(Static):
         """
         kinds = {id(number): number for number in numbers}
         result, *others = kinds.values()
-        if others and any(jnp.ndim(kind) for kind in kinds.values()):
+        if others and any(map(jnp.ndim, kinds.values())):
             raise InvalidType(
                 "`for_each` of a link that is `elementwise` must give scalars. "
-                f"Received: {[jnp.shape(kind) for kind in kinds.values()]}."
+                f"Received: {[*map(jnp.shape, kinds.values())]}."
             )
+        order = {key: i for i, key in enumerate(kinds)}
+        which = np.repeat([order[id(number)] for number in numbers], self.sizes)
         if len(kinds) > 4:
-            order = {key: i for i, key in enumerate(kinds)}
-            which = self._repeated([order[id(number)] for number in numbers])
-            return jnp.stack(list(kinds.values()))[which]
-        for other in others:
-            here = self._repeated([number is other for number in numbers])
-            result = jnp.where(here, other, result)
+            return jnp.stack([*kinds.values()])[which]
+        for i, other in enumerate(others, 1):
+            result = jnp.where(which == i, other, result)
         return result
 
-    def _repeated(self, values: Sequence[int]) -> np.ndarray:
-        """Return each value as often as its member has entries."""
-        return np.repeat(np.array(values), self.sizes)
+    def parted(self, marks: Sequence[bool]) -> list["Members"]:
+        """Return the members without a mark, and those with one."""
+        found: list[Members] = []
+        for chosen in ([not mark for mark in marks], marks):
+            names = tuple(itertools.compress(self.names, chosen))
+            found.append(Members(names, tuple(itertools.compress(self.shapes, chosen))))
+        return found
 
 
 # Outside of a trace as one program for each bucket, and not as one for each member.

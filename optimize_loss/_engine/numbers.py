@@ -1,6 +1,5 @@
 """Hyperparameters as state: of a link and of a chain, as arrays and at a step."""
 
-import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -13,13 +12,14 @@ from jax.core import Tracer
 from optimize_loss._checks import Rule, nearest, received
 from optimize_loss._engine.device import from_host
 from optimize_loss._engine.kinds import Gate, LossScale, RateScale
-from optimize_loss._engine.link import Link, Numbers, State, number_rules
-from optimize_loss._engine.selection import linked
+from optimize_loss._engine.link import Link, Numbers, State
 from optimize_loss.schedules import Decayed, evaluate
 
 # Stands in the state where a schedule drives the number. It is finite, so that tools which look
 # for NaN and infinities stay quiet, and no hyperparameter is that large.
 FOLLOW_SCHEDULE = float(np.finfo(np.float32).max)
+
+Links = Mapping[str, Link]  # the links of ours in a chain, by name
 
 DTYPES = {"count": jnp.int32, "seed": jnp.uint32}
 
@@ -103,131 +103,125 @@ def replaced(name: str, value: Any, field: Any, rule: Rule, number: jax.Array) -
     return jax.device_put(new, number.sharding) if number.committed else new
 
 
-@dataclasses.dataclass(frozen=True)
-class ChainNumbers:
-    """The hyperparameters of links.
+def all_numbers(links: Links) -> list[tuple[str, str]]:
+    """Return the link and the name of every hyperparameter."""
+    return [(name, number) for name, link in links.items() for number in link.numbers()]
 
-    Attributes:
-      entries: the links by name, those for some parameters with which these are.
+
+def find(links: Links, name: str) -> tuple[str, str]:
+    """Return the link and the number that `name`, or `link/number`, stands for.
+
+    Raises:
+      ValueError: there is none, or more than one.
     """
+    known = all_numbers(links)
+    found = [pair for pair in known if name in _spellings(*pair)]
+    if len(found) == 1:
+        return found[0]
+    full = ["/".join(pair) for pair in found or known]
+    if found:
+        raise ValueError(f"`{name}` is a number of several links: name one of {full}.")
+    if not known:
+        raise ValueError(f"No link has a number `{name}`: those of optax are fixed when built.")
+    near = nearest(name, [*full, *(number for _, number in known)])
+    raise ValueError(f"No link has a number `{name}`. Nearest: {near}. All: {full}.")
 
-    entries: dict[str, Any]
 
-    @property
-    def links(self) -> dict[str, Link]:
-        """The links of ours, by name."""
-        return {name: link for name, link in linked(self.entries) if isinstance(link, Link)}
+def _spellings(owner: str, number: str) -> set[str]:
+    """Return by which names a number may be set; that of a pattern also without its field."""
+    pattern = number.partition("/")[2]
+    return {number, f"{owner}/{number}"} | ({f"{owner}/{pattern}"} if pattern else set())
 
-    def all(self) -> Iterator[tuple[str, str]]:
-        """Yield the link and the name of every hyperparameter."""
-        for name, link in self.links.items():
-            yield from ((name, number) for number in link.numbers())
 
-    def find(self, name: str) -> tuple[str, str]:
-        """Return the link and the number that `name`, or `link/number`, stands for.
+def set_numbers(links: Links, state: State, values: Mapping[str, Any]) -> State:
+    """Return the state with other values, by name; None gives back that of the link."""
+    state = dict(state)
+    for name, value in values.items():
+        owner, number = find(links, name)
+        link, mine = links[owner], state[owner]
+        field = link.numbers()[number]
+        if value is not None and isinstance(field, Tracer):
+            raise ValueError(
+                f"`{name}` cannot be set: the link was built with a traced value of it, which "
+                "each update takes. Build with a number, and set that in the state."
+            )
+        new = replaced(name, value, field, link.rule(number), mine[number])
+        state[owner] = {**mine, number: new}
+    return state
 
-        Raises:
-          ValueError: there is none, or more than one.
-        """
-        known = list(self.all())
-        found = [p for p in known if name == "/".join(p) or (name == p[1] and self._declared(*p))]
-        if len(found) == 1:
-            return found[0]
-        full = ["/".join(pair) for pair in found or known]
-        if found:
-            raise ValueError(f"`{name}` is a number of several links: name one of {full}.")
-        if not known:
-            raise ValueError(f"No link has a number `{name}`: those of optax are fixed when built.")
-        near = nearest(name, [*full, *(number for _, number in known)])
-        raise ValueError(f"No link has a number `{name}`. Nearest: {near}. All: {full}.")
 
-    def replaced(self, state: State, values: dict[str, Any]) -> State:
-        """Return the state with other values, by name; None gives back that of the link."""
-        state = dict(state)
-        for name, value in values.items():
-            owner, number = self.find(name)
-            link, mine = self.links[owner], state[owner]
-            field = link.numbers()[number]
-            if value is not None and isinstance(field, Tracer):
-                raise ValueError(
-                    f"`{name}` cannot be set: the link was built with a traced value of it, which "
-                    "each update takes. Build with a number, and set that in the state."
-                )
-            new = replaced(name, value, field, link.rule(number), mine[number])
-            state[owner] = {**mine, number: new}
-        return state
+def traced_numbers(links: Links) -> list[str]:
+    """Return which numbers the links were given as traced values, as `link/number`."""
+    return [
+        f"{name}/{number}"
+        for name, link in links.items()
+        for number, value in link.numbers().items()
+        if isinstance(value, Tracer)
+    ]
 
-    def traced(self) -> list[str]:
-        """Return which numbers the links were given as traced values, as `link/number`."""
-        return [
-            f"{name}/{number}"
-            for name, link in self.links.items()
-            for number, value in link.numbers().items()
-            if isinstance(value, Tracer)
-        ]
 
-    def given(self, state: State, names: Iterable[str]) -> State:
-        """Return the state with the values that the links were given for some numbers."""
-        return self.replaced(state, dict.fromkeys(names))
+def numbers_at(
+    links: Links, state: State, step: Any, owners: Iterable[str] | None = None
+) -> dict[str, Numbers]:
+    """Return the numbers of links at this step, by link, the rates lowered by plateaus.
 
-    def named(self, name: str, state: State, step: Any) -> State:
-        """Return the hyperparameter `name` of every link that has it, at this step, by link."""
-        owners = [owner for owner, n in self.all() if n == name and self._declared(owner, n)]
-        own = self._own(state, step, owners)
-        return {owner: own[owner][name] for owner in owners}
+    Args:
+      links: all links of ours.
+      state: of the chain.
+      step: the step that schedules see.
+      owners: the names of some of the links; all of them unless given.
+    """
+    scales = [x.scale(state[name]) for name, x in links.items() if isinstance(x, RateScale)]
+    names = links if owners is None else owners
+    found = {n: all_at_step(n, links[n], state[n], step) for n in names}
+    return {n: _lowered(x, scales) if has_rate(links[n]) else x for n, x in found.items()}
 
-    def at_step(self, state: State, step: Any) -> dict[str, Numbers]:
-        """Return for each link its numbers at this step."""
-        return self._own(state, step, self.links)
 
-    def judged(self, numbers: Mapping[str, Numbers], state: State) -> dict[str, Any]:
-        """Return what `Health` has of loss scales and schedules, from the numbers at this step."""
-        shrinking = [x > 1 for x in self._scales(Gate, state, numbers)]
-        held = [
-            jnp.all(jnp.isfinite(numbers[name][number]))
-            for name, link in self.links.items()
-            for number, value in link.numbers().items()
-            if callable(value)
-        ]
-        return {
-            "loss_scale": _product(self._scales(LossScale, state, numbers)),
-            "scale_shrinks": functools.reduce(jnp.logical_or, shrinking, jnp.array(False)),
-            "schedules_hold": functools.reduce(jnp.logical_and, held, jnp.array(True)),
-        }
+def named_at(links: Links, name: str, state: State, step: Any) -> dict[str, jax.Array]:
+    """Return the hyperparameter `name` of every link that has it, at this step, by link."""
+    owners = [owner for owner, number in all_numbers(links) if number == name]
+    return {n: own[name] for n, own in numbers_at(links, state, step, owners).items()}
 
-    def loss_scale(self, state: State, step: Any) -> jax.Array | None:
-        """Return what the loss must be multiplied by before its gradients come here, or None."""
-        scaling = [name for name, link in self.links.items() if isinstance(link, LossScale)]
-        return _product(self._scales(LossScale, state, self._own(state, step, scaling)))
 
-    def dynamic_loss_scale(self, state: State) -> jax.Array | None:
-        """Return the product of the loss scales that change by themselves, or None."""
-        return _product(self._scales(Gate, state, {}))
+def judged(links: Links, numbers: Mapping[str, Numbers], state: State) -> dict[str, Any]:
+    """Return what `Health` has of loss scales and schedules, from the numbers at this step."""
+    shrinking = [x > 1 for x in _scales(links, Gate, state, numbers)]
+    held = [
+        jnp.all(jnp.isfinite(numbers[name][number]))
+        for name, link in links.items()
+        for number, value in link.numbers().items()
+        if callable(value)
+    ]
+    return {
+        "loss_scale": _product(_scales(links, LossScale, state, numbers)),
+        "scale_shrinks": functools.reduce(jnp.logical_or, shrinking, jnp.array(False)),
+        "schedules_hold": functools.reduce(jnp.logical_and, held, jnp.array(True)),
+    }
 
-    def _declared(self, owner: str, number: str) -> bool:
-        """Return whether a number is a field of its link, and not named after a parameter."""
-        return number in number_rules(type(self.links[owner]))
 
-    def _own(self, state: State, step: Any, owners: Any) -> dict[str, Numbers]:
-        """Return the numbers of links at this step, by link, the rates lowered by plateaus."""
-        links = self.links
-        scales = [
-            link.scale(state[name]) for name, link in links.items() if isinstance(link, RateScale)
-        ]
-        own = {n: all_at_step(n, links[n], state[n], step) for n in owners}
-        return {n: _lowered(x, scales) if has_rate(links[n]) else x for n, x in own.items()}
+def loss_scale(links: Links, state: State, step: Any) -> jax.Array | None:
+    """Return what the loss must be multiplied by before its gradients come here, or None."""
+    scaling = [name for name, link in links.items() if isinstance(link, LossScale)]
+    return _product(_scales(links, LossScale, state, numbers_at(links, state, step, scaling)))
 
-    def _scales(self, kind: type[Link], state: State, own: Any) -> Iterator[jax.Array]:
-        """Yield the scale of each loss scale of a kind, from the numbers of links at this step."""
-        for name, link in self.links.items():
-            if isinstance(link, LossScale) and isinstance(link, kind):
-                yield link.factor_of_loss(own.get(name, {}), state[name])
+
+def dynamic_loss_scale(links: Links, state: State) -> jax.Array | None:
+    """Return the product of the loss scales that change by themselves, or None."""
+    return _product(_scales(links, Gate, state, {}))
 
 
 def has_rate(link: Any) -> bool:
-    """Return whether a link of ours has a learning rate, and no parameter of that name."""
-    is_ours = isinstance(link, Link) and "learning_rate" in number_rules(type(link))
-    return is_ours and "learning_rate" in link.numbers()
+    """Return whether a link of ours has a learning rate."""
+    return isinstance(link, Link) and "learning_rate" in link.numbers()
+
+
+def _scales(
+    links: Links, kind: type[Link], state: State, numbers: Mapping[str, Numbers]
+) -> Iterator[jax.Array]:
+    """Yield the scale of each loss scale of a kind, from the numbers of links at this step."""
+    for name, link in links.items():
+        if isinstance(link, LossScale) and isinstance(link, kind):
+            yield link.factor_of_loss(numbers.get(name, {}), state[name])
 
 
 def _product(scales: Iterable[jax.Array]) -> jax.Array | None:

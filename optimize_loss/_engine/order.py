@@ -8,11 +8,11 @@ from typing import Any
 import optax
 
 from optimize_loss._checks import InvalidType
-from optimize_loss._engine.equal import same
-from optimize_loss._engine.kinds import Gate, LossScale, RateScale
-from optimize_loss._engine.link import Link, Stage, TreeLink, functions_of, number_rules, passes
+from optimize_loss._engine.by_name import numbers_by_name
+from optimize_loss._engine.kinds import Averaging, Gate, LossScale, RateScale
+from optimize_loss._engine.link import Link, Stage, TreeLink, functions_of, passes
 from optimize_loss._engine.numbers import has_rate
-from optimize_loss._engine.plan import Place, kind_of
+from optimize_loss._engine.plan import Place, kind_of, lender
 from optimize_loss._engine.selection import linked, where
 
 
@@ -28,37 +28,29 @@ def merged(*parts: Mapping[str, Any]) -> dict[str, Any]:
     return {name: link for part in parts for name, link in part.items()}
 
 
-def lender(entries: Mapping[str, Any], borrower: str, number: str) -> str:
-    """Return the name of the one link whose number another one borrows.
-
-    Raises:
-      ValueError: no link has such a number, or more than one.
-    """
-    others = [
-        name
-        for name, link in linked(entries)
-        if name != borrower and isinstance(link, Link) and number in link.numbers()
-        if number in number_rules(type(link))  # and is not named after a parameter
-    ]
-    own = where(entries[borrower])
-    wider = (own, getattr(own, "within", None), getattr(own, "whole", None), None)
-    suited = [n for n in others if any(same(where(entries[n]), x) for x in wider)]
-    if len(suited) != 1:
-        raise ValueError(
-            f"The link {borrower!r} needs the `{number}` of one other link, which is for all "
-            f"parameters or for the same ones. Links that have one: {others}."
-        )
-    return suited[0]
-
-
 def check_order(entries: Mapping[str, Any]) -> None:
     """Raise if a link lacks its lender, or one for all parameters does not stand where it must."""
     check_last([Place(n, x, (where(entries[n]) is None,)) for n, x in linked(entries)])
     _check_head(entries)
+    _check_rates(entries)
     for name, link in linked(entries):
         _check_functions(name, link)
+        _check_by_name(name, link)
         if getattr(link, "needs", None) == "learning_rate":
             lender(entries, name, "learning_rate")
+
+
+def _check_by_name(name: str, link: Any) -> None:
+    """Raise if a number of a link is given by name that must be one for all its parameters."""
+    fields = numbers_by_name(link) if isinstance(link, Link) else {}
+    kinds = isinstance(link, Gate | LossScale | RateScale | Averaging | TreeLink)
+    for field in fields:
+        if kinds or field == "learning_rate" or link.memory():
+            raise InvalidType(
+                f"`{field}` of the link {name!r} must be one number for all its parameters: only "
+                "numbers of links that treat each parameter by itself may go by name. Use "
+                f"`ForParameters`, or `rules` of `optimize_loss`. Received: {link!r}."
+            )
 
 
 def _check_functions(name: str, link: Any) -> None:
@@ -79,25 +71,28 @@ def _check_functions(name: str, link: Any) -> None:
 
 
 def _check_head(entries: Mapping[str, Any]) -> None:
-    """Raise if a guard has a gate or a loss scale before it, or a number to lower is not there."""
+    """Raise if a guard has a gate or a loss scale before it, or batches are weighed twice."""
     links = dict(linked(entries))
     before: list[str] = []
     for name, link in links.items():
-        if not isinstance(link, Link):
-            continue
-        if link.needs == "health" and before:
+        if getattr(link, "needs", None) == "health" and before:
             raise ValueError(
                 f"The link {name!r} must stand before {before}, so that nothing of a batch that is "
                 f"left out stays in the state. Received: {[*links]}."
             )
-        weighs = isinstance(link, Gate) and link.is_empty(1.0) is not None
-        if weighs and any(getattr(links[n], "stage", None) == Stage.GATHER for n in before):
+        if _weighs(link) and any(stage_of(links[n]) == Stage.GATHER for n in before):
             raise ValueError(
                 f"The link {name!r} weighs batches, and must not stand behind another link that "
                 f"gathers them. Received: {[*links]}."
             )
         if isinstance(link, Gate | LossScale):
             before.append(name)
+
+
+def _check_rates(entries: Mapping[str, Any]) -> None:
+    """Raise if a link lowers the learning rates of others, and there are none."""
+    links = dict(linked(entries))
+    for name, link in links.items():
         if isinstance(link, RateScale) and not any(map(has_rate, links.values())):
             raise ValueError(
                 f"The link {name!r} lowers the `learning_rate` of other links, and none has one. "
@@ -105,19 +100,31 @@ def _check_head(entries: Mapping[str, Any]) -> None:
             )
 
 
+def _weighs(link: Any) -> bool:
+    """Return whether a link gathers batches by their weight."""
+    return isinstance(link, Gate) and link.is_empty(1.0) is not None
+
+
 def check_last(places: Sequence[Place]) -> None:
     """Raise if a link that sees all that a parameter moves by has one behind it that changes it."""
     for i, place in enumerate(places):
-        own = stage_of(place.link)
-        for other in places[i + 1 :] if own > Stage.UPDATE else ():
-            behind = stage_of(other.link)
-            splits = isinstance(other.link, Gate) or kind_of(type(other.link)) != "leaf"
-            changes = behind < own and not (behind == Stage.UPDATE and passes(type(other.link)))
-            if splits or (changes and any(map(operator.and_, place.takes, other.takes))):
+        for other in places[i + 1 :]:
+            if _disturbs(other, place):
                 raise ValueError(
                     f"The link {place.name!r} must stand last, behind {other.name!r}, as it sees "
                     f"all that a parameter moves by. Received: {[p.name for p in places]}."
                 )
+
+
+def _disturbs(other: Place, place: Place) -> bool:
+    """Return whether a link must not stand behind one that sees all that a parameter moves by."""
+    own, behind = stage_of(place.link), stage_of(other.link)
+    if own <= Stage.UPDATE:
+        return False
+    splits = isinstance(other.link, Gate) or kind_of(type(other.link)) != "leaf"
+    looks = behind == Stage.UPDATE and passes(type(other.link))
+    meets = any(map(operator.and_, place.takes, other.takes))
+    return splits or (behind < own and not looks and meets)
 
 
 def stage_of(link: Any) -> Stage:

@@ -5,21 +5,21 @@ compare the two for every link. Parameters are float32 or wider, by name; no slo
 no batch has a weight of 0.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import optax
 
+from optimize_loss._engine.by_name import acts_on, by_numbers
 from optimize_loss._engine.chain import Chain
 from optimize_loss._engine.health import health
 from optimize_loss._engine.kinds import Gate
 from optimize_loss._engine.link import Link, Numbers, TreeLink, functions_of
-from optimize_loss._engine.numbers import ChainNumbers
-from optimize_loss._engine.order import lender
-from optimize_loss._engine.plan import parts
+from optimize_loss._engine.numbers import judged, numbers_at
+from optimize_loss._engine.plan import lender, parts
 from optimize_loss._engine.precision import keys
-from optimize_loss._engine.selection import ForParameters
+from optimize_loss._engine.selection import ForParameters, linked
 from optimize_loss._engine.trees import Owner
 
 Trees = dict[str, Any]
@@ -30,9 +30,10 @@ def plain(
 ) -> tuple[Trees, Trees]:
     """Return the new parameters and the new state."""
     entries, new = dict(chain.links), dict(state)
-    numbers = ChainNumbers(entries).at_step(state, state["step"])
+    ours = {n: x for n, x in linked(entries) if isinstance(x, Link)}
+    numbers = numbers_at(ours, state, state["step"])
     moved: Trees = {name: jnp.zeros_like(p) for name, p in params.items()}
-    late: list[tuple[str, Link, Mapping[str, Numbers]]] = []
+    late: list[tuple[str, Link, dict[str, Numbers]]] = []
     for name, entry in entries.items():
         link = entry.link if isinstance(entry, ForParameters) else entry
         here = {n: p + moved[n] for n, p in params.items()}
@@ -43,13 +44,16 @@ def plain(
         own = {n: updates[n] for n in _meant(entry, params)}
         total = _total(chain, name, link, own, state, numbers, (loss, weight))
         memory, slots = parts(link, state[name])[1:]
-        k, memory = link.scalars(numbers[name], memory, total, state["step"])
+        ks: dict[str, Numbers] = {}
+        k, old = dict[str, Any](), memory
+        for names, mine in by_numbers(link, [*own], numbers[name]):
+            k, memory = link.scalars(mine, old, total, state["step"])
+            ks |= zip(names, _each(link, names, k, state["step"], params), strict=True)
         new[name] = {**state[name], **memory}
         if isinstance(link, TreeLink):
             changed, slots = link.run(own, slots, here, k)
             own = dict(changed)
             new[name] |= slots
-        ks = dict(zip(own, _each(link, [*own], k, state["step"], params), strict=True))
         if "before" in functions_of(type(link)):
             moved |= {n: moved[n] + link.before(here[n], ks[n]) for n in own}
             here |= {n: params[n] + moved[n] for n in own}
@@ -78,10 +82,11 @@ def plain(
 
 def _meant(entry: Any, params: Trees) -> list[str]:
     """Return the names of the parameters that a link is for."""
-    if not isinstance(entry, ForParameters):
-        return [*params]
-    marks = entry.takes([*params], [*params.values()])
-    return [name for name, takes in zip(params, marks, strict=True) if takes]
+    link, names = entry, [*params]
+    if isinstance(entry, ForParameters):
+        link, marks = entry.link, entry.takes(names, [*params.values()])
+        names = [name for name, takes in zip(names, marks, strict=True) if takes]
+    return [name for name, acts in zip(names, acts_on(link, names), strict=True) if acts]
 
 
 def _total(
@@ -95,9 +100,9 @@ def _total(
         case "finite":
             return jnp.array([jnp.isfinite(u).all() for u in updates.values()]).all()
         case "health":
-            judged = ChainNumbers(dict(chain.links)).judged(numbers, state)
+            ours = {n: x for n, x in linked(dict(chain.links)) if isinstance(x, Link)}
             owners = [Owner((n,), None) for n in updates]
-            return health(norm, loss, [*updates.values()], owners, judged)
+            return health(norm, loss, [*updates.values()], owners, judged(ours, numbers, state))
         case "learning_rate":
             return numbers[lender(dict(chain.links), name, "learning_rate")]["learning_rate"]
         case "loss":
@@ -106,7 +111,7 @@ def _total(
             return loss
 
 
-def _each(link: Link, names: list[str], k: Numbers, step: Any, params: Trees) -> list[Numbers]:
+def _each(link: Link, names: Sequence[str], k: Numbers, step: Any, params: Trees) -> list[Numbers]:
     """Return what a link needs for each parameter."""
     found: list[Numbers] = [{**k, **own} for own in link.for_each(names, k)]
     if link.needs == "stored_param":

@@ -8,10 +8,18 @@ from typing import Any, Literal, NamedTuple
 import jax
 
 from optimize_loss._checks import TreeMismatch
+from optimize_loss._engine.by_name import acts_on, numbers_by_name
+from optimize_loss._engine.equal import same
 from optimize_loss._engine.kinds import Gate
-from optimize_loss._engine.link import Link, Slots, State, TreeLink, by_entry
+from optimize_loss._engine.link import (
+    Link,
+    Slots,
+    State,
+    TreeLink,
+    by_entry,
+)
 from optimize_loss._engine.precision import Codec, Key, keys
-from optimize_loss._engine.selection import ForParameters
+from optimize_loss._engine.selection import ForParameters, link_of, linked, where
 from optimize_loss._engine.trees import Owner, Params
 from optimize_loss._names import same_leaves
 
@@ -148,7 +156,7 @@ class Plan:
         None where it must lie by itself.
         """
         own = [(i, x.link, x.codec(j)) for i, x in enumerate(self.places) if x.takes[j]]
-        if all(by_entry(type(x)) and (codec is None or codec.by_entry) for _, x, codec in own):
+        if all(_by_entry(x) and (codec is None or codec.by_entry) for _, x, codec in own):
             return tuple((i, type(codec)) for i, _, codec in own)
         return None
 
@@ -172,12 +180,17 @@ class Plan:
         # Other parameters may have other slots; a pass checks those that are encoded.
         if len(own) < len(slots) and not any(place.codecs):
             made = jax.eval_shape(place.link.slots, self.params.leaves[j])
-            if missing := [slot for slot in slots if slot in made and slot not in own]:
-                raise TreeMismatch(
-                    f"`state` has no {missing} for the parameter {self.params.names[j]!r} in the "
-                    f"link {place.name!r}: it was made for other parameters."
-                )
+            self._check_made(place, j, sorted(made.keys() & slots.keys() - own.keys()))
         return own
+
+    def _check_made(self, place: Place, j: int, missing: Sequence[str]) -> None:
+        """Raise a `TreeMismatch` if slots of a link are missing for a parameter."""
+        if missing:
+            raise TreeMismatch(
+                f"`state` has no {missing} for the parameter {self.params.names[j]!r} in the "
+                f"link {place.name!r}: it was made for other parameters, or by a link whose "
+                "`slots` had other names for it. They must follow from its shape and dtype."
+            )
 
     def keys(self, place: Place, step: Any) -> list[Key | None]:
         """Return for each live parameter what keys the bits by which a link's slots are rounded."""
@@ -191,12 +204,31 @@ class Plan:
         return found
 
 
+def _by_entry(link: Link) -> bool:
+    """Return whether a link treats every entry by itself, with numbers that can be spread."""
+    pairs = (name for name in numbers_by_name(link) if link.rule(name).kind == "decay")
+    return by_entry(type(link)) and not any(pairs)
+
+
 def takes(name: str, entry: Any, params: Params, marks: list[bool]) -> tuple[bool, ...]:
-    """Return for each parameter whether a link is for it; integers are no link's."""
+    """Return for each parameter whether a link is for it; integers are no link's.
+
+    Raises:
+      ValueError: there is none, or a pattern of the link matches none.
+    """
     if params.are_unknown:
         return ()
-    if not isinstance(entry, ForParameters):
-        return tuple(marks)
+    found = _meant(name, entry, params, marks) if isinstance(entry, ForParameters) else tuple(marks)
+    link = link_of(entry)
+    if not isinstance(link, Link):
+        return found
+    link.check_names(Place(name, link, found).names(params))
+    acts = acts_on(link, [names[0] for names in params.members])
+    return tuple([a and b for a, b in zip(found, acts, strict=True)])
+
+
+def _meant(name: str, entry: ForParameters, params: Params, marks: list[bool]) -> tuple[bool, ...]:
+    """Return for each parameter whether a link for some of them is for it."""
     # Parameters in one bucket go through the same links: the first of them tells.
     names, leaves = params.each()
     meant = dict(zip(names, entry.takes(names, leaves), strict=True))
@@ -207,3 +239,25 @@ def takes(name: str, entry: Any, params: Params, marks: list[bool]) -> tuple[boo
             f"{names}."
         )
     return tuple(takes)
+
+
+def lender(entries: Mapping[str, Any], borrower: str, number: str) -> str:
+    """Return the name of the one link whose number another one borrows.
+
+    Raises:
+      ValueError: no link has such a number, or more than one.
+    """
+    others = [
+        name
+        for name, link in linked(entries)
+        if name != borrower and isinstance(link, Link) and number in link.numbers()
+    ]
+    own = where(entries[borrower])
+    wider = (own, getattr(own, "within", None), getattr(own, "whole", None), None)
+    suited = [n for n in others if any(same(where(entries[n]), x) for x in wider)]
+    if len(suited) != 1:
+        raise ValueError(
+            f"The link {borrower!r} needs the `{number}` of one other link, which is for all "
+            f"parameters or for the same ones. Links that have one: {others}."
+        )
+    return suited[0]

@@ -293,15 +293,18 @@ def check_used(precision: Precision | None, places: Sequence[Any], params: Param
     """Raise a `ValueError` if a precision changes nothing of how these parameters are trained."""
     if precision is None:
         return
-    encodes = any(any(place.codecs) for place in places)
-    draws = [place for place in places if getattr(place.link, "needs", None) == "random_bits"]
-    rounds = any(any(place.takes) for place in draws)
-    if any(any(place.takes) for place in places) and not encodes and not rounds:
+    active = [place for place in places if any(place.takes)]
+    if active and not any(map(_acts, active)):
         raise ValueError(
             f"`precision` must have something to act on. Received: {precision!r}, for links "
             "without moments in float32 of these parameters, "
             f"{[place.name for place in places]}, and no parameter of 16 bits to round."
         )
+
+
+def _acts(place: Any) -> bool:
+    """Return whether slots of a link are encoded, or it rounds parameters."""
+    return any(place.codecs) or getattr(place.link, "needs", None) == "random_bits"
 
 
 def keys(

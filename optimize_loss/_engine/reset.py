@@ -1,6 +1,7 @@
 """Make the slots of some parameters again."""
 
 import collections
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -64,17 +65,20 @@ def _of_link(
     coded: Sequence[Codec | None] = [None] * len(takes)
     if precision is not None:
         coded = codecs(link, takes, precision.formats(taken), taken)
-    for j, (name, param) in enumerate(zip(taken.names, taken.leaves, strict=True)):
-        if not takes[j]:
-            continue
-        have.add(name)
-        if name in names:
-            fresh = link.slots(param)
+    for j in itertools.compress(range(len(takes)), takes):
+        have.add(taken.names[j])
+        if taken.names[j] in names:
+            fresh = link.slots(taken.leaves[j])
             fresh = fresh if (codec := coded[j]) is None else codec.encoded(fresh)
-            for slot, leaves in slots.items():
-                if leaves[j] is not None:
-                    leaves[j] = _placed(fresh[slot], leaves[j])
+            _renew(slots, j, fresh)
     return {**state, **{slot: treedef.unflatten(x) for slot, x in slots.items()}}, have
+
+
+def _renew(slots: Mapping[str, list[Any]], j: int, fresh: Mapping[str, jax.Array]) -> None:
+    """Put fresh slots in the place of those that the parameter numbered `j` has."""
+    for slot, leaves in slots.items():
+        if leaves[j] is not None:
+            leaves[j] = _placed(fresh[slot], leaves[j])
 
 
 def _of_whole(

@@ -9,7 +9,7 @@ import jax
 from optimize_loss._checks import InvalidType, received
 from optimize_loss._engine.kinds import Gate, LossScale, RateScale
 from optimize_loss._engine.link import Link
-from optimize_loss._names import Pattern, check_patterns, first_matches
+from optimize_loss._names import Pattern, check_patterns, first_index, first_matches
 
 
 @runtime_checkable
@@ -80,6 +80,58 @@ def told(where: Any, names: Sequence[str], leaves: Sequence[Any]) -> list[bool]:
         return [bool(where(*each)) for each in zip(names, leaves, strict=True)]
     patterns = check_patterns("where", where)
     return [chosen is not None for chosen in first_matches("where", patterns, names)]
+
+
+@dataclasses.dataclass(frozen=True)
+class ByRule:
+    """Tells the parameters for which the first pattern that matches is one of those chosen.
+
+    Patterns may match nothing here: whoever makes the rules has proven that they match.
+
+    Args:
+      patterns: of all rules, in order.
+      chosen: the indices of some; the index behind the last means parameters that none matches.
+      within: where given, only those that this tells: as the `where` of `ForParameters`.
+    """
+
+    patterns: tuple[Pattern, ...]
+    chosen: tuple[int, ...]
+    within: Any = None
+
+    @property
+    def whole(self) -> "ByRule":
+        """The same rules without what narrows them."""
+        return dataclasses.replace(self, within=None)
+
+    def takes(self, names: Sequence[str], leaves: Sequence[Any]) -> list[bool]:
+        """Return for each parameter whether it is meant."""
+        ours = [i in self.chosen for i in first_index(self.patterns, tuple(names))]
+        return _both(ours, self.within, names, leaves)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outside:
+    """Tells the parameters that none of some selections tells.
+
+    Args:
+      of: as the `where` of `ForParameters`, each.
+      within: where given, only those that this tells.
+    """
+
+    of: tuple[Any, ...]
+    within: Any = None
+
+    def takes(self, names: Sequence[str], leaves: Sequence[Any]) -> list[bool]:
+        """Return for each parameter whether it is meant."""
+        found = [told(each, names, leaves) for each in self.of]
+        ours = [not any(marks) for marks in zip(*found, strict=True)]
+        return _both(ours, self.within, names, leaves)
+
+
+def _both(ours: list[bool], within: Any, names: Sequence[str], leaves: Sequence[Any]) -> list[bool]:
+    """Return what is told here and by `within`, if that is given."""
+    theirs = ours if within is None else told(within, names, leaves)
+    return [a and b for a, b in zip(ours, theirs, strict=True)]
 
 
 def link_of(entry: Any) -> Any:

@@ -14,13 +14,13 @@ import jax.numpy as jnp
 
 from optimize_loss._checks import InvalidType
 from optimize_loss._engine.arrays import (
-    abs_squared,
-    multiplied,
-    norm,
-    power_of_two,
-    sqrt,
+    Sums,
+    joint_norm,
+    square_unit,
     sum_of_squares,
+    sums_of_squares,
 )
+from optimize_loss._engine.by_name import by_numbers
 from optimize_loss._engine.health import Health, health
 from optimize_loss._engine.kinds import Gate
 from optimize_loss._engine.leaf import Leaf, Links, Stored, for_all, updated
@@ -32,13 +32,13 @@ from optimize_loss._engine.link import (
     functions_of,
     multiplies,
     passes,
+    varies,
 )
-from optimize_loss._engine.order import lender
-from optimize_loss._engine.plan import Plan, Segment
+from optimize_loss._engine.plan import Plan, Segment, lender
 from optimize_loss._engine.precision import keys
 
 # For leaves of these numbers, Σ|u|² of each.
-Squares = Mapping[tuple[int, ...], list[jax.Array]]
+Squares = Mapping[tuple[int, ...], list[Sums]]
 
 
 class Call(NamedTuple):
@@ -86,7 +86,7 @@ class Totals:
         self.dtype = plan.params.dtype
         self.ks: list[dict[int, Numbers]] = [{} for _ in leaves]
         self.known = dict(squares)
-        self.squares: dict[tuple[tuple[int, ...], ...], list[jax.Array]] = {
+        self.squares: dict[tuple[tuple[int, ...], ...], list[Sums]] = {
             ((), here): each for here, each in squares.items()
         }
 
@@ -106,31 +106,39 @@ class Totals:
     def _link(self, i: int) -> tuple[Numbers, Numbers]:
         """Compute the scalars of one link; return them, and its new memory."""
         link, place, step = self.links[i], self.segment.places[i], self.call.step
-        if link.needs not in TOTALS:
-            known = [needs for needs in TOTALS if needs]
-            raise InvalidType(
-                f"`needs` of the link {place.name!r} must be one of {known}. "
-                f"Received: {link.needs!r}."
-            )
-        measure = TOTALS[link.needs]
-        total = None if measure is None else measure(self, i)
+        total = self._total(i)
         state = self.call.state[place.name]
         old = {name: state[name] for name in place.memory}
-        k, new = link.scalars(dict(self.call.numbers[place.name]), old, total, step)
-        here = self._here(i)
-        if "for_each" in functions_of(type(link)):
-            names = place.names(self.plan.params)
-            each = dict(zip(names, link.for_each(names, k), strict=True))
-            for n in here:
-                self.ks[n][i] = {**k, **self.owners[n].own(each)}
-        else:
-            for n in here:
-                self.ks[n][i] = k
+        here, differs = self._here(i), varies(link)
+        names = place.names(self.plan.params) if differs else ()
+        k, new, each = dict[str, Any](), old, dict[str, Numbers]()
+        for some, own in by_numbers(link, names, dict(self.call.numbers[place.name])):
+            k, new = link.scalars(own, old, total, step)
+            pairs = zip(some, link.for_each(some, k), strict=True)
+            each |= {name: {**k, **mine} for name, mine in pairs}
+        for n in here:
+            self.ks[n][i] = self.owners[n].own(each) if differs else k
         if link.needs == "random_bits":
-            draws = keys([self.owners[n] for n in here], "", k["seed"], step)
-            for n, draw in zip(here, draws, strict=True):
-                self.ks[n][i] = {**self.ks[n][i], "draw": draw}
+            self._draw(i, here, k["seed"])
         return k, self._remembered(link, k, old, new)
+
+    def _draw(self, i: int, here: Sequence[int], seed: jax.Array) -> None:
+        """Give a link what keys the random bits of its leaves."""
+        draws = keys([self.owners[n] for n in here], "", seed, self.call.step)
+        for n, draw in zip(here, draws, strict=True):
+            self.ks[n][i] = {**self.ks[n][i], "draw": draw}
+
+    def _total(self, i: int) -> Any:
+        """Return what a link needs of the whole tree."""
+        needs = self.links[i].needs
+        if needs not in TOTALS:
+            known = [name for name in TOTALS if name]
+            raise InvalidType(
+                f"`needs` of the link {self.segment.places[i].name!r} must be one of {known}. "
+                f"Received: {needs!r}."
+            )
+        measure = TOTALS[needs]
+        return None if measure is None else measure(self, i)
 
     def _remembered(self, link: Link, k: Numbers, old: Numbers, new: Numbers) -> Numbers:
         """Return the memory of a link: the old one where there was nothing in the batch.
@@ -170,8 +178,7 @@ class Totals:
     def global_norm(self, place: int) -> jax.Array:
         """Return √Σ|u|² of the updates that reach the link at `place`.
 
-        Where the sum of squares leaves the range of the dtype, as for float32 entries of 1e20 or
-        1e-25, it is taken again of entries divided by a power of two, and only then.
+        No size of entries breaks it: see `joint_norm`.
         """
         if not (here := self._here(place)):
             return jnp.zeros((), self.dtype)
@@ -185,20 +192,12 @@ class Totals:
             self.squares[key] = for_all(_squares, self.dtype, prefixes, owners)
             if not changing:
                 self.known[tuple(here)] = self.squares[key]
-        each = self.squares[key]
 
-        def rescaled() -> jax.Array:
-            # A scale of its own for each leaf: XLA on CPU would write a shared one out as an array.
-            arguments = [(*p, part) for p, part in zip(prefixes, each, strict=True)]
-            scaled = jnp.concatenate(for_all(_scaled_squares, self.dtype, arguments, owners))
-            return norm(multiplied(sqrt(scaled) * _unit(squares), multipliers))
+        def again(sums: Sums) -> Sequence[jax.Array]:
+            arguments = [(*p, plain) for p, plain in zip(prefixes, sums.plain, strict=True)]
+            return for_all(_scaled_squares, self.dtype, arguments, owners)
 
-        squares = jnp.concatenate(each)
-        factor = multiplied(jnp.ones((), self.dtype), multipliers)
-        plain, total = jnp.sum(squares), jnp.sum(squares * (factor * factor))
-        low, high = jnp.minimum(plain, total), jnp.maximum(plain, total)
-        in_range = (low > 2.0 ** -_limit(self.dtype)) & (high < jnp.inf)
-        return jax.lax.cond(in_range, lambda: sqrt(total), rescaled)
+        return joint_norm(self.squares[key], multipliers, again)
 
     def _taken_apart(self, place: int, here: Sequence[int]) -> tuple[list[int], list[jax.Array]]:
         """Return the links that must run before a norm, and by what to multiply it after them."""
@@ -213,8 +212,10 @@ class Totals:
     def _multiplies(self, i: int, here: Sequence[int]) -> bool:
         """Return whether a link multiplies every leaf by one number, or passes its update."""
         link = self.links[i]
-        if not multiplies(type(link)) or "for_each" not in functions_of(type(link)):
-            return multiplies(type(link)) or passes(type(link))
+        if not multiplies(type(link)):
+            return passes(type(link))
+        if not varies(link):
+            return True
         found = [self.ks[n][i] for n in here if self.owners[n].bucket and i in self.own[n]]
         shapes = (jax.eval_shape(functools.partial(factors, link), k) for k in found)
         return all(shape.shape == () for several in shapes for shape in several)
@@ -224,7 +225,7 @@ class Totals:
         link, mine = self.links[i], [i in self.own[n] for n in here]
         if not multiplies(type(link)):
             return []
-        if "for_each" not in functions_of(type(link)) and all(mine):
+        if not varies(link) and all(mine):
             return self._sizes(factors(link, self.ks[here[0]][i]))
         each = [
             self._sizes(factors(link, self.ks[n][i])) if own else []
@@ -299,27 +300,16 @@ def _strayed(links: Links, dtype: Any, leaf: Leaf, ks: tuple[Numbers, ...]) -> j
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _squares(links: Links, dtype: Any, leaf: Leaf, ks: tuple[Numbers, ...]) -> jax.Array:
-    """Return Σ|u|² of one leaf, of shape (1,)."""
-    return jnp.sum(abs_squared(updated(links, leaf, ks)[0])).astype(dtype)[None]
+def _squares(links: Links, dtype: Any, leaf: Leaf, ks: tuple[Numbers, ...]) -> Sums:
+    """Return Σ|u|² of one leaf, and those of scaled entries, as `sums_of_squares` does."""
+    return sums_of_squares(updated(links, leaf, ks)[0], dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _scaled_squares(
     links: Links, dtype: Any, leaf: Leaf, ks: tuple[Numbers, ...], squares: jax.Array
 ) -> jax.Array:
-    """Return Σ|u|² of one leaf, of shape (1,), once more, of entries divided by its unit."""
+    """Return Σ|u|² of one leaf once more, of entries divided by its unit."""
     update = updated(links, leaf, ks)[0]
-    unit = _unit(squares)[0].astype(jnp.finfo(update.dtype).dtype).astype(update.dtype)
-    return sum_of_squares(update / unit).astype(dtype)[None]
-
-
-def _unit(squares: jax.Array) -> jax.Array:
-    """Return by what to divide leaves whose sum of squares may have left the dtype's range."""
-    limit = _limit(squares.dtype)
-    return power_of_two(squares, limit, limit)
-
-
-def _limit(dtype: Any) -> int:
-    """Return the exponent of a power of two far above 1, by which squares can be divided."""
-    return jnp.finfo(dtype).maxexp * 5 // 8
+    unit = square_unit(squares).astype(jnp.finfo(update.dtype).dtype).astype(update.dtype)
+    return sum_of_squares(update / unit).astype(dtype)

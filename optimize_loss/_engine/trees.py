@@ -31,10 +31,10 @@ class Owner(NamedTuple):
 
     def own(self, each: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
         """Return what is its own, from that of each parameter by name."""
-        if self.bucket is None:
+        if (bucket := self.bucket) is None:
             return each[self.names[0]]
-        first, *_ = found = [each[name] for name in self.names]
-        return {key: self.bucket.spread([numbers[key] for numbers in found]) for key in first}
+        found = (each[name] for name in self.names)
+        return jax.tree.map(lambda *numbers: bucket.spread(numbers), *found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +92,11 @@ class Params:
         """
         flat = same_leaves("updates", updates, "params", self.tree)
         return [self._check(*each) for each in zip(self.names, flat, self.leaves, strict=True)]
+
+    def live(self, updates: Sequence[Any]) -> tuple[int, ...]:
+        """Return the numbers of the leaves that have an update and can be trained."""
+        pairs = enumerate(zip(updates, self.leaves, strict=True))
+        return tuple([j for j, (u, p) in pairs if u is not None and is_inexact(p)])
 
     def _check(self, name: str, update: Any, param: Any) -> Any:
         if update is None:

@@ -11,9 +11,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from optimize_loss._checks import CheckpointMismatch, InvalidType, check_flags, nearest, received
-from optimize_loss._engine.numbers import FOLLOW_SCHEDULE
-from optimize_loss._engine.selection import linked
+from optimize_loss._checks import (
+    CheckpointMismatch,
+    InvalidType,
+    check_choice,
+    check_flags,
+    nearest,
+    received,
+)
+from optimize_loss._files.choice import SOURCES, Choice, Source, built_in
 from optimize_loss._files.match import Rename, begun, renamed
 from optimize_loss._files.named import (
     Frame,
@@ -25,10 +31,18 @@ from optimize_loss._files.named import (
     on_host,
     outline,
 )
+from optimize_loss._files.parts import (
+    PREFIX,
+    Parts,
+    check_parts,
+    check_present,
+    check_processes,
+    packed,
+    put_back,
+    unpacked,
+)
 from optimize_loss._files.safetensors import Entry, Reader, write
 from optimize_loss._state.train_state import TrainState
-from optimize_loss.schedules import Decayed
-from optimize_loss.transforms import Chain, Link
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +50,13 @@ class RestoreReport:
     """What `restore` found in a file, by names of leaves such as `optimizer/adam/m/dense/kernel`.
 
     Attributes:
-      matched: leaves that are as in the file, under their names in `like`.
+      matched: leaves that are in both, under their names in `like`; they are as in the file, but
+        for those in `from_code`.
       new: leaves of `like` that the file lacks; they stay as they begin.
       unused: leaves of the file that `like` lacks, under their names in the file.
-      changed: hyperparameters among the matched for which `like` had another value.
+      from_file: hyperparameters for which `like` had another value; they are as in the file.
+      from_code: hyperparameters for which the file has another value; they are as in `like`.
+      parts: what the file holds beside the state, by name.
 
     Example:
       >>> from optimize_loss import RestoreReport
@@ -51,7 +68,9 @@ class RestoreReport:
     matched: tuple[str, ...] = ()
     new: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
-    changed: tuple[str, ...] = ()
+    from_file: tuple[str, ...] = ()
+    from_code: tuple[str, ...] = ()
+    parts: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
     def __str__(self) -> str:
         lines = [f"{len(self.matched)} matched, {len(self.new)} new, {len(self.unused)} unused"]
@@ -60,14 +79,15 @@ class RestoreReport:
             for title, names in (
                 ("new", self.new),
                 ("unused", self.unused),
-                ("numbers now as in the file", self.changed),
+                ("numbers as in the file", self.from_file),
+                ("numbers as in the code", self.from_code),
             )
             if names
         ]
         return "\n".join(lines)
 
 
-def save(path: str | os.PathLike[str], state: TrainState) -> None:
+def save(path: str | os.PathLike[str], state: TrainState, *, parts: Parts | None = None) -> None:
     """Write a state to one file, from which `restore` continues bit for bit.
 
     The file has the layout of safetensors, and keys by name: `params/<name>`,
@@ -82,9 +102,13 @@ def save(path: str | os.PathLike[str], state: TrainState) -> None:
     Args:
       path: of the file; its folder must exist. A file that is there is replaced.
       state: what `TrainStep.init` or a step returned. It may be used on.
+      parts: {name: what else to keep}: an object whose state is asked for, by its method
+        `get_state` or `state_dict`, such as the iterator of a loader; a function without
+        arguments, which is called; or a value: numbers, text, bytes, arrays, lists and dicts.
 
     Raises:
-      InvalidType: `state` is no TrainState, or traced; or `path` is no path.
+      InvalidType: `state` is no TrainState, or traced; `path` is no path; or `parts` gives what
+        cannot be kept.
       OSError: the disk is full, or there is no right to write; or that is so in the first process.
       RuntimeError: the memory of `state` was given to a step.
       ValueError: two leaves have one name; or `path` is a symbolic link or a device.
@@ -102,14 +126,21 @@ def save(path: str | os.PathLike[str], state: TrainState) -> None:
     References:
       https://github.com/huggingface/safetensors#format
     """
+    write_state(path, state, check_parts(parts), {})
+
+
+def write_state(path: Any, state: TrainState, parts: Parts, notes: Mapping[str, str]) -> None:
+    """Save a state with some texts by name, which can be read without the rest of the file."""
     path = _check_path(path)
     check_state("state", state)
     kinds = {name: key_kind(x) for name, x in outline(state).items() if is_key(x)}
-    arrays = on_host(state)
+    texts = {"keys": kinds, "versions": _versions(), "numbers": built_in(state)}
+    arrays = on_host(state) | packed(parts)
     written = not first_process()
     try:
         if first_process():
-            write(path, arrays, {"keys": json.dumps(kinds), "versions": _versions()})
+            texts = {name: json.dumps(text) for name, text in texts.items()}
+            write(path, arrays, {**texts, **notes})
             written = True
     finally:
         all_written = agreed(written)
@@ -117,10 +148,10 @@ def save(path: str | os.PathLike[str], state: TrainState) -> None:
         raise OSError(f"The first process did not write the file. Received: path={str(path)!r}.")
 
 
-def _versions() -> str:
+def _versions() -> dict[str, str]:
     from optimize_loss._version import __version__
 
-    return json.dumps({"optimize_loss": __version__, "jax": jax.__version__})
+    return {"optimize_loss": __version__, "jax": jax.__version__}
 
 
 def restore(
@@ -129,6 +160,8 @@ def restore(
     *,
     rename: Rename | None = None,
     strict: bool = False,
+    numbers: Source = "latest",
+    parts: Parts | None = None,
 ) -> tuple[TrainState, RestoreReport]:
     """Return a state with the leaves of a file, and a report of what had a place in it.
 
@@ -138,10 +171,12 @@ def restore(
     average, begins from the restored parameter. Corrections of a start, such as Adam's, go by the
     step, so that they are not made again for a slot that is new late in training.
 
-    Hyperparameters are taken as well, as `state.set` may have set them, also where `like` has a
-    schedule and the file a number: `state.set(learning_rate=None)` gives back what was built in.
-    The report lists those for which `like` had another value, and there is a warning. But where
-    the file has a schedule and `like` has a number, the number is new.
+    Of hyperparameters, the `latest` count: where the code has changed since the file was written,
+    those of the code, and else those of the file, as `state.set` may have set them in its run. So
+    an edited learning rate has an effect, and one that was set in the run is kept. The report says
+    which came from where; there is a warning where one that was set in the run is kept, or is not.
+    A file from before this was recorded counts as set in its run. Schedules are code: of two
+    schedules that of the code is followed.
 
     A file from before states counted their batches has as many batches as it has updates.
 
@@ -158,6 +193,10 @@ def restore(
         parts, as in `{"encoder": "body/encoder"}`; the first that fits counts, and each must fit.
         Or a function of the name. Slots follow their parameters.
       strict: whether anything new or unused is an error.
+      numbers: which hyperparameters the state has: those of the `file`, those of the `code`, which
+        are those of `like`, or the `latest` ones.
+      parts: as for `save`: an object with `set_state` or `load_state_dict` is given the state that
+        it had. The values of all parts are in the report.
 
     Returns:
       The state, with every leaf where that of `like` is, and the report.
@@ -192,12 +231,17 @@ def restore(
     """
     path = _check_path(path)
     check_flags(strict=strict)
+    check_choice("numbers", numbers, SOURCES)
+    parts = check_parts(parts)
     frame = Frame(check_state("like", like))
     with Reader(path) as file:
-        found = renamed(file.entries, list(frame.outline), rename, like.chain)
+        leaves = {k: x for k, x in file.entries.items() if not k.startswith(PREFIX)}
+        check_processes(parts, file.entries)
+        found = renamed(leaves, list(frame.outline), rename, like.chain)
         _check_parameters(path, frame, found)
         _check_kinds(path, file, frame, found)
-        match = _Match(frame, like, found)
+        built = json.loads(file.metadata.get("numbers", "{}"))
+        match = _Match(frame, like, found, Choice(numbers, like, built))
         if strict:
             _check_all_used(path, match.report())  # before all is read
         match.read(file)
@@ -205,32 +249,24 @@ def restore(
         if strict:
             _check_all_used(path, report)
         state = frame.state()
-    if report.changed:
-        warnings.warn(
-            "`like` has other hyperparameters than the file, and those of the file are taken: "
-            f"{_listed(report.changed)}. For what was built in, such as a schedule: "
-            f"`{_to_undo(like.chain, report.changed)}`.",
-            stacklevel=2,
-        )
+    check_present(path, parts, report.parts, strict)
+    put_back(parts, report.parts)
+    if text := match.choice.warning():
+        warnings.warn(text, stacklevel=2)
     return state, report
 
 
 class _Match:
     """The leaves that a file and a state have in common, while they go from one to the other."""
 
-    def __init__(self, frame: Frame, like: TrainState, found: Mapping[str, str]):
+    def __init__(self, frame: Frame, like: TrainState, found: Mapping[str, str], choice: Choice):
+        self.choice = choice
         self._frame = frame
         self._like = like
-        self._fields = {
-            f"optimizer/{name}/{number}": field
-            for name, link in linked(dict(like.chain.links))
-            if isinstance(link, Link)
-            for number, field in link.numbers().items()
-        }
+        self._parts: dict[str, np.ndarray] = {}
         self._found = {file: name for file, name in found.items() if name in frame.outline}
         self._unused = [file for file in found if file not in self._found]
         self._derived = set() if "batches" in self._found.values() else {"batches"}
-        self._changed: list[str] = []
 
     def report(self) -> RestoreReport:
         """Return what is known so far."""
@@ -240,7 +276,9 @@ class _Match:
             matched=tuple(name for name in names if name in matched),
             new=tuple(name for name in names if name not in matched),
             unused=tuple(self._unused),
-            changed=tuple(self._changed),
+            from_file=tuple(self.choice.from_file),
+            from_code=tuple(self.choice.from_code),
+            parts=unpacked(self._parts),
         )
 
     def read(self, file: Reader) -> None:
@@ -248,25 +286,14 @@ class _Match:
         fresh = self._fresh()
         for key, array in file.arrays():
             name = self._found.get(key)
-            if name in self._fields and not self._takes_number(name, array):
-                del self._found[key]
-                self._unused.append(key)
-            elif name is not None:
+            if key.startswith(PREFIX):
+                self._parts[key] = array
+            elif name and self.choice.takes(key, name, array, self._frame.get(name)):
                 self._frame.put(name, array)
         for name, slot in begun(self._like, self._frame, fresh):
             self._frame.put(name, slot)
         for name in self._derived:  # an older file counts updates alone
             self._frame.put(name, self._frame.get("optimizer/step"))
-
-    def _takes_number(self, name: str, array: np.ndarray) -> bool:
-        """Return whether a hyperparameter can be taken; a schedule that is gone cannot."""
-        if array.dtype.kind == "f" and np.all(array == array.dtype.type(FOLLOW_SCHEDULE)):
-            field = self._fields[name]
-            if not callable(field) or isinstance(field, Decayed):
-                return False
-        if not np.array_equal(array, self._frame.get(name)):
-            self._changed.append(name)
-        return True
 
     def _fresh(self) -> list[str]:
         """Return the new slots that are as a link begins them with the parameters of `like`."""
@@ -275,23 +302,6 @@ class _Match:
             for name, slot in begun(self._like, self._frame, self.report().new)
             if np.array_equal(np.asarray(slot), np.asarray(self._frame.get(name)))
         ]
-
-
-def _to_undo(chain: Chain, names: Sequence[str]) -> str:
-    """Return the call that gives back what hyperparameters of these names were built with."""
-    arguments = [_shortest(chain, *name.split("/", 2)[1:]) for name in names]
-    if all(map(str.isidentifier, arguments)):
-        return f"state.set({', '.join(f'{argument}=None' for argument in arguments)})"
-    return f"state.set(**{dict.fromkeys(arguments)})"
-
-
-def _shortest(chain: Chain, link: str, number: str) -> str:
-    """Return the name of a number for `state.set`: without its link, if that is enough."""
-    try:
-        is_enough = chain.find(number) == (link, number)
-    except ValueError:
-        is_enough = False
-    return number if is_enough else f"{link}/{number}"
 
 
 def _check_parameters(path: pathlib.Path, frame: Frame, found: Mapping[str, str]) -> None:

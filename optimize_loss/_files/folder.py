@@ -1,26 +1,33 @@
 """A folder of checkpoints: the newest few, and the newest that is whole."""
 
+import contextlib
+import json
+import math
 import os
 import pathlib
 import re
 import warnings
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from optimize_loss._checks import (
     AT_LEAST_1,
     CheckpointCorrupt,
     CheckpointVersion,
     InvalidType,
+    check_choice,
     check_flags,
     check_integer,
     received,
 )
 from optimize_loss._files.atomic import sweep
-from optimize_loss._files.checkpoint import RestoreReport, restore, save
+from optimize_loss._files.checkpoint import RestoreReport, restore, write_state
+from optimize_loss._files.choice import Source
 from optimize_loss._files.match import Rename
 from optimize_loss._files.named import check_state, first_process
+from optimize_loss._files.parts import Parts, check_parts
 from optimize_loss._files.safetensors import Reader
-from optimize_loss._state.hook import Hook
+from optimize_loss._state.hook import Hook, mean_of
 from optimize_loss._state.train_state import TrainState
 
 _NAME = re.compile(r"step_(0|[1-9]\d*)\.safetensors")
@@ -40,6 +47,12 @@ class Checkpoints(Hook):
       every: as a hook, after how many batches it saves, at least 1: where `state.batches` is a
         multiple of this. None for at the end of a run only.
       at_end: whether it saves at the end of a run, too.
+      parts: what to keep beside the state, as for `optimize_loss.save`: {"data": iterator} keeps
+        the position in the data, and `resume` gives it back. Where a hook is called, a run has
+        pulled no batch that it has not taken; so the position is that of the state.
+      best: where given, the tag of a metric: as a hook, it saves only where this is better than in
+        its newest file; the mean, of several batches. So the newest file is the best one.
+      mode: whether the least metric is the best, `min`, or the greatest, `max`.
 
     Raises:
       InvalidType: an argument is of the wrong kind.
@@ -64,6 +77,10 @@ class Checkpoints(Hook):
         keep: int = 3,
         every: int | None = 1000,
         at_end: bool = True,
+        *,
+        parts: Parts | None = None,
+        best: str | None = None,
+        mode: Literal["min", "max"] = "min",
     ):
         if not isinstance(folder, str | os.PathLike):
             raise InvalidType(
@@ -73,6 +90,11 @@ class Checkpoints(Hook):
         self.every = None if every is None else check_integer("every", every, AT_LEAST_1)
         check_flags(at_end=at_end)
         self.at_end = at_end
+        self.parts = check_parts(parts)
+        if best is not None and not isinstance(best, str):
+            raise InvalidType(f"`best` must be the tag of a metric. {received('best', best)}")
+        self.best = best
+        self._sign = {"min": 1, "max": -1}[check_choice("mode", mode, ("min", "max"))]
         self.folder = pathlib.Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._done: tuple[int, int] | None = None  # the step and batches saved or restored last
@@ -94,7 +116,7 @@ class Checkpoints(Hook):
         """
         return self.folder / f"step_{step}.safetensors"
 
-    def save(self, state: TrainState) -> pathlib.Path:
+    def save(self, state: TrainState, metric: float | None = None) -> pathlib.Path:
         """Write a file for this step, then delete all but the newest ones.
 
         The file just written stays. There is a warning if files of later steps do, as `newest`
@@ -102,6 +124,7 @@ class Checkpoints(Hook):
 
         Args:
           state: what to write; its step is in the name of the file.
+          metric: the value by which the best file is chosen; None where none is.
 
         Returns:
           The path of the file, which is on the disk.
@@ -111,7 +134,8 @@ class Checkpoints(Hook):
         """
         step = _step(check_state("state", state))
         path = self.path(step)
-        save(path, state)
+        notes = {} if metric is None else {"metric": json.dumps(metric)}
+        write_state(path, state, self.parts, notes)
         self._done = step, int(state.batches)
         if first_process():
             self._clean(step)
@@ -130,19 +154,48 @@ class Checkpoints(Hook):
             if old != step and _is_ours(self.path(old)):
                 self.path(old).unlink(missing_ok=True)
 
+    def resume(
+        self,
+        state: TrainState,
+        *,
+        rename: Rename | None = None,
+        strict: bool = False,
+        numbers: Source = "latest",
+    ) -> TrainState:
+        """Return the state of the newest whole file, or `state` if there is none.
+
+        `parts` are given back what they were.
+
+        Args:
+          state: where a new run begins, as `step.init(params)`.
+          rename: as for `optimize_loss.restore`.
+          strict: as there.
+          numbers: as there.
+
+        Raises:
+          As `newest`.
+        """
+        found = self.newest(state, rename=rename, strict=strict, numbers=numbers)
+        return state if found is None else found[0]
+
     def newest(
-        self, like: TrainState, *, rename: Rename | None = None, strict: bool = False
+        self,
+        like: TrainState,
+        *,
+        rename: Rename | None = None,
+        strict: bool = False,
+        numbers: Source = "latest",
     ) -> tuple[TrainState, RestoreReport] | None:
         """Restore the newest whole file; None if the folder has none at all.
 
-        A damaged file is passed over with a warning that names it; as in `optimize_loss.restore`,
-        there is one if the file has other hyperparameters than `like`, and these are taken. With
-        several processes all must see the same folder.
+        A damaged file is passed over with a warning that names it. Warnings about hyperparameters
+        are those of `optimize_loss.restore`. With several processes all must see the same folder.
 
         Args:
           like: as for `optimize_loss.restore`.
           rename: as there.
           strict: as there; a damaged file is then an error as well.
+          numbers: as there.
 
         Raises:
           CheckpointCorrupt: there are files, and all are damaged; with `strict`, the newest is.
@@ -151,9 +204,16 @@ class Checkpoints(Hook):
         steps = self.steps
         for step in reversed(steps):
             try:
-                found = restore(self.path(step), like, rename=rename, strict=strict)
+                found = restore(
+                    self.path(step),
+                    like,
+                    rename=rename,
+                    strict=strict,
+                    numbers=numbers,
+                    parts=self.parts,
+                )
             except FileNotFoundError:  # the run that writes has newer ones by now
-                return self.newest(like, rename=rename, strict=strict)
+                return self.newest(like, rename=rename, strict=strict, numbers=numbers)
             except CheckpointCorrupt as error:
                 if strict:
                     raise
@@ -173,14 +233,28 @@ class Checkpoints(Hook):
 
         Args:
           state: as for `save`.
-          metrics: not used; hooks are given them.
+          metrics: with `best`, they must have this tag.
 
         Raises:
           As `save`.
         """
         step = _step(check_state("state", state))
-        if (step, int(state.batches)) != self._done:
+        if self.best is not None:
+            self._save_if_best(state, metrics)
+        elif (step, int(state.batches)) != self._done:
             self.save(state)
+
+    def _save_if_best(self, state: TrainState, metrics: Mapping[str, Any]) -> None:
+        value = mean_of(metrics, str(self.best))
+        if math.isfinite(value) and self._sign * value < self._sign * self._least():
+            self.save(state, value)
+
+    def _least(self) -> float:
+        """Return the metric of the newest whole file; the worst of all if there is none."""
+        for step in reversed(self.steps):
+            with contextlib.suppress(CheckpointCorrupt, OSError), Reader(self.path(step)) as file:
+                return json.loads(file.metadata.get("metric", f"{self._sign}e999"))
+        return self._sign * math.inf
 
 
 def _is_ours(path: pathlib.Path) -> bool:

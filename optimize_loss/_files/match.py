@@ -90,10 +90,10 @@ def _names_in(found: Mapping[str, Any], numbers: set[str], chain: Chain) -> dict
     links = dict(linked(dict(chain.links)))
     for link_name, keys in _by_link(key for key in found if key not in numbers).items():
         if _is_leafwise(links.get(link_name)):
-            owned = _of_slots(keys)
+            owned = _of_slots(keys, parameters)
         else:
             owned = _of_whole({key: found[key] for key in keys}, parameters)
-        names |= {key: name for key, name in owned if name in parameters}
+        names |= dict(owned)
     return names
 
 
@@ -117,9 +117,10 @@ def _is_leafwise(link: Any) -> bool:
     return isinstance(link, Link) and not isinstance(link, TreeLink)
 
 
-def _of_slots(keys: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Yield what stands behind `optimizer/<link>/<slot>/`, with the key."""
-    return ((key, parts[3]) for key in keys if len(parts := key.split("/", 3)) == 4)
+def _of_slots(keys: Iterable[str], parameters: set[str]) -> Iterator[tuple[str, str]]:
+    """Yield the parameter that stands behind `optimizer/<link>/<slot>/`, with the key."""
+    pairs = ((key, key.split("/", 3)[3:]) for key in keys)
+    return ((key, name) for key, names in pairs for name in names if name in parameters)
 
 
 def _of_whole(found: Mapping[str, Any], parameters: set[str]) -> Iterator[tuple[str, str]]:

@@ -12,24 +12,22 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding
 
 from optimize_loss._engine.bucket import Layout, shown_name
+from optimize_loss._engine.by_name import numbers_by_name
 from optimize_loss._engine.kinds import Averaging, Gate
 from optimize_loss._engine.link import TreeLink, number_rules, passes
+from optimize_loss._engine.numbers import has_rate
 from optimize_loss._engine.plan import parts, takes
 from optimize_loss._engine.reset import owners_of
 from optimize_loss._engine.selection import linked
+from optimize_loss._engine.sharding import devices_along, is_spread, spread_shardings
 from optimize_loss._engine.trees import PARAMETER, as_array, take_apart
-from optimize_loss._names import any_matches, first_index, leaf_names
+from optimize_loss._names import leaf_names
 from optimize_loss._report.lint import Horizon, Row, lint
 from optimize_loss._state.gradients import Trainable
-from optimize_loss._state.rules import Rules
+from optimize_loss._state.recipe import Recipe, trainable_of
 from optimize_loss.schedules import evaluate
 from optimize_loss.transforms import Accumulate, AddWeightDecay, Chain, Link, ShrinkParams
-from optimize_loss.transforms._by_rule import (
-    AddDecayByRule,
-    MultiplyLayers,
-    MultiplySteps,
-    ShrinkByRule,
-)
+from optimize_loss.transforms._multiply import MultiplyLayers, MultiplySteps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +43,8 @@ class Explanation:
       param_bytes: of all parameters.
       state_bytes: of the optimizer's state, with its numbers.
       total_bytes: of all arrays in the `TrainState`.
+      device_bytes: of their parts on one device, where `shard_state` spreads the optimizer's state
+        over several; else None. All other bytes are those of complete arrays.
     """
 
     rows: tuple[Row, ...]
@@ -55,6 +55,7 @@ class Explanation:
     param_bytes: int
     state_bytes: int
     total_bytes: int
+    device_bytes: int | None = None
 
     def __str__(self) -> str:
         heads = (
@@ -71,6 +72,7 @@ class Explanation:
             f"{self.parameters:,} parameters, {self.trained:,} trained; bytes: "
             f"{self.param_bytes:,} parameters + {self.state_bytes:,} optimizer, "
             f"{self.total_bytes:,} in all"
+            + ("" if self.device_bytes is None else f", {self.device_bytes:,} on each device")
         ]
         return "\n".join([*lines, *(f"warning: {text}" for text in self.warnings)])
 
@@ -88,27 +90,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     return *first, *rest, f"{row.state_bytes:,}", row.place
 
 
-@dataclasses.dataclass(frozen=True)
-class Setup:
-    """What a step is, as far as it is told here.
-
-    Attributes:
-      chain: the links.
-      rules: the rules.
-      trainable: marks the parameters that are trained.
-      layout: from these, how small parameters share arrays.
-      horizon: what the schedules will see.
-      spread: the axis of the mesh over which slots are spread; None for none.
-      rest: the arrays in a state besides parameters and what the chain keeps.
-    """
-
-    chain: Chain
-    rules: Rules
-    trainable: Callable[[Any], Trainable]
-    layout: Callable[[Trainable], Layout | None]
-    horizon: Horizon
-    spread: str | None
-    rest: Any
+Layouts = Callable[[Trainable], Layout | None]  # how they share arrays, from which are trained
 
 
 class _Made(NamedTuple):
@@ -119,38 +101,70 @@ class _Made(NamedTuple):
     state: dict[str, Any]
 
 
-def explain(setup: Setup, params: Any) -> Explanation:
-    """Return what a step will do with these parameters, with values or without."""
-    made = _made(setup, params)
-    has_slots = _has_slots(setup.chain, made.state)
-    links = [(n, link, has_slots[n] or _has_rate(link)) for n, link in _linked(setup.chain)]
-    rows = tuple(_rows(setup, made, _movers(setup.chain, has_slots)))
+def explain(
+    recipe: Recipe,
+    params: Any,
+    horizon: Horizon,
+    rest: Any,
+    layout: Layouts,
+) -> Explanation:
+    """Return what a step will do with these parameters, with values or without.
+
+    Args:
+      recipe: the step.
+      params: the parameters.
+      horizon: what the schedules will see.
+      rest: the arrays in a state besides parameters and what the chain keeps.
+      layout: from which are trained, how small parameters share arrays.
+    """
+    made = _made(recipe, params, layout)
+    has_slots = _has_slots(recipe.chain, made.state)
+    links = [(n, link, has_slots[n] or _has_rate(link)) for n, link in _linked(recipe.chain)]
+    rows = tuple(_rows(recipe, made, _movers(recipe.chain, has_slots), horizon.first))
     param_bytes, state_bytes = sum(row.param_bytes for row in rows), _bytes(made.state)
     sizes = [(math.prod(row.shape), row.trained) for row in rows]
     return Explanation(
         rows=rows,
         links=tuple((name, _described(link)) for name, link, _ in links),
-        warnings=tuple(lint(rows, links, setup.rules, _updates(setup))),
+        warnings=tuple(lint(rows, links, recipe.rules, _updates(recipe.chain, horizon))),
         parameters=sum(size for size, _ in sizes),
         trained=sum(size for size, trained in sizes if trained),
         param_bytes=param_bytes,
         state_bytes=state_bytes,
-        total_bytes=param_bytes + state_bytes + _bytes(setup.rest),
+        total_bytes=param_bytes + state_bytes + _bytes(rest),
+        device_bytes=_device_bytes(recipe, made, rest),
     )
 
 
-def _made(setup: Setup, params: Any) -> _Made:
+def _made(recipe: Recipe, params: Any, layout: Layouts) -> _Made:
     names, (leaves, treedef) = leaf_names(params), jax.tree.flatten(params)
     shapes = [_as_in_a_state(n, x) for n, x in zip(names, leaves, strict=True)]
     params = jax.tree.unflatten(treedef, shapes)
-    setup.rules.check(params)
+    recipe.rules.check(params)
 
     def init(params: Any) -> Any:
-        trainable = setup.trainable(params)
-        return setup.chain.init(trainable.tree(trainable.leaves))
+        trainable = trainable_of(recipe, params)
+        return recipe.chain.init(trainable.tree(trainable.leaves))
 
-    trainable = setup.trainable(params)
-    return _Made(trainable, setup.layout(trainable), jax.eval_shape(init, params))
+    trainable = trainable_of(recipe, params)
+    return _Made(trainable, layout(trainable), jax.eval_shape(init, params))
+
+
+def _device_bytes(recipe: Recipe, made: _Made, rest: Any) -> int | None:
+    """Return the bytes on one device of a state whose slots are spread over a mesh axis."""
+    axis, leaves = recipe.shard_state, made.trainable.leaves
+    if axis is None or any(devices_along(axis, x) < 2 for x in leaves):
+        return None
+    params, trained = made.trainable.params, made.trainable.tree(leaves)
+    places = spread_shardings(recipe.chain, made.state, trained, axis)
+    slots = _parts(made.state, places)
+    return slots + _parts(params, jax.tree.map(lambda x: x.sharding, params)) + _bytes(rest)
+
+
+def _parts(tree: Any, places: Any) -> int:
+    """Return the bytes on one device of arrays that lie in these places."""
+    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(places), strict=True)
+    return sum(math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize for x, s in pairs)
 
 
 def _as_in_a_state(name: str, leaf: Any) -> Any:
@@ -171,10 +185,9 @@ def _shaped(leaf: Any) -> Any:
     return leaf if hasattr(leaf, "dtype") else np.asarray(leaf, jnp.result_type(leaf))
 
 
-def _updates(setup: Setup) -> Horizon:
+def _updates(chain: Chain, horizon: Horizon) -> Horizon:
     """Return what schedules see, which go by updates where several batches make one."""
-    horizon = setup.horizon
-    for _, link in setup.chain.links:
+    for _, link in chain.links:
         if isinstance(link, Accumulate) and horizon.updates is not None:
             updates = max(horizon.updates // int(link.every), 1)
             horizon = dataclasses.replace(horizon, updates=updates)
@@ -226,21 +239,15 @@ def _short(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else repr(value)
 
 
-def _rows(setup: Setup, made: _Made, movers: dict[str, bool]) -> Iterator[Row]:
-    trainable, rules = made.trainable, setup.rules
-    leaves, names = jax.tree.leaves(trainable.params), leaf_names(trainable.params)
-    buckets = made.layout.buckets if made.layout else ()
-    numbers = _numbers(setup, trainable)
-    in_bucket = {name: shown_name(key) for key, members in buckets for name in members.names}
-    sizes = _slot_bytes(setup.chain, trainable, made.state)
-    texts = [*rules.texts, None]
-    for name, leaf, trained, i in zip(
-        names, leaves, trainable.marks, rules.index(names), strict=True
-    ):
-        own = numbers.get(name, {})
-        links = tuple(own.get("links", ()))
+def _rows(recipe: Recipe, made: _Made, movers: dict[str, bool], first: int) -> Iterator[Row]:
+    params, marks = made.trainable.params, made.trainable.marks
+    names, texts = leaf_names(params), [*recipe.rules.texts, None]
+    numbers = _numbers(recipe.chain, made.trainable, first)
+    sizes = _slot_bytes(recipe.chain, params, made.state)
+    each = zip(names, jax.tree.leaves(params), marks, recipe.rules.index(names), strict=True)
+    for (name, leaf, trained, i), place in zip(each, _places(recipe, made), strict=True):
+        links = tuple(numbers[name].pop("links"))
         moving = [link for link in links if link in movers]
-        spread = f"slots over {setup.spread!r}" if setup.spread and trained else ""
         yield Row(
             name=name,
             shape=tuple(leaf.shape),
@@ -249,14 +256,25 @@ def _rows(setup: Setup, made: _Made, movers: dict[str, bool]) -> Iterator[Row]:
             rule=texts[i],
             links=links,
             moved_by=tuple(link for link in moving if movers[link]) or tuple(moving),
-            learning_rate=own.get("learning_rate"),
-            schedule=own.get("schedule"),
-            multiplier=own.get("multiplier", 1.0),
-            weight_decay=own.get("weight_decay", 0.0),
-            param_bytes=math.prod(leaf.shape) * leaf.dtype.itemsize,
-            state_bytes=sizes.get(name, 0),
-            place=", ".join(filter(None, (in_bucket.get(name) or _sharding(leaf), spread))),
+            param_bytes=_bytes(leaf),
+            state_bytes=sizes[name],
+            place=place,
+            **numbers[name],
         )
+
+
+def _places(recipe: Recipe, made: _Made) -> Iterator[str]:
+    """Yield for each parameter the array that it shares, or its sharding, and that of its slots."""
+    params, marks = made.trainable.params, made.trainable.marks
+    buckets = made.layout.buckets if made.layout else ()
+    shared = {name: shown_name(key) for key, members in buckets for name in members.names}
+    for name, leaf, trained in zip(leaf_names(params), jax.tree.leaves(params), marks, strict=True):
+        alone = (_sharding(leaf), _of_slots(recipe.shard_state, leaf) if trained else "")
+        yield shared.get(name) or ", ".join(filter(None, alone))
+
+
+def _of_slots(axis: str | None, leaf: Any) -> str:
+    return f"slots over {axis!r}" if axis and is_spread(leaf, axis) else ""
 
 
 def _sharding(leaf: Any) -> str:
@@ -265,28 +283,32 @@ def _sharding(leaf: Any) -> str:
     return str(sharding.spec) if isinstance(sharding, NamedSharding) and sharded else ""
 
 
-def _slot_bytes(chain: Chain, trainable: Trainable, state: dict[str, Any]) -> dict[str, int]:
+def _slot_bytes(chain: Chain, params: Any, state: dict[str, Any]) -> dict[str, int]:
     """Return the bytes of the slots of each parameter, by name."""
-    names, treedef = leaf_names(trainable.params), jax.tree.structure(trainable.params)
-    sizes = dict.fromkeys(names, 0)
-    for link_name, link in _linked(chain):
-        mine = state[link_name]
-        if isinstance(link, Link) and not isinstance(link, TreeLink):
-            slots = [treedef.flatten_up_to(x) for x in parts(link, mine).slots.values()]
-            pairs = [pair for leaves in slots for pair in zip(names, leaves, strict=True)]
-        else:
-            pairs = list(zip(owners_of(mine, names), jax.tree.leaves(mine), strict=True))
-        for owner, x in pairs:
-            if owner is not None and x is not None:
-                sizes[owner] += x.size * x.dtype.itemsize
+    sizes = dict.fromkeys(leaf_names(params), 0)
+    for name, link in _linked(chain):
+        for owner, slot in _owned(link, state[name], params):
+            sizes[owner] += _bytes(slot)
     return sizes
 
 
-def _numbers(setup: Setup, trainable: Trainable) -> dict[str, dict[str, Any]]:
+def _owned(link: Any, state: Any, params: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the slots of a link, each with the parameter whose it is."""
+    names = leaf_names(params)
+    if isinstance(link, Link) and not isinstance(link, TreeLink):
+        for slot in parts(link, state).slots.values():
+            leaves = jax.tree.structure(params).flatten_up_to(slot)
+            yield from zip(names, leaves, strict=True)
+    else:
+        for owner, leaf in zip(owners_of(state, names), jax.tree.leaves(state), strict=True):
+            if owner is not None:
+                yield owner, leaf
+
+
+def _numbers(chain: Chain, trainable: Trainable, first: int) -> dict[str, dict[str, Any]]:
     """Return for each trained parameter its links, and rate, multiplier and decay at first."""
-    chain, first = setup.chain, setup.horizon.first
     taken = take_apart(trainable.tree(trainable.leaves))
-    found: dict[str, dict[str, Any]] = {name: {"links": []} for name in taken.names}
+    found: dict[str, dict[str, Any]] = {n: {"links": []} for n in leaf_names(trainable.params)}
     marks = [True] * len(taken.names)
     for name, entry in chain.links:
         link = chain.link(name)
@@ -308,27 +330,25 @@ def _of_link(link: Any, here: Sequence[str], first: int) -> Iterator[tuple[str, 
       here: its parameters.
       first: the first step.
     """
-    if not isinstance(link, Link):
-        return
-    numbers = link.numbers()
-    if "learning_rate" in number_rules(type(link)) and "learning_rate" in numbers:
-        rate = numbers["learning_rate"]
+    if has_rate(link):
+        rate = link.numbers()["learning_rate"]
         yield "learning_rate", dict.fromkeys(here, _at(rate, first))
         yield "schedule", dict.fromkeys(here, rate if callable(rate) else None)
     if isinstance(link, ShrinkParams | AddWeightDecay):
-        decay, spared = _at(link.weight_decay, first), any_matches("exclude", link.exclude, here)
-        yield "weight_decay", {n: 0.0 if x else decay for n, x in zip(here, spared, strict=True)}
-    if isinstance(link, MultiplySteps | MultiplyLayers | ShrinkByRule | AddDecayByRule):
-        values = [_at_each(value, first) for value in link.values]
-        key = "weight_decay" if isinstance(link, ShrinkByRule | AddDecayByRule) else "multiplier"
-        of_rules = first_index(link.patterns, tuple(here))
-        yield key, {name: values[i] for name, i in zip(here, of_rules, strict=True)}
+        decays, spared = _numbers_of(link, "weight_decay", here, first), link.spared(here)
+        yield "weight_decay", decays | {n: 0.0 for n, x in zip(here, spared, strict=True) if x}
+    if isinstance(link, MultiplySteps):
+        yield "multiplier", _numbers_of(link, "multiplier", here, first)
+    if isinstance(link, MultiplyLayers):
+        yield "multiplier", dict.fromkeys(here, tuple(_at(x, first) for x in link.multipliers))
 
 
-def _at_each(value: Any, first: int) -> Any:
-    if value is None:
-        return None
-    return tuple(_at(x, first) for x in value) if isinstance(value, tuple) else _at(value, first)
+def _numbers_of(link: Link, field: str, here: Sequence[str], first: int) -> dict[str, float]:
+    """Return a number of a link for each of its parameters, as it is at the first step."""
+    numbers = link.numbers()
+    by_name = numbers_by_name(link).get(field)
+    keys = by_name.chosen(field, here) if by_name else [field] * len(here)
+    return {n: _at(numbers[k], first) for n, k in zip(here, keys, strict=True) if k is not None}
 
 
 def _at(value: Any, first: int) -> float:

@@ -1,6 +1,8 @@
 """What in the options of a step looks like a mistake, although it is allowed."""
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,11 +12,12 @@ import numpy as np
 
 from optimize_loss._checks import AT_LEAST_1, check_integer
 from optimize_loss._engine.arrays import is_narrow
+from optimize_loss._engine.by_name import numbers_by_name
 from optimize_loss._engine.kinds import Averaging
 from optimize_loss._engine.link import TreeLink, number_rules
 from optimize_loss._engine.numbers import has_rate
+from optimize_loss._names import pattern_text
 from optimize_loss._state.rules import Rules
-from optimize_loss.optimizers._muon import in_stacks
 from optimize_loss.schedules import evaluate
 from optimize_loss.transforms import (
     AddNoise,
@@ -30,13 +33,17 @@ from optimize_loss.transforms import (
     ShrinkParams,
     chain,
 )
+from optimize_loss.transforms._muon import in_stacks
 
 CLIPS = (ClipByAdaptiveNorm, ClipByGlobalNorm, ClipByNorm, ClipByValue)
 POINTS = 64  # of a schedule at once
 TRIED = 32  # steps of a rule, to see whether its updates are lost
+NEUTRAL = {"freeze": False, "learning_rate_multiplier": 1, "noise_scale": 0, "weight_decay": 0}
+
+Links = Sequence[tuple[str, Any, bool]]  # the name of each, the link, and whether it is a rule
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
     """What holds for one parameter.
 
@@ -65,10 +72,10 @@ class Row:
     rule: str | None
     links: tuple[str, ...]
     moved_by: tuple[str, ...]
-    learning_rate: float | None
-    schedule: Any
-    multiplier: float | tuple[float, ...]
-    weight_decay: float
+    learning_rate: float | None = None
+    schedule: Any = None
+    multiplier: float | tuple[float, ...] = 1.0
+    weight_decay: float = 0.0
     param_bytes: int
     state_bytes: int
     place: str
@@ -98,9 +105,7 @@ def check_horizon(first: int, steps: Any, increments: bool) -> Horizon:
     return Horizon(first, updates if increments else None)
 
 
-def lint(
-    rows: Sequence[Row], links: Sequence[tuple[str, Any, bool]], rules: Rules, horizon: Horizon
-) -> Iterator[str]:
+def lint(rows: Sequence[Row], links: Links, rules: Rules, horizon: Horizon) -> Iterator[str]:
     """Yield a sentence or two for each kind of mistake, naming parameters or options.
 
     Args:
@@ -143,31 +148,41 @@ def _decayed(rows: Sequence[Row]) -> Iterator[str]:
         )
 
 
-def _narrow(
-    rows: Sequence[Row], links: Sequence[tuple[str, Any, bool]], peaks: Mapping[Any, float]
-) -> Iterator[str]:
-    rounding = {name for name, link, _ in links if isinstance(link, RoundParams)}
+def _narrow(rows: Sequence[Row], links: Links, peaks: Mapping[Any, float]) -> Iterator[str]:
     rules = {name: link for name, link, is_rule in links if is_rule and _can_be_tried(link)}
-    known: dict[Any, bool] = {}
-    found = []
-    for row in rows:
-        if not (row.trained and is_narrow(jnp.dtype(row.dtype))) or rounding & {*row.links}:
-            continue
-        peak = max(row.learning_rate or 0.0, peaks.get(row.schedule, 0.0))
-        rate = peak * float(np.max(row.multiplier))
-        mine = {name: rules[name] for name in row.links if name in rules}
-        key = (*mine, row.dtype, min(len(row.shape), 2), rate)
-        if row.learning_rate is None or not mine.keys() >= {*row.moved_by}:
-            known[key] = rate < float(jnp.finfo(row.dtype).eps) / 2
-        elif key not in known:
-            known[key] = _stands_still(mine, row.dtype, min(len(row.shape), 2), rate)
-        found += [row.name] if known[key] else []
-    if found:
+    if found := list(_lost(_not_rounded(rows, links), rules, peaks)):
         yield (
             f"16-bit parameters may stand still: {shown(found)}. Without stochastic rounding, an "
             "update below half of their precision is lost. Keep them in float32, or give "
             "`precision`, which has them rounded stochastically."
         )
+
+
+def _not_rounded(rows: Sequence[Row], links: Links) -> list[Row]:
+    """Return the narrow parameters that are trained without stochastic rounding."""
+    rounding = {name for name, link, _ in links if isinstance(link, RoundParams)}
+    narrow = [row for row in rows if row.trained and is_narrow(jnp.dtype(row.dtype))]
+    return [row for row in narrow if rounding.isdisjoint(row.links)]
+
+
+def _lost(
+    rows: Sequence[Row], rules: Mapping[str, Any], peaks: Mapping[Any, float]
+) -> Iterator[str]:
+    """Yield the names of parameters whose dtype loses the updates that rules make."""
+
+    @functools.cache
+    def stands_still(names: tuple[str, ...], dtype: str, rank: int, rate: float) -> bool:
+        return _stands_still({name: rules[name] for name in names}, dtype, rank, rate)
+
+    for row in rows:
+        tried = tuple(name for name in row.links if name in rules)
+        peak = max(row.learning_rate or 0.0, peaks.get(row.schedule, 0.0))
+        rate = peak * float(np.max(row.multiplier))
+        if row.learning_rate is None or not {*row.moved_by} <= {*tried}:
+            is_lost = rate < float(jnp.finfo(row.dtype).eps) / 2
+        else:
+            is_lost = stands_still(tried, row.dtype, min(len(row.shape), 2), rate)
+        yield from [row.name] * is_lost
 
 
 def _can_be_tried(link: Any) -> bool:
@@ -201,19 +216,23 @@ def _stands_still(links: Mapping[str, Any], dtype: str, rank: int, rate: float) 
     return got <= wanted / 4
 
 
-def _stacked(rows: Sequence[Row], links: Sequence[tuple[str, Any, bool]]) -> Iterator[str]:
+def _stacked(rows: Sequence[Row], links: Links) -> Iterator[str]:
     """Yield that matrices of stacked layers are not Muon's, where their biases tell a stack."""
     muon = {name for name, link, _ in links if isinstance(link, ScaleByMuon)}
-    mine = [row for row in rows if row.trained] if muon else []
-    marks = in_stacks([row.name for row in mine], mine)
-    stacked = [row for row, mark in zip(mine, marks, strict=True) if mark]
-    lengths = {row.shape[0] for row in stacked if len(row.shape) == 2}
-    left = [x for x in stacked if len(x.shape) > 2 and x.shape[0] in lengths]
-    if found := [row.name for row in left if not muon & {*row.moved_by}]:
+    left = _stacked_matrices(rows) if muon else []
+    if found := [row.name for row in left if muon.isdisjoint(row.moved_by)]:
         yield (
             f"Muon leaves stacked matrices to another rule: {shown(found)}. It is for parameters "
             "of two axes: make each layer a parameter of its own, or choose another optimizer."
         )
+
+
+def _stacked_matrices(rows: Sequence[Row]) -> list[Row]:
+    """Return the matrices among layers that are stacked along a first axis, as their biases are."""
+    mine = [row for row in rows if row.trained]
+    stacked = list(itertools.compress(mine, in_stacks([row.name for row in mine], mine)))
+    lengths = {row.shape[0] for row in stacked if len(row.shape) == 2}
+    return [row for row in stacked if len(row.shape) > 2 and row.shape[0] in lengths]
 
 
 class _Schedule:
@@ -268,7 +287,7 @@ def _of_schedule(names: list[str], schedule: _Schedule, horizon: Horizon) -> Ite
         )
 
 
-def _clipped_late(links: Sequence[tuple[str, Any, bool]]) -> Iterator[str]:
+def _clipped_late(links: Links) -> Iterator[str]:
     rule = None
     for name, link, is_rule in links:
         if rule is not None and isinstance(link, CLIPS):
@@ -279,48 +298,52 @@ def _clipped_late(links: Sequence[tuple[str, Any, bool]]) -> Iterator[str]:
         rule = name if is_rule and rule is None else rule
 
 
-def _unused(
-    rows: Sequence[Row], links: Sequence[tuple[str, Any, bool]], rules: Rules
-) -> Iterator[str]:
-    of_rows = rules.index([row.name for row in rows])
-    replaced = {
-        "weight_decay": any(isinstance(x, ShrinkParams | AddWeightDecay) for _, x, _ in links),
-        "noise_scale": any(isinstance(link, AddNoise) for _, link, _ in links),
-    }
+def _unused(rows: Sequence[Row], links: Links, rules: Rules) -> Iterator[str]:
+    of_rules: list[list[Row]] = [[] for _ in (*rules.options, None)]
+    for row, i in zip(rows, rules.index([row.name for row in rows]), strict=True):
+        of_rules[i].append(row)
     for i, (text, own) in enumerate(zip(rules.texts, rules.options, strict=True)):
-        mine = [row for row, j in zip(rows, of_rows, strict=True) if j == i]
-        names = [row.name for row in mine]
-        later = Rules(rules.patterns[i + 1 :], rules.options[i + 1 :])
-        exempt = any(j < len(later.patterns) for j in later.index(names))
-        if not exempt and any(row.trained for row in mine) and not own:
-            yield f"`rules[{text!r}]` has no effect: it is empty, and no later rule matches."
-        for key in sorted(_idle(own, mine, exempt, replaced)):
-            yield f"`rules[{text!r}][{key!r}]` has no effect on {shown(names)}."
+        yield from _unused_rule(text, own, of_rules[i], _in_use(rules, i, of_rules[i], links))
     for name, link, _ in links:
         if isinstance(link, MultiplyGradients):
-            for text, value in link.numbers().items():
-                if not callable(value) and value == 1:
-                    yield f"`{name}` has no effect for {text!r}: its number is 1."
+            yield from _unused_multipliers(name, link)
 
 
-def _idle(
-    own: Mapping[str, Any], mine: Sequence[Row], exempt: bool, replaced: Mapping[str, bool]
-) -> set[str]:
-    """Return the keys of a rule that change nothing.
+def _unused_multipliers(name: str, link: MultiplyGradients) -> Iterator[str]:
+    for pattern, value in numbers_by_name(link)["multipliers"].pairs:
+        if _is(value, 1):
+            yield f"`{name}` has no effect for {pattern_text(pattern)!r}: its number is 1."
 
-    Args:
-      own: the rule.
-      mine: its parameters.
-      exempt: whether a later rule would have one of them.
-      replaced: for some keys, whether there is for all parameters what a 0 would switch off.
+
+def _in_use(rules: Rules, i: int, mine: Sequence[Row], links: Links) -> set[str]:
+    """Return the keys that a rule may give a neutral number to switch something off.
+
+    That is a later rule, which would have one of its parameters, or a link for all parameters.
     """
-    if not any(row.trained for row in mine):
-        return {*own} - {"freeze"}
-    idle = {key for key, is_there in replaced.items() if own.get(key) == 0 and not is_there}
-    idle |= {"freeze"} if own.get("freeze") is False and not exempt else set()
-    return idle | ({"learning_rate_multiplier"} if _is_one(own) and not exempt else set())
+    later = Rules(rules.patterns[i + 1 :], rules.options[i + 1 :])
+    exempt = any(j < len(later.patterns) for j in later.index([row.name for row in mine]))
+    found = {"freeze", "learning_rate_multiplier"} if exempt else set()
+    for _, link, _ in links:
+        if isinstance(link, AddNoise | ShrinkParams | AddWeightDecay):
+            own = {"scale": "noise_scale", "weight_decay": "weight_decay"}
+            found |= {own[number] for number in own.keys() & link.numbers()}
+    return found
 
 
-def _is_one(own: Any) -> bool:
-    value = own.get("learning_rate_multiplier")
-    return value is not None and not callable(value) and bool(np.all(np.asarray(value) == 1))
+def _unused_rule(
+    text: str, own: Mapping[str, Any], mine: Sequence[Row], in_use: set[str]
+) -> Iterator[str]:
+    """Yield which keys of a rule change nothing for its parameters."""
+    idle = {*own} - {"freeze"}
+    if any(row.trained for row in mine):
+        idle = {key for key in NEUTRAL.keys() & own if _is(own[key], NEUTRAL[key])}
+        idle -= in_use
+        if not own and "freeze" not in in_use:
+            yield f"`rules[{text!r}]` has no effect: it is empty, and no later rule matches."
+    for key in sorted(idle):
+        yield f"`rules[{text!r}][{key!r}]` has no effect on {shown([row.name for row in mine])}."
+
+
+def _is(value: Any, number: float) -> bool:
+    """Return whether a value, or each of several, is a number rather than a schedule of it."""
+    return not callable(value) and bool(np.all(np.asarray(value) == number))

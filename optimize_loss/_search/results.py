@@ -1,7 +1,7 @@
 """What searches over hyperparameters have found."""
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -9,6 +9,9 @@ import numpy as np
 from optimize_loss import plot
 from optimize_loss._checks import NonFiniteError
 from optimize_loss._state.train_state import TrainState
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,7 +50,7 @@ class LearningRateTest:
         """The rate at which the smoothed loss is least; a tenth of it is another usual choice."""
         return float(self.rates[np.nanargmin(self.smoothed)])
 
-    def plot(self) -> Any:
+    def plot(self) -> "Figure":
         """Return a matplotlib figure of the loss over the rate, as `ol.plot.learning_rate`."""
         return plot.learning_rate(self)
 
@@ -115,6 +118,6 @@ class Sweep:
             )
         return jax.tree.map(lambda x: x[point], self.states)
 
-    def plot(self) -> Any:
+    def plot(self) -> "Figure":
         """Return a matplotlib figure of the loss over each number, as `ol.plot.sweep`."""
         return plot.sweep(self)

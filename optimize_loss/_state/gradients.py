@@ -238,7 +238,7 @@ def _unscaled(param: Any, grad: Any, scale: jax.Array | None) -> jax.Array:
 def _check_scale(links: Sequence[Any], dtype: Any) -> None:
     """Raise if a scale that stays is too large for the loss; one that is dynamic shrinks."""
     scales = [link.loss_scale for link in links if isinstance(link, DivideByLossScale)]
-    fixed = [scale for scale in scales if not callable(scale)]
+    fixed = [scale for scale in scales if isinstance(scale, float)]
     most = float(jnp.finfo(dtype).max)
     if math.prod(fixed) > most:
         raise ValueError(

@@ -1,10 +1,19 @@
 """Hooks: what a run calls between its batches, and at its end."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from optimize_loss._checks import AT_LEAST_1, InvalidType, check_flags, check_integer, check_takes
+import numpy as np
+
+from optimize_loss._checks import (
+    AT_LEAST_1,
+    InvalidType,
+    check_flags,
+    check_integer,
+    check_takes,
+    nearest,
+)
 from optimize_loss._state.train_state import TrainState
 
 Function = Callable[[TrainState, dict[str, Any]], TrainState | None]
@@ -100,6 +109,20 @@ def every(n: int, function: Function, *, at_end: bool = False) -> Hook:
     check_flags(at_end=at_end)
     n = check_integer("n", n, AT_LEAST_1)
     return _Every(every=n, function=function, at_end=at_end)
+
+
+def mean_of(metrics: Mapping[str, Any], tag: str) -> float:
+    """Return the mean of a metric, of one batch or of several.
+
+    Raises:
+      ValueError: there is no such metric.
+    """
+    if tag not in metrics:
+        raise ValueError(
+            f"A hook must be called with the metric {tag!r}. Received: {[*metrics][:20]}. "
+            f"Nearest: {nearest(tag, metrics)}."
+        )
+    return float(np.mean(np.asarray(metrics[tag], np.float64)))
 
 
 def check_hooks(name: str, hooks: Any) -> tuple[Hook, ...]:

@@ -1,7 +1,8 @@
 """Rules: what some parameters have for themselves, by pattern, checked and proven to cover."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,12 +13,14 @@ from optimize_loss._checks import (
     NOT_NEGATIVE,
     POSITIVE,
     InvalidType,
+    Rule,
     check_choice,
     check_flags,
     check_number,
     nearest,
     received,
 )
+from optimize_loss._engine.by_name import ByName
 from optimize_loss._engine.precision import FORMATS
 from optimize_loss._names import (
     Pattern,
@@ -27,17 +30,6 @@ from optimize_loss._names import (
     leaf_names,
     pattern_text,
 )
-
-KEYS = (
-    "learning_rate_multiplier",
-    "weight_decay",
-    "clip_norm",
-    "noise_scale",
-    "freeze",
-    "optimizer",
-    "state_dtype",
-)
-"""The keys of a rule."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +60,12 @@ class Rules:
         """Whether a rule freezes its parameters."""
         return any(own.get("freeze", False) for own in self.options)
 
-    def values(self, key: str, chosen: Sequence[int]) -> tuple[Any, ...]:
-        """Return for each rule the value of a key, None for rules that are not chosen."""
-        return tuple(own.get(key) if i in chosen else None for i, own in enumerate(self.options))
+    def number(self, key: str, chosen: Sequence[int], rest: Any) -> Any:
+        """Return a number by name: of the rules that are chosen their own, of all others `rest`."""
+        if not chosen:
+            return rest
+        values = [own[key] if i in chosen else None for i, own in enumerate(self.options)]
+        return ByName(tuple(zip(self.patterns, values, strict=True)), rest, optional=True)
 
     def index(self, names: Sequence[str]) -> list[int]:
         """Return for each parameter the index of its rule; behind the last for none."""
@@ -90,22 +85,26 @@ class Rules:
         """
         pairs = zip(leaf_names(params), jax.tree.leaves(params), strict=True)
         floats = {n: x for n, x in pairs if jnp.issubdtype(jnp.result_type(x), jnp.inexact)}
-        for text in self.texts:
-            if text in self.patterns and text in floats and not {*text}.isdisjoint("*|"):
+        for text in floats.keys() & {*self.patterns}:
+            if not {*text}.isdisjoint("*|"):
                 raise ValueError(
                     f"`rules[{text!r}]` must not be the name of a parameter and a pattern at once: "
                     "write `re.compile(...)` for what is meant."
                 )
         first_matches("rules", self.patterns, list(floats))
         for name, i in zip(floats, self.index([*floats]), strict=True):
-            own = self.options[i] if i < len(self.options) else {}
-            each, shape = own.get("learning_rate_multiplier"), np.shape(floats[name])
-            if isinstance(each, tuple) and shape[:1] != (len(each),):
-                label = _label(self.patterns[i], "learning_rate_multiplier")
-                raise ValueError(
-                    f"`{label}` must have a number for each entry of the first axis of {name!r}, "
-                    f"whose shape is {shape}. Received: {len(each)} numbers."
-                )
+            self._check_layers(i, name, np.shape(floats[name]))
+
+    def _check_layers(self, i: int, name: str, shape: tuple[int, ...]) -> None:
+        """Raise unless a parameter has a layer for each multiplier of its rule."""
+        own: Mapping[str, Any] = [*self.options, {}][i]
+        each = own.get("learning_rate_multiplier")
+        if isinstance(each, tuple) and shape[:1] != (len(each),):
+            label = _label(self.patterns[i], "learning_rate_multiplier")
+            raise ValueError(
+                f"`{label}` must have a number for each entry of the first axis of {name!r}, "
+                f"whose shape is {shape}. Received: {len(each)} numbers."
+            )
 
 
 NO_RULES = Rules()
@@ -150,35 +149,53 @@ def _check_rule(pattern: Pattern, rule: Any) -> dict[str, Any]:
             raise ValueError(
                 f"`{name}` must have keys of {[*KEYS]}. Received: {key!r}. Nearest: {near!r}."
             )
-    if "noise_scale" in rule and pattern_text(pattern) == "seed":
-        raise ValueError(
-            f"`{name}` must be written otherwise, such as 'seed|seed': `seed` is taken."
-        )
-    return {key: _check(_label(pattern, key), key, value) for key, value in rule.items()}
+    return {key: _CHECKS[key](_label(pattern, key), value) for key, value in rule.items()}
 
 
-def _check(label: str, key: str, value: Any) -> Any:
-    """Return the value of a key of a rule, if it is of the right kind and allowed."""
-    if key == "freeze":
-        check_flags(**{label: value})
-        return value
-    if key == "optimizer":
-        if value is None:
-            raise InvalidType(f"`{label}` must be an optimizer. {received(label, value)}")
-        return value
-    if key == "state_dtype":
-        if not isinstance(value, str):
-            raise InvalidType(f"`{label}` must be one of {[*FORMATS]}. {received(label, value)}")
-        check_choice(label, value, FORMATS)
-        return value
-    if key == "learning_rate_multiplier" and _is_vector(value):
-        return tuple(check_number(f"{label}[{i}]", x, NOT_NEGATIVE) for i, x in enumerate(value))
-    if callable(value):
-        return value
-    return check_number(label, value, POSITIVE if key == "clip_norm" else NOT_NEGATIVE)
+def _number(rule: Rule, label: str, value: Any) -> Any:
+    """Return a number that a rule allows; a schedule as it is."""
+    return value if callable(value) else check_number(label, value, rule)
+
+
+def _multiplier(label: str, value: Any) -> Any:
+    """Return a multiplier, or a tuple of one for each layer."""
+    if not _is_vector(value):
+        return _number(NOT_NEGATIVE, label, value)
+    return tuple(check_number(f"{label}[{i}]", x, NOT_NEGATIVE) for i, x in enumerate(value))
 
 
 def _is_vector(value: Any) -> bool:
     if isinstance(value, np.ndarray | jax.Array):
         return value.ndim == 1 and value.size > 0
     return isinstance(value, list | tuple) and len(value) > 0
+
+
+def _flag(label: str, value: Any) -> bool:
+    check_flags(**{label: value})
+    return value
+
+
+def _optimizer(label: str, value: Any) -> Any:
+    if value is None:
+        raise InvalidType(f"`{label}` must be an optimizer. {received(label, value)}")
+    return value
+
+
+def _state_dtype(label: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise InvalidType(f"`{label}` must be one of {[*FORMATS]}. {received(label, value)}")
+    return check_choice(label, value, FORMATS)
+
+
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "learning_rate_multiplier": _multiplier,
+    "weight_decay": functools.partial(_number, NOT_NEGATIVE),
+    "clip_norm": functools.partial(_number, POSITIVE),
+    "noise_scale": functools.partial(_number, NOT_NEGATIVE),
+    "freeze": _flag,
+    "optimizer": _optimizer,
+    "state_dtype": _state_dtype,
+}
+
+KEYS = tuple(_CHECKS)
+"""The keys of a rule."""

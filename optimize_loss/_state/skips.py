@@ -12,7 +12,7 @@ from optimize_loss._checks import NonFiniteError
 from optimize_loss._engine.bucket import Layout
 from optimize_loss._engine.transfers import asked_for
 from optimize_loss._state.train_state import TrainState
-from optimize_loss.transforms._guard import guard_of
+from optimize_loss.transforms._guard import guards_of
 
 _COUNT = "skipped_in_a_row"
 
@@ -23,35 +23,38 @@ def check_ready(state: TrainState) -> None:
     Raises:
       NonFiniteError: it has left out as many batches in a row as are an error.
     """
-    found = guard_of(state.chain.links)
-    if found is None or found[1].most is None:
-        return
-    name, guard = found
+    for name, guard in guards_of(state.chain.links):
+        if guard.most is not None and _is_reached(state, name, guard.most):
+            raise _too_many(state, name)
+
+
+def _is_reached(state: TrainState, name: str, most: int) -> bool:
+    """Return whether the count of a guard is known, and so many or more."""
     if state.layout is None:
         array, index = state.packed_optimizer[name][_COUNT], ()
     else:
         key, start = _place(state.layout, name)
         array, index = state.packed_optimizer[key], (start,)
     if isinstance(array, Tracer) or not getattr(array, "is_ready", _is_on_the_host)():
-        return
-    if jax.device_get(array)[index] >= guard.most:
-        raise _too_many(state)
+        return False
+    return jax.device_get(array)[index] >= most
 
 
-def check_metric(state: TrainState, in_a_row: Any) -> None:
+def check_metric(state: TrainState, in_a_row: Any, prefix: str = "") -> None:
     """Look at the metric `skipped_in_a_row` of several steps.
 
     Args:
       state: the state after these steps, or a later one.
       in_a_row: the metric.
+      prefix: of the names of the links that it is of.
 
     Raises:
       NonFiniteError: after one of these steps it was an error.
     """
-    found = guard_of(state.chain.links)
+    found = next(guards_of(state.chain.links, prefix), None)
     if found is None or found[1].most is None or np.max(in_a_row) < found[1].most:
         return
-    raise _too_many(state, int(np.max(in_a_row)))
+    raise _too_many(state, found[0], int(np.max(in_a_row)))
 
 
 def _is_on_the_host() -> bool:
@@ -71,10 +74,8 @@ def _place(layout: Layout, name: str) -> tuple[str, int]:
 
 
 @asked_for()
-def _too_many(state: TrainState, in_a_row: int | None = None) -> NonFiniteError:
-    found = guard_of(state.chain.links)
-    assert found is not None
-    name, mine = found[0], state.links[found[0]]
+def _too_many(state: TrainState, name: str, in_a_row: int | None = None) -> NonFiniteError:
+    mine = state.links[name]
     count = int(mine[_COUNT]) if in_a_row is None else in_a_row
     error = NonFiniteError(
         f"{count} batches in a row were left out, of {int(mine['skipped'])} so far, before "

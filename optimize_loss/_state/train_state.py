@@ -30,7 +30,7 @@ from optimize_loss._names import (
 )
 from optimize_loss._state.modules import Graph
 from optimize_loss._state.shown import arrays_text, as_shape, links_text, parameters_text, shown
-from optimize_loss.transforms._guard import guard_of
+from optimize_loss.transforms._guard import guards_of
 
 
 def averaged_params(chain: Chain, state: dict[str, Any], params: Any) -> Any:
@@ -291,16 +291,16 @@ class TrainState:
         Raises:
           InvalidType: these are several states, stacked, or one that is being traced.
         """
-        if (guard := guard_of(self.chain.links)) is None:
-            return None
-        code = self.links[guard[0]]["offender"]
-        if isinstance(code, Tracer) or jnp.ndim(code):
+        names = leaf_names(self.outline)
+        codes = [self.links[name]["offender"] for name, _ in guards_of(self.chain.links)]
+        if strange := [code for code in codes if isinstance(code, Tracer) or jnp.ndim(code)]:
             raise InvalidType(
                 "`offender` must be asked of one state at a time, outside of jit and vmap, since "
                 "it is text: of several, `jax.tree.map(lambda x: x[0], states).offender`. "
-                f"Received: {code}."
+                f"Received: {strange[0]}."
             )
-        return blamed(int(jax.device_get(code)), leaf_names(self.outline))
+        found = (blamed(int(code), names) for code in jax.device_get(codes))
+        return next((text for text in found if text is not None), None)
 
     @asked_for()
     def set(self, *, step: Any = None, batches: Any = None, **values: Any) -> "TrainState":

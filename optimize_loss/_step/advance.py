@@ -3,32 +3,29 @@
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from optimize_loss._checks import InvalidType, received
-from optimize_loss._engine.bucket import Layout, find_layout, unpacked
+from optimize_loss._engine.bucket import Layout, unpacked
 from optimize_loss._engine.device import copy, is_elsewhere
 from optimize_loss._engine.kinds import weighs_nothing
-from optimize_loss._engine.sharding import devices_along, init_spread
+from optimize_loss._engine.sharding import init_spread
 from optimize_loss._engine.trees import owned
-from optimize_loss._names import Pattern
 from optimize_loss._state.gradients import (
     Trainable,
     colocated,
-    find_trainable,
     flat_gradients,
     for_line_searches,
     radius,
     told,
 )
-from optimize_loss._state.loss import Aux, Loss, run_update_ops
+from optimize_loss._state.loss import Aux, run_update_ops
 from optimize_loss._state.metrics import joined, rates, read
-from optimize_loss._state.modules import Graph, check_trained, split
-from optimize_loss._state.rules import Rules
+from optimize_loss._state.recipe import Recipe, layout_of, trainable_of
 from optimize_loss._state.train_state import TrainState
 from optimize_loss.transforms import Accumulate, Chain
 from optimize_loss.transforms._guard import kept, was_open
@@ -37,84 +34,9 @@ logger = logging.getLogger("optimize_loss")
 Values = dict[str, Any]  # by name
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Recipe:
-    """What decides on the next state; `TrainStep` says what the fields are."""
-
-    loss: Loss
-    chain: Chain
-    variables: tuple[Pattern, ...] | None
-    rules: Rules
-    update_ops: tuple[Callable[..., Any], ...]
-    summaries: tuple[str, ...]
-    name: str
-    learning_rate: Any
-
-    def trainable(self, params: Any) -> Trainable:
-        """Return the parameters with a mark for those that are trained."""
-        frozen = self.rules.frozen if self.rules.having_frozen else None
-        return find_trainable(params, self.variables, frozen)
-
-    def parted(self, model: Any, model_state: Any) -> tuple[Any, Any, Graph | None]:
-        """Return the parameters, the first model state, and the structure of a module.
-
-        Raises:
-          InvalidType: there is state among the parameters.
-          ValueError: a module has its own state, and another is given or taken.
-        """
-        params, rest, graph = split(model)
-        if graph is None:
-            check_trained(params)
-            return params, model_state, None
-        if model_state is not None or self.loss.takes("model_state"):
-            raise ValueError(
-                "`model_state` must not be given with a module of flax nnx, nor taken by its loss: "
-                "the module has its own state."
-            )
-        return params, rest, graph
-
-    def check_model_state(self, model_state: Any) -> Any:
-        """Return the first model state if there is one exactly where something takes it."""
-        takers = ["the loss"] if self.loss.takes("model_state") else []
-        takers += ["`update_ops`"] if self.update_ops else []
-        if takers and model_state is None:
-            raise ValueError(
-                "`model_state` must be given, as in `step.init(params, model_state=...)`: "
-                f"needed by {' and '.join(takers)}."
-            )
-        if model_state is not None and not takers:
-            raise ValueError(
-                "`model_state` must not be given: the loss does not take one. It would declare it "
-                "by keyword only, as in `loss(params, x, *, model_state)`."
-            )
-        return model_state
-
-
-def layout_of(
-    chain: Chain, bucket: int | None, axis: str | None, trainable: Trainable
-) -> Layout | None:
-    """Return how small parameters lie in one array; None where each lies by itself.
-
-    Args:
-      chain: the links.
-      bucket: the most entries of a parameter that shares an array; None for none.
-      axis: the mesh axis over which slots are spread, or None.
-      trainable: the parameters.
-    """
-    if bucket is None:
-        return None
-    kinds: Iterator[Any] = iter(chain.kinds(trainable.tree(trainable.leaves)))
-    if axis:  # members that can be parted equally have an array that can
-        pairs = zip(kinds, trainable.leaves, strict=True)
-        kinds = (kind and (kind, x.size % devices_along(axis, x) == 0) for kind, x in pairs)
-    of_all = [next(kinds) if trained else () for trained in trainable.marks]
-    return find_layout(trainable.params, of_all, trainable.marks, bucket)
-
-
-def first_arrays(
-    chain: Chain, axis: str | None, trainable: Trainable, layout: Layout | None
-) -> tuple[Any, Values, Layout | None]:
+def first_arrays(recipe: Recipe, trainable: Trainable) -> tuple[Any, Values, Layout | None]:
     """Return the parameters and the chain's first state as a step takes them, and the layout."""
+    chain, axis, layout = recipe.chain, recipe.shard_state, layout_of(recipe, trainable)
     make = functools.partial(init_spread, chain, axis=axis) if axis else chain.init
     if layout is None:
         return trainable.params, owned(make(trainable.tree(trainable.leaves))), None
@@ -150,10 +72,10 @@ def _is_one_key(array: jax.Array) -> bool:
 
 
 def advance_many(
-    recipe: Recipe, shardings: Any, state: TrainState, batches: Any
+    one: Callable[..., Any], shardings: Any, state: TrainState, batches: Any
 ) -> tuple[TrainState, Values]:
-    """Take as many steps as the batches have entries, while being traced."""
-    state, metrics = jax.lax.scan(functools.partial(advance, recipe, shardings), state, batches)
+    """Take as many steps as the batches have entries, while being traced; `one` takes each."""
+    state, metrics = jax.lax.scan(functools.partial(one, shardings), state, batches)
     if state.placement is not None:
         state = _with_packed(state, state.placement.constrain(state.packed))
     return state, metrics
@@ -178,7 +100,7 @@ def advance(
     chain = recipe.chain
     model_state = run_update_ops(recipe.update_ops, state.model_state, batch)
     key = _key_of_step(chain, state)
-    trainable = recipe.trainable(state.params)
+    trainable = trainable_of(recipe, state.params)
     _check_on_device([*trainable.leaves, *jax.tree.leaves(state.packed_optimizer)])
 
     def loss_of(params: Any) -> tuple[jax.Array, Aux]:
@@ -193,9 +115,13 @@ def advance(
         extra |= for_line_searches(chain, trainable, loss_of, grads, scale)
     new = _updated(recipe, state, grads, extra)
     model_state = kept(_counts(chain, state, new, extra), state.model_state, aux.model_state)
-    batches = jnp.minimum(state.batches, jnp.iinfo(jnp.int32).max - 1) + 1
-    new = dataclasses.replace(new, model_state=model_state, batches=batches)
+    new = dataclasses.replace(new, model_state=model_state, batches=count_of(state))
     return new, joined(_metrics(recipe, state, new, loss), aux.metrics, recipe.name)
+
+
+def count_of(state: TrainState) -> jax.Array:
+    """Return how many batches have been taken with the one of this step."""
+    return jnp.minimum(state.batches, jnp.iinfo(jnp.int32).max - 1) + 1
 
 
 def _key_of_step(chain: Chain, state: TrainState) -> Any:
@@ -229,10 +155,14 @@ def _updated(recipe: Recipe, state: TrainState, grads: list[Any], extra: Values)
     if state.placement is None:
         return _moved(recipe, state, grads, extra)
 
-    def update(*arguments: Any) -> Any:
-        return _moved(recipe, *arguments).packed
+    part, run = state.placement.part, state.placement.run
 
-    return _with_packed(state, state.placement.run(update, state.packed, state, grads, extra))
+    def update(state: TrainState, grads: list[Any], extra: Values) -> tuple[Any, Values]:
+        state = _with_packed(state, (part(state.packed_params), state.packed_optimizer))
+        params, optimizer = _moved(recipe, state, grads, extra).packed
+        return part(params), optimizer
+
+    return _with_packed(state, run(update, state.packed, state, grads, extra))
 
 
 def _with_packed(state: TrainState, packed: tuple[Any, Values]) -> TrainState:
@@ -241,7 +171,7 @@ def _with_packed(state: TrainState, packed: tuple[Any, Values]) -> TrainState:
 
 def _moved(recipe: Recipe, state: TrainState, grads: list[Any], extra: Values) -> TrainState:
     """Return the state with the parameters and the optimizer's state after an update."""
-    trainable = recipe.trainable(state.params)
+    trainable = trainable_of(recipe, state.params)
     apply = functools.partial(recipe.chain.apply, schedule_step=state.step, **extra)
     packed, layout = state.packed_params, state.layout
     if layout is None or not layout.trains(trainable.names):

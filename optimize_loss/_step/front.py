@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
-from optimize_loss._checks import DECAY, SEED, STEP, check_flags, check_integer, check_number
+from optimize_loss._checks import SEED, check_flags, check_integer
 from optimize_loss._engine.order import arranged
 from optimize_loss._engine.precision import check_precision
 from optimize_loss._engine.sharding import check_axis
@@ -12,13 +12,13 @@ from optimize_loss._state.loss import Loss
 from optimize_loss._state.metrics import check_summaries, observed
 from optimize_loss._state.rules import check_rules
 from optimize_loss._step import options
+from optimize_loss._step.misplaced import checked_names
 from optimize_loss._step.options import Around
-from optimize_loss._step.rule_links import clips, precision_of, with_noise, with_rules
+from optimize_loss._step.rule_links import clips, precision_of, with_rules
 from optimize_loss._step.train_step import TrainStep
 from optimize_loss.optimizers._resolve import resolve
 from optimize_loss.transforms import (
     Accumulate,
-    AverageLoss,
     Lookahead,
     Precision,
     ReduceOnPlateau,
@@ -29,6 +29,7 @@ from optimize_loss.transforms import (
 )
 
 
+@checked_names(TrainStep.run, TrainStep.init)
 def optimize_loss(
     loss: Callable[..., Any],
     global_step: Any = 0,
@@ -101,10 +102,12 @@ def optimize_loss(
         which starts at 0; with `accumulate`, of those of the updates. Training is not affected.
       rules: {pattern: rule}, in order: the first pattern that matches a parameter decides which
         rule it has. A rule is a dict with some of these keys, whose numbers may be schedules, and
-        are set as `state.set(**{"rules.weight_decay/**/bias": 0.0})`:
+        are set as `state.set(**{"weight_decay/**/bias": 0.0})`, with `noise_scale` called `scale`
+        and `learning_rate_multiplier` called `multiplier`:
         `learning_rate_multiplier`: at least 0, of all that a step moves the parameter by, decay
         that goes by the rate too; or a list with one for each entry of the first axis, for layers
-        that are stacked, set as `rules.learning_rate_multiplier_of_layers/pattern[0]`.
+        that are stacked, set as `rules.learning_rate_multiplier.` + the pattern with `.` for `/` +
+        `/0` for the first.
         `weight_decay`: at least 0, in place of the optimizer's; where that has none, as in `AdamW`.
         `clip_norm`: above 0, the largest joint norm of the rule's parameters, before
         `clip_gradients`, which stays global; set as `rules.clip_norm.` + the pattern with `.` for
@@ -184,29 +187,25 @@ def optimize_loss(
         colocate_gradients_with_ops=colocate_gradients_with_ops,
         increment_global_step=increment_global_step,
     )
+    first_step = options.check_first_step(global_step)
     rate = options.check_rate(learning_rate, learning_rate_decay_fn, global_step)
     chosen = check_summaries(summaries)
     own = check_rules(rules)
-    links = options.gradient_links(gradient_noise_scale, seed, gradient_multipliers)
-    links = with_noise(own, links, seed)
+    links = options.gradient_links(gradient_noise_scale, own, seed, gradient_multipliers)
     links |= observed(chosen, clips(own) | options.clip_links(clip_gradients))
-    if moving_average_decay is not None:
-        check_number("moving_average_decay", moving_average_decay, DECAY)
-        links["loss_mean"] = AverageLoss(moving_average_decay, "loss/mean")
-    around = Around(skip, loss_scale, accumulate, ema, lookahead, sam, plateau)
-    inner = arranged(links, with_rules(own, resolve(optimizer, rate), rate))
+    links |= options.mean_of_loss(moving_average_decay)
+    around = Around(skip, loss_scale, accumulate, plateau, sam, lookahead, ema)
+    every = around.links(arranged(links, with_rules(own, resolve(optimizer, rate), rate)))
     seed = check_integer("seed", seed, SEED)
     kept_as = precision_of(own, check_precision(precision, seed))
-    every = with_precision(chain(**around.links(inner)), kept_as, seed=seed)
-    options.check_known(every)
     return TrainStep(
         loss=Loss(loss),
-        chain=every,
+        chain=options.check_known(with_precision(chain(**every), kept_as, seed=seed)),
         variables=options.check_variables(variables),
         update_ops=options.check_functions("update_ops", update_ops),
         summaries=chosen,
         name=options.check_name(name),
-        first_step=0 if global_step is None else check_integer("global_step", global_step, STEP),
+        first_step=first_step,
         increment_step=increment_global_step and global_step is not None,
         colocate_gradients=colocate_gradients_with_ops,
         seed=seed,

@@ -10,7 +10,9 @@ from optimize_loss._checks import (
     DECAY,
     NOT_NEGATIVE,
     POSITIVE,
+    STEP,
     InvalidType,
+    Rule,
     check_choice,
     check_integer,
     check_number,
@@ -22,10 +24,12 @@ from optimize_loss._engine.link import is_transformation
 from optimize_loss._engine.order import arranged
 from optimize_loss._engine.selection import linked
 from optimize_loss._names import Pattern, check_patterns
+from optimize_loss._state.rules import Rules
 from optimize_loss.schedules import Decayed, WarmUpDecay
 from optimize_loss.transforms import (
     Accumulate,
     AddNoise,
+    AverageLoss,
     AverageParams,
     Chain,
     ClipByAdaptiveNorm,
@@ -91,8 +95,8 @@ def check_rate(rate: Any, decay: Any, global_step: Any) -> Any:
             "`learning_rate_decay_fn` must be a function of (learning_rate, step). "
             f"{received('learning_rate_decay_fn', decay)}"
         )
-    if rate is not None and not callable(rate):
-        rate = check_number("learning_rate", rate, NOT_NEGATIVE)
+    if rate is not None:
+        rate = _number("learning_rate", rate, NOT_NEGATIVE)
     if decay is None:
         return rate
     check_takes(
@@ -111,19 +115,20 @@ def check_rate(rate: Any, decay: Any, global_step: Any) -> Any:
         )
     if rate is None:
         warnings.warn(
-            "`learning_rate_decay_fn` is ignored, as `learning_rate` is None.", stacklevel=3
+            "`learning_rate_decay_fn` is ignored, as `learning_rate` is None.", stacklevel=4
         )
         return None
     return Decayed(rate, decay)
 
 
-def gradient_links(noise_scale: Any, seed: Any, multipliers: Any) -> Links:
+def gradient_links(noise_scale: Any, rules: Rules, seed: Any, multipliers: Any) -> Links:
     """Return the links that come before clipping."""
     links: Links = {}
     if noise_scale is not None:
-        if not callable(noise_scale):
-            check_number("gradient_noise_scale", noise_scale, NOT_NEGATIVE)
-        links["gradient_noise"] = AddNoise(noise_scale, seed)
+        _number("gradient_noise_scale", noise_scale, NOT_NEGATIVE)
+    scale = rules.number("noise_scale", rules.having("noise_scale"), noise_scale)
+    if scale is not None:
+        links["gradient_noise"] = AddNoise(scale, seed)
     if multipliers is not None and multipliers != {}:
         links["gradient_multipliers"] = MultiplyGradients(multipliers)
     return links
@@ -149,11 +154,37 @@ def clip_links(clip: Any) -> Links:
     return {"clip_gradients": ClipByGlobalNorm(check_number("clip_gradients", clip, POSITIVE))}
 
 
-def check_known(links: Chain) -> None:
-    """Raise an `InvalidType` if a number of a link is traced: a step is compiled without it."""
+def mean_of_loss(decay: Any) -> Links:
+    """Return the link for `moving_average_decay`, if any."""
+    if decay is None:
+        return {}
+    check_number("moving_average_decay", decay, DECAY)
+    return {"loss_mean": AverageLoss(decay, "loss/mean")}
+
+
+def check_known(links: Chain) -> Chain:
+    """Return links, none with a traced number: a step is compiled without it.
+
+    Raises:
+      InvalidType: there is one.
+    """
     for path in links.traced_numbers:
         name, number = path.split("/", 1)
         check_number(number, links.link(name).numbers()[number])
+    return links
+
+
+def check_first_step(step: Any) -> int:
+    """Return the first global step; 0 where there is none."""
+    if step is None:
+        return 0
+    try:
+        return check_integer("global_step", step, STEP)
+    except InvalidType as error:
+        raise InvalidType(
+            f"{error} The second argument by position is the step, as in contrib: the learning "
+            "rate is given as `learning_rate=…`, and the optimizer as `optimizer=…`."
+        ) from error
 
 
 def check_variables(variables: Any) -> tuple[Pattern, ...] | None:
@@ -192,9 +223,6 @@ def check_name(name: Any) -> str:
     return f"{name}/" if name else ""
 
 
-_SCALES = (DivideByLossScale, DivideByDynamicLossScale)
-
-
 @dataclasses.dataclass(frozen=True)
 class Around:
     """The options of `optimize_loss` of these names."""
@@ -202,10 +230,10 @@ class Around:
     skip: Any = None
     loss_scale: Any = None
     accumulate: Any = None
-    ema: Any = None
-    lookahead: Any = None
-    sam: Any = None
     plateau: Any = None
+    sam: Any = None
+    lookahead: Any = None
+    ema: Any = None
 
     def links(self, inner: Links) -> Links:
         """Return all links in a row.
@@ -214,40 +242,44 @@ class Around:
           InvalidType: an option is of the wrong kind.
           ValueError: an option has a wrong value, or `inner` has such a link, or one of its name.
         """
-        made = self._made()
-        for name, link in made.items():
-            kinds = Guard if name == "skip" else _SCALES if name == "loss_scale" else type(link)
-            if name in inner or any(isinstance(x, kinds) for _, x in linked(inner)):
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        for name, value in given.items():
+            if name in inner or any(isinstance(x, _KINDS[name]) for _, x in linked(inner)):
                 raise ValueError(
                     f"`{name}` must not be given where the optimizer has such a link, or one of "
-                    f"this name. Received: {name}={getattr(self, name)!r}, and links {[*inner]}."
+                    f"this name. Received: {name}={value!r}, and links {[*inner]}."
                 )
-        optaxes = [name for name, link in linked(inner) if isinstance(link, RunOptax)]
-        if "plateau" in made and optaxes:
-            raise ValueError(
-                "`plateau` must be left out where a rule has an optax transformation for its "
-                f"`optimizer`, whose rate it cannot lower. Received: {optaxes}."
-            )
-        return arranged(inner, made)
-
-    def _made(self) -> Links:
-        """Return the link of each option that is given."""
-        makers = {
-            "skip": _guard,
-            "loss_scale": _loss_scale,
-            "accumulate": _accumulate,
-            "plateau": _plateau,
-            "sam": _sam,
-            "lookahead": _lookahead,
-            "ema": _ema,
-        }
-        given = {name: getattr(self, name) for name in makers}
-        return {name: makers[name](x) for name, x in given.items() if x is not None}
+        if self.plateau is not None:
+            _check_lowered(inner)
+        return arranged(inner, {name: _link(name, value) for name, value in given.items()})
 
 
-def _guard(value: Any) -> Guard:
-    if isinstance(value, Guard):
-        return value
+# The links that the options of `Around` make, and may be.
+_KINDS: dict[str, Any] = {
+    "skip": Guard,
+    "loss_scale": DivideByLossScale | DivideByDynamicLossScale,
+    "accumulate": Accumulate,
+    "plateau": ReduceOnPlateau,
+    "sam": Sharpness,
+    "lookahead": Lookahead,
+    "ema": AverageParams,
+}
+
+
+def _link(name: str, value: Any) -> Any:
+    return value if isinstance(value, _KINDS[name]) else _MAKERS[name](value)
+
+
+def _check_lowered(links: Links) -> None:
+    """Raise if a link has a rate that a plateau cannot lower."""
+    if optaxes := [name for name, link in linked(links) if isinstance(link, RunOptax)]:
+        raise ValueError(
+            "`plateau` must be left out where a rule has an optax transformation for its "
+            f"`optimizer`, whose rate it cannot lower. Received: {optaxes}."
+        )
+
+
+def _skip(value: Any) -> Guard:
     if not isinstance(value, str):
         raise InvalidType(
             f'`skip` must be "nonfinite", `SkipNonFinite` or `Spike`. {received("skip", value)}'
@@ -257,39 +289,27 @@ def _guard(value: Any) -> Guard:
 
 
 def _loss_scale(value: Any) -> Any:
-    if isinstance(value, _SCALES):
-        return value
     if isinstance(value, str):
         check_choice("loss_scale", value, ["dynamic"])
         return DivideByDynamicLossScale()
     return DivideByLossScale(check_number("loss_scale", value, POSITIVE))
 
 
-def _accumulate(value: Any) -> Accumulate:
-    if isinstance(value, Accumulate):
-        return value
-    return Accumulate(check_integer("accumulate", value, COUNT))
-
-
-def _ema(value: Any) -> AverageParams:
-    if isinstance(value, AverageParams):
-        return value
-    if not callable(value):
-        value = check_number("ema", value, DECAY)
-    return AverageParams(value, bias_free=True)
-
-
-def _lookahead(value: Any) -> Lookahead:
-    if isinstance(value, Lookahead):
-        return value
-    return Lookahead(check_integer("lookahead", value, COUNT))
-
-
-def _sam(value: Any) -> Sharpness:
-    return Sharpness(value if callable(value) else check_number("sam", value, POSITIVE))
-
-
 def _plateau(value: Any) -> ReduceOnPlateau:
-    if not isinstance(value, ReduceOnPlateau):
-        raise InvalidType(f"`plateau` must be a `ReduceOnPlateau`. {received('plateau', value)}")
-    return value
+    raise InvalidType(f"`plateau` must be a `ReduceOnPlateau`. {received('plateau', value)}")
+
+
+def _number(name: str, value: Any, rule: Rule) -> Any:
+    """Return a number that a rule allows, or a schedule, which is checked when it runs."""
+    return value if callable(value) else check_number(name, value, rule)
+
+
+_MAKERS: dict[str, Callable[[Any], Any]] = {
+    "skip": _skip,
+    "loss_scale": _loss_scale,
+    "accumulate": lambda value: Accumulate(check_integer("accumulate", value, COUNT)),
+    "plateau": _plateau,
+    "sam": lambda value: Sharpness(_number("sam", value, POSITIVE)),
+    "lookahead": lambda value: Lookahead(check_integer("lookahead", value, COUNT)),
+    "ema": lambda value: AverageParams(_number("ema", value, DECAY), bias_free=True),
+}

@@ -1,7 +1,7 @@
 """From rules to links: those of the rules, and the optimizer's without what rules take over."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from optimize_loss._checks import InvalidType
@@ -9,7 +9,7 @@ from optimize_loss._engine.kinds import Gate
 from optimize_loss._engine.link import Stage, is_transformation
 from optimize_loss._engine.numbers import has_rate
 from optimize_loss._engine.order import arranged, head, merged, stage_of
-from optimize_loss._engine.selection import linked, where
+from optimize_loss._engine.selection import ByRule, Outside, linked, where
 from optimize_loss._state.rules import Rules
 from optimize_loss.optimizers._optimizer import Optimizer
 from optimize_loss.optimizers._resolve import resolve
@@ -29,15 +29,8 @@ from optimize_loss.transforms import (
     StepByProximalGradient,
     StepByScheduleFree,
 )
-from optimize_loss.transforms._by_rule import (
-    AddDecayByRule,
-    AddNoiseByRule,
-    ByRule,
-    MultiplyLayers,
-    MultiplySteps,
-    ShrinkByRule,
-)
-from optimize_loss.transforms._run_optax import RunOptax
+from optimize_loss.transforms._multiply import MultiplyLayers, MultiplySteps
+from optimize_loss.transforms._run_optax import RunOptax, run_optax
 
 Links = dict[str, Any]
 
@@ -51,27 +44,12 @@ _OWN_RATE = (
 )
 
 
-def with_noise(rules: Rules, links: Links, seed: int) -> Links:
-    """Return the links before clipping, with the noise of rules in place of that of all."""
-    chosen = rules.having("noise_scale")
-    if not chosen:
-        return links
-    own = AddNoiseByRule(rules.patterns, rules.values("noise_scale", chosen), seed)
-    new: Links = {}
-    if "gradient_noise" in links:
-        others = _without(rules, chosen)
-        new["gradient_noise"] = _only(rules, others, links["gradient_noise"])
-    new["rules.noise_scale"] = _only(rules, chosen, own)
-    return {**new, **{name: link for name, link in links.items() if name not in new}}
-
-
 def clips(rules: Rules) -> Links:
     """Return a link for each rule that clips its parameters together."""
-    chosen = rules.having("clip_norm")
-    names = different_names([f"rules.clip_norm.{rules.texts[i].replace('/', '.')}" for i in chosen])
+    named = _named(rules, "clip_norm", rules.having("clip_norm"))
     return {
         name: _only(rules, [i], ClipByGlobalNorm(rules.options[i]["clip_norm"]))
-        for name, i in zip(names, chosen, strict=True)
+        for name, i in named
     }
 
 
@@ -103,12 +81,23 @@ class _Group(NamedTuple):
     links: Links
     where: ByRule | None  # its parameters, None if these are all
 
+    @property
+    def decays(self) -> dict[str, ShrinkParams | AddWeightDecay]:
+        """The links that decay parameters."""
+        kinds = ShrinkParams | AddWeightDecay
+        return {name: link for name, link in linked(self.links) if isinstance(link, kinds)}
+
+    @property
+    def decays_all(self) -> list[str]:
+        """Of these the names of those that are for all parameters of the group."""
+        return [name for name in self.decays if where(self.links[name]) in (None, self.where)]
+
 
 def _only(rules: Rules, chosen: Sequence[int], entry: Any) -> ForParameters:
     """Return a link, or one for some parameters, only for those of the rules that are chosen."""
     which = ByRule(rules.patterns, tuple(chosen), where(entry))
     link = entry.link if isinstance(entry, ForParameters) else entry
-    return ForParameters(which, link if isinstance(link, Link) else RunOptax(link), optional=True)
+    return ForParameters(which, link if isinstance(link, Link) else run_optax(link), optional=True)
 
 
 def _without(rules: Rules, chosen: Sequence[int]) -> list[int]:
@@ -174,39 +163,46 @@ def _with_decay(rules: Rules, group: _Group) -> Links:
     chosen = [i for i in rules.having("weight_decay") if i in group.indices]
     if not chosen:
         return group.links
-    own = {n: x for n, x in linked(group.links) if isinstance(x, ShrinkParams | AddWeightDecay)}
-    _check_decay(rules, chosen, group, own)
-    coupled = any(isinstance(x, AddWeightDecay) for x in own.values())
-    kind = AddDecayByRule if coupled else ShrinkByRule
-    link = kind(rules.patterns, rules.values("weight_decay", chosen))
-    entry = ForParameters(ByRule(rules.patterns, tuple(chosen), group.where), link, optional=True)
-    place = next(iter(own), None) or next(
-        (n for n, x in linked(group.links) if not isinstance(x, _CLIPS)), None
-    )
-    new: list[Links] = []
-    for name, old in group.links.items():
-        if name == place:
-            new.append({f"{group.prefix}rules.weight_decay": entry})
-        if name not in own:
-            new.append({name: old})
-        elif chosen != group.indices:
-            new.append({name: _only(rules, _without(rules, chosen), old)})
-    return merged(*new)
+    _check_decay(rules, chosen, group)
+    links = dict(group.links)
+    for name, link in group.decays.items():
+        rest = None if chosen == group.indices else link.weight_decay
+        number = rules.number("weight_decay", chosen, rest)
+        links[name] = _replaced(links[name], weight_decay=number)
+    return links if group.decays_all else _with_new_decay(rules, chosen, group, links)
+
+
+def _with_new_decay(rules: Rules, chosen: list[int], group: _Group, links: Links) -> Links:
+    """Return links with a decay for the parameters that the others do not decay.
+
+    It stands before these, or behind clipping.
+    """
+    kind = next(map(type, group.decays.values()), ShrinkParams)
+    link = kind(rules.number("weight_decay", chosen, None))
+    others = tuple(where(links[name]) for name in group.decays)
+    which = Outside(others, group.where) if others else group.where
+    entry = link if which is None else ForParameters(which, link, optional=True)
+    rows = list(links.items())
+    here = [n in group.decays or not isinstance(x, _CLIPS) for n, x in linked(links)].index(True)
+    added = {f"{group.prefix}rules.weight_decay": entry}
+    return merged(dict(rows[:here]), added, dict(rows[here:]))
+
+
+def _replaced(entry: Any, **numbers: Any) -> Any:
+    """Return a link, or one for some parameters, with other numbers."""
+    if isinstance(entry, ForParameters):
+        return dataclasses.replace(entry, link=dataclasses.replace(entry.link, **numbers))
+    return dataclasses.replace(entry, **numbers)
 
 
 _CLIPS = (ClipByValue, ClipByNorm, ClipByGlobalNorm)
 
 
-def _check_decay(rules: Rules, chosen: list[int], group: _Group, own: Links) -> None:
+def _check_decay(rules: Rules, chosen: list[int], group: _Group) -> None:
     """Raise unless it is clear where the decay of rules takes the place of the optimizer's."""
     label = f"rules[{rules.texts[chosen[0]]!r}]['weight_decay']"
     links = dict(linked(group.links))
-    if any(not isinstance(x, Link) or isinstance(x, RunOptax) for x in links.values()):
-        raise ValueError(
-            f"`{label}` must be left out where the optimizer has an optax transformation, whose "
-            "decay cannot be seen. Give the rule an `optimizer` of its own, or use one of "
-            f"`ol.optimizers`. Received: {links}."
-        )
+    _check_seen(label, links)
     recomputed = [x for x in links.values() if isinstance(x, StepByFtrl | StepByDualAveraging)]
     if recomputed and any(rules.options[i]["weight_decay"] != 0 for i in chosen):
         raise ValueError(
@@ -214,11 +210,20 @@ def _check_decay(rules: Rules, chosen: list[int], group: _Group, own: Links) -> 
             f"its slots: decay would be lost. Received: {recomputed[0]!r}, which has decays of its "
             "own."
         )
-    everywhere = [n for n in own if where(group.links[n]) in (None, group.where)]
-    if len({type(x) for x in own.values()}) > 1 or len(everywhere) > 1:
+    if len({*map(type, group.decays.values())}) > 1 or len(group.decays_all) > 1:
         raise ValueError(
             f"`{label}` must be left out where the optimizer decays parameters more than once: it "
-            f"would not be clear which decay it replaces. Received: {own}."
+            f"would not be clear which decay it replaces. Received: {group.decays}."
+        )
+
+
+def _check_seen(label: str, links: Links) -> None:
+    """Raise if a link may have a decay that is not seen."""
+    if any(not isinstance(x, Link) or isinstance(x, RunOptax) for x in links.values()):
+        raise ValueError(
+            f"`{label}` must be left out where the optimizer has an optax transformation, whose "
+            "decay cannot be seen. Give the rule an `optimizer` of its own, or use one of "
+            f"`ol.optimizers`. Received: {links}."
         )
 
 
@@ -243,12 +248,16 @@ def _multipliers(rules: Rules) -> Links:
     whole = [i for i in chosen if i not in stacked]
     links: Links = {}
     if whole:
-        link = MultiplySteps(rules.patterns, rules.values(key, whole))
-        links[f"rules.{key}"] = _only(rules, whole, link)
-    if stacked:
-        layers = MultiplyLayers(rules.patterns, rules.values(key, stacked))
-        links[f"rules.{key}_of_layers"] = _only(rules, stacked, layers)
+        links[f"rules.{key}"] = MultiplySteps(rules.number(key, whole, None))
+    for name, i in _named(rules, key, stacked):
+        links[name] = _only(rules, [i], MultiplyLayers(rules.options[i][key]))
     return links
+
+
+def _named(rules: Rules, key: str, chosen: Sequence[int]) -> Iterator[tuple[str, int]]:
+    """Yield a name for the link of each of some rules, and the rule's index."""
+    names = different_names(f"rules.{key}.{rules.texts[i].replace('/', '.')}" for i in chosen)
+    return zip(names, chosen, strict=True)
 
 
 def precision_of(rules: Rules, chosen: Precision | None) -> Precision | None:

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -179,7 +179,7 @@ class Run:
     Attributes:
       single: the function that takes one step.
       many: the function that takes several, with stacked batches.
-      loss: the tag of the loss among the metrics.
+      prefixes: of the metrics of each loss, with that of its links; the main one first.
       plan: the options.
       state: the state reached.
       taken: the number of steps taken.
@@ -188,7 +188,7 @@ class Run:
 
     single: Callable[..., tuple[TrainState, dict[str, Any]]]
     many: Callable[..., tuple[TrainState, dict[str, Any]]]
-    loss: str
+    prefixes: Mapping[str, str]
     plan: Plan
     state: TrainState
     taken: int = 0
@@ -218,7 +218,7 @@ class Run:
     def _take(self, batches: Iterable[Any], held: Signals) -> dict[str, Any]:
         """Take all steps, and return their metrics."""
         with (
-            _bar(self.plan, self.loss) as show,
+            _bar(self.plan, f"{next(iter(self.prefixes))}loss") as show,
             contextlib.closing(Source(batches, self.plan.sharding)) as source,
         ):
             history = History(self._watched(show))
@@ -299,12 +299,12 @@ class Run:
 
     def _watched(self, show: Callable[[int, Any], None]) -> Callable[[int, Any], None]:
         """Return a function that shows fetched metrics, and raises if too much was left out."""
-        tag = f"{self.loss.removesuffix('loss')}skipped_in_a_row"
 
         def seen(steps: int, metrics: Any) -> None:
             show(steps, metrics)
-            if tag in metrics:
-                check_metric(self.state, metrics[tag])
+            for prefix, of_links in self.prefixes.items():
+                if (tag := f"{prefix}skipped_in_a_row") in metrics:
+                    check_metric(self.state, metrics[tag], of_links)
 
         return seen
 
@@ -342,7 +342,7 @@ def _bar(plan: Plan, loss: str) -> Iterator[Callable[[int, Any], None]]:
         from tqdm.auto import tqdm
     except ImportError as error:
         raise ImportError(
-            f"`progress` needs tqdm. Install it with: pip install 'optimize_loss[demo]'. ({error})"
+            f"`progress` needs tqdm. Install it with: pip install tqdm. ({error})"
         ) from error
     with tqdm(total=plan.steps, unit="step") as bar:
 

@@ -1,9 +1,7 @@
 """Optimizers by class: options that become a chain of links."""
 
-from optimize_loss.optimizers._config import deserialize as deserialize
-from optimize_loss.optimizers._config import serialize as serialize
-from optimize_loss.optimizers._get import get as get
-from optimize_loss.optimizers._get import names as names
+from optimize_loss.optimizers._declaration import deserialize as deserialize
+from optimize_loss.optimizers._declaration import serialize as serialize
 from optimize_loss.optimizers._keras import SGD as SGD
 from optimize_loss.optimizers._keras import Adadelta as Adadelta
 from optimize_loss.optimizers._keras import Adafactor as Adafactor
@@ -21,6 +19,8 @@ from optimize_loss.optimizers._multi import LossScaleOptimizer as LossScaleOptim
 from optimize_loss.optimizers._multi import MultiOptimizer as MultiOptimizer
 from optimize_loss.optimizers._muon import Muon as Muon
 from optimize_loss.optimizers._optimizer import Optimizer as Optimizer
+from optimize_loss.optimizers._resolve import get as get
+from optimize_loss.optimizers._resolve import names as names
 from optimize_loss.optimizers._tf1 import AdadeltaOptimizer as AdadeltaOptimizer
 from optimize_loss.optimizers._tf1 import AdagradDAOptimizer as AdagradDAOptimizer
 from optimize_loss.optimizers._tf1 import AdagradOptimizer as AdagradOptimizer

@@ -9,12 +9,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.core import Tracer
 
 from optimize_loss._checks import CheckpointMismatch, InvalidType, nearest, received
 from optimize_loss._names import leaf_names
 from optimize_loss.optimizers._update_step import UpdateStep
-from optimize_loss.optimizers._variable import Variable
+from optimize_loss.optimizers._variable import Variable, placed
 from optimize_loss.transforms import Chain, ForParameters, Link
 
 ITERATION = "iteration"
@@ -266,12 +265,6 @@ def _renewed(old: Any, new: Any) -> Any:
         same_class = old.recipe.cls is new.recipe.cls
         return dataclasses.replace(old, recipe=new.recipe) if same_class else old
     return old
-
-
-def placed(old: jax.Array, value: Any) -> jax.Array:
-    """Return `value` where the array `old` is."""
-    stays = isinstance(old, Tracer) or isinstance(value, Tracer) or not old.committed
-    return jax.numpy.asarray(value) if stays else jax.device_put(value, old.sharding)
 
 
 def on_mesh(state: Any, mesh: jax.sharding.Mesh | None) -> Any:

@@ -1,22 +1,29 @@
-"""What an optimizer keeps beside its options and its rule."""
+"""What an optimizer keeps beside its options and its rule, and how it is built."""
 
 import contextlib
 import dataclasses
 import functools
+import operator
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
+from jax.typing import DTypeLike
 
-from optimize_loss._checks import InvalidType, nearest, received
+from optimize_loss._checks import InvalidType, TreeMismatch, nearest, received
+from optimize_loss._engine.chain import Chain
 from optimize_loss._names import Pattern, check_patterns
-from optimize_loss.optimizers._boxes import Boxes
-from optimize_loss.optimizers._update_step import UpdateStep, attributes_of, duplicate, tracked
-from optimize_loss.optimizers._variable import Variable, check_variables, different_names
-from optimize_loss.transforms import Chain
+from optimize_loss.optimizers._update_step import attributes_of, duplicate
+from optimize_loss.optimizers._variable import (
+    Variable,
+    as_dtype,
+    check_variables,
+    different_names,
+    placed,
+)
 
 
 @dataclasses.dataclass(eq=False)
@@ -52,7 +59,7 @@ class Held:
     built: bool = False
     names: dict[Variable, str] = dataclasses.field(default_factory=dict)
     unbuilt: dict[str, Any] | None = None
-    boxes: Boxes | None = None
+    boxes: Any = None
 
     @property
     def is_closed(self) -> bool:
@@ -110,16 +117,6 @@ def excluded(var_list: Any, var_names: Any) -> tuple[Pattern | Variable, ...]:
     return (*listed, *searched)
 
 
-def boxes_of(optimizer: Any) -> Boxes:
-    """Return the state of a built optimizer, in which its variables are boxes."""
-    chain = optimizer._summed_chain
-    has_rule = isinstance(dict(chain.links).get("update_step"), UpdateStep)
-    prefix = "update_step/" if has_rule else ""
-    boxes = {f"{prefix}{name}": box for name, box in tracked(optimizer).items()}
-    boxes |= {**optimizer._rates(), "step": optimizer.iterations}
-    return Boxes(chain, optimizer._held.values(), boxes, optimizer.mesh)
-
-
 @contextlib.contextmanager
 def undone_if_it_fails(optimizer: Any) -> Iterator[None]:
     """Leave an optimizer that is not built as it is, if the block raises."""
@@ -161,3 +158,96 @@ def as_a_whole(build: Any) -> Any:
                 self._hold()
 
     return whole
+
+
+# Variables that `build` adds.
+
+INITIALIZERS = {"zeros": jnp.zeros, "ones": jnp.ones}
+
+
+def add_variable(
+    optimizer: Any,
+    shape: Sequence[int],
+    dtype: DTypeLike | None,
+    initializer: Any,
+    name: str | None,
+) -> Variable:
+    """Return a new variable of an optimizer; arguments as of `Optimizer.add_variable`."""
+    value = _initial(shape, dtype, initializer)
+    if name is None:
+        name = different_names([*(v.name for v in optimizer._variables), "variable"])[-1]
+    return _add(optimizer, value, name)
+
+
+def add_variable_like(
+    optimizer: Any, model_variable: Any, variable_name: Any, shape: Any, initial_value: Any
+) -> Variable:
+    """Return a new variable; arguments as of `Optimizer.add_variable_from_reference`."""
+    if not isinstance(model_variable, Variable):
+        raise InvalidType(
+            "`model_variable` must be a `Variable`, of those that `build` is given. "
+            f"{received('model_variable', model_variable)}"
+        )
+    if not isinstance(variable_name, str):
+        raise InvalidType(
+            f"`variable_name` must be text. {received('variable_name', variable_name)}"
+        )
+    value = _initial_like(model_variable, shape, initial_value)
+    name = optimizer._held.names.get(model_variable, model_variable.name)
+    return _add(optimizer, value, f"{variable_name}/{name}")
+
+
+def _initial(shape: Any, dtype: Any, initializer: Any) -> jax.Array:
+    """Return the first value of a variable; arguments as of `Optimizer.add_variable`."""
+    known = isinstance(initializer, str)
+    make = INITIALIZERS.get(initializer.lower()) if known else initializer
+    if not callable(make):
+        raise ValueError(
+            f"`initializer` must be one of {sorted(INITIALIZERS)} or a function of a shape and "
+            f"a dtype. {received('initializer', initializer)}"
+        )
+    shape = _as_shape(shape)
+    value = Variable(make(shape, as_dtype(dtype) or jnp.dtype(jnp.float32))).value
+    if value.shape != shape:
+        raise TreeMismatch(
+            f"`initializer` must return an array of the shape {shape}. Received: {value.shape}."
+        )
+    return value
+
+
+def _initial_like(model_variable: Variable, shape: Any, initial_value: Any) -> jax.Array:
+    """Return the first value; arguments as of `Optimizer.add_variable_from_reference`."""
+    like = model_variable.value
+    shape = None if shape is None else _as_shape(shape)
+    if initial_value is None:
+        initial_value = jnp.zeros_like(like, shape=shape)
+    value = Variable(initial_value, dtype=like.dtype).value
+    if shape is not None and value.shape != shape:
+        raise TreeMismatch(f"`initial_value` must have the shape {shape}. Received: {value.shape}.")
+    return placed(like, value) if value.shape == like.shape else value
+
+
+def _add(optimizer: Any, value: jax.Array, name: str) -> Variable:
+    """Give an optimizer another variable, and return it."""
+    if optimizer.built and not optimizer._held.building:
+        raise ValueError(
+            "Variables must be added in `build`, as the state is made of them then. "
+            f"{received('name', name)}"
+        )
+    if name in (known := [v.name for v in optimizer._variables]):
+        raise ValueError(
+            f"`name` must differ from those of the optimizer's other variables, {known}. "
+            f"{received('name', name)}"
+        )
+    optimizer._variables.append(Variable(value, name))
+    return optimizer._variables[-1]
+
+
+def _as_shape(shape: Any) -> tuple[int, ...]:
+    try:
+        lengths = tuple(operator.index(length) for length in shape)
+    except TypeError as error:
+        raise InvalidType(f"`shape` must be integers. {received('shape', shape)}") from error
+    if any(length < 0 for length in lengths):
+        raise ValueError(f"`shape` must be at least 0 everywhere. {received('shape', shape)}")
+    return lengths

@@ -5,8 +5,8 @@ from typing import Annotated
 
 from optimize_loss import transforms
 from optimize_loss._checks import INNER_DECAY, STEP
+from optimize_loss.optimizers._declaration import PositiveRate, Rate
 from optimize_loss.optimizers._optimizer import Optimizer
-from optimize_loss.optimizers._rate import PositiveRate, Rate
 from optimize_loss.transforms import (
     Count,
     Decay,

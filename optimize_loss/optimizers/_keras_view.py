@@ -12,8 +12,7 @@ from optimize_loss._checks import Rule, meant
 from optimize_loss._engine.numbers import at_step, replaced, to_array
 from optimize_loss.optimizers import LossScaleOptimizer, MultiOptimizer, Optimizer
 from optimize_loss.optimizers._boxes import links_of, with_rate
-from optimize_loss.optimizers._declaration import options_of
-from optimize_loss.optimizers._rate import SHORT_NAME
+from optimize_loss.optimizers._declaration import SHORT_NAME, options_of
 from optimize_loss.transforms import (
     Accumulate,
     AverageParams,

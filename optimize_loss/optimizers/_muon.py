@@ -5,23 +5,20 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from optimize_loss import transforms
 from optimize_loss._names import Pattern, any_matches, check_patterns
+from optimize_loss.optimizers._declaration import Rate
 from optimize_loss.optimizers._optimizer import Optimizer
-from optimize_loss.optimizers._rate import Rate
 from optimize_loss.transforms import (
     Count,
     Decay,
     Finite,
     ForParameters,
     Fraction,
-    Link,
     NotNegative,
     Positive,
-    ScaleByAdam,
-    ScaleByLearningRate,
-    ScaleByMuon,
-    ShrinkParams,
 )
+from optimize_loss.transforms._muon import in_stacks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,37 +48,8 @@ class Matrices:
         return [o == self.others and not u for o, u in zip(others, unless, strict=True)]
 
 
-def in_stacks(names: Sequence[str], leaves: Sequence[Any]) -> list[bool]:
-    """Return for each parameter whether its first axis is that of stacked layers.
-
-    It is where a parameter of three axes or more has the same first axis: one beside it, or one
-    of a subtree in which all have this first axis, as `jax.lax.scan` over layers needs it.
-    """
-    firsts: dict[str, set[tuple[int, ...]]] = {}  # the first axes in each subtree
-    stacks: dict[str, set[tuple[int, ...]]] = {}  # those of three axes or more
-    beside: dict[str, set[tuple[int, ...]]] = {}  # and those that are not in a smaller subtree
-    pairs = [(_trees(name), tuple(x.shape)) for name, x in zip(names, leaves, strict=True)]
-    for trees, shape in pairs:
-        first = {shape[:1]} if len(shape) > 2 else set()
-        beside.setdefault(trees[0], set()).update(first)
-        for tree in trees:
-            firsts.setdefault(tree, set()).add(shape[:1])
-            stacks.setdefault(tree, set()).update(first)
-    return [
-        shape[:1] in beside[trees[0]]
-        or any(firsts[tree] == {shape[:1]} <= stacks[tree] for tree in trees)
-        for trees, shape in pairs
-    ]
-
-
-def _trees(name: str) -> list[str]:
-    """Return the subtrees that a parameter is in, the smallest first; "" is all."""
-    parts = name.split("/")[:-1]
-    return ["/".join(parts[:i]) for i in range(len(parts), -1, -1)]
-
-
 @dataclasses.dataclass(frozen=True)
-class MultiplyByRatio(Link):
+class MultiplyByRatio(transforms.Link):
     """Multiply the updates that are Adam's, of which there may be none."""
 
     adam_lr_ratio: NotNegative
@@ -188,14 +156,14 @@ class Muon(Optimizer):
             "adam_weight_decay": (self._where(True, exclude), self.adam_weight_decay),
         }
         return {
-            name: ForParameters(where, ShrinkParams(decay), optional=True)
+            name: ForParameters(where, transforms.ShrinkParams(decay), optional=True)
             for name, (where, decay) in decays.items()
             if decay is not None
         }
 
     def links(self):
         """Return the rule for matrices, Adam for the others, and the rate."""
-        muon = ScaleByMuon(
+        muon = transforms.ScaleByMuon(
             self.momentum,
             self.nesterov,
             self.ns_steps,
@@ -204,12 +172,12 @@ class Muon(Optimizer):
             self.muon_c,
             self.rms_rate,
         )
-        adam = ScaleByAdam(self.adam_beta_1, self.adam_beta_2, self.epsilon)
+        adam = transforms.ScaleByAdam(self.adam_beta_1, self.adam_beta_2, self.epsilon)
         ratio = MultiplyByRatio(self.adam_lr_ratio)
         matrices, others = self._where(False), self._where(True)
         return {
             "muon": ForParameters(matrices, muon, optional=True),
             "adam": ForParameters(others, adam, optional=True),
             "adam_lr_ratio": ForParameters(others, ratio, optional=True),
-            "rate": ScaleByLearningRate(self.rate),
+            "rate": transforms.ScaleByLearningRate(self.rate),
         }

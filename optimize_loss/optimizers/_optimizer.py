@@ -1,34 +1,39 @@
 """What an optimizer is: options that become a chain, and three ways to use it."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
+from jax.typing import ArrayLike, DTypeLike
 
 from optimize_loss._checks import STEP, InvalidType, check_integer, received
 from optimize_loss._engine.kinds import LossScale
 from optimize_loss._engine.trees import is_inexact, take_apart, with_strangers, without_strangers
 from optimize_loss._names import flatten, same_leaves
-from optimize_loss.optimizers._boxes import Boxes, on_mesh, placed
-from optimize_loss.optimizers._held import boxes_of, excluded, undone_if_it_fails
+from optimize_loss.optimizers._boxes import Boxes, on_mesh
+from optimize_loss.optimizers._held import (
+    add_variable,
+    add_variable_like,
+    excluded,
+    undone_if_it_fails,
+)
 from optimize_loss.optimizers._options import Options
 from optimize_loss.optimizers._pairs import (
+    apply_in_place,
     check_pairs,
-    constrained,
-    gradient_of,
     gradients_of,
     paired,
 )
-from optimize_loss.optimizers._slots import add, initial, initial_like
+from optimize_loss.optimizers._update_step import UpdateStep, tracked
 from optimize_loss.optimizers._variable import (
     Variable,
     VariableList,
     check_trace,
     check_variables,
-    different_names,
     is_variable,
+    placed,
     value_of,
 )
 from optimize_loss.transforms import chain
@@ -318,17 +323,23 @@ class Optimizer(Options):
         summed = self.aggregate_gradients(pairs) if aggregates else pairs
         named = dict(zip(taken.names, summed, strict=True))
         trained = {name: pair for name, pair in named.items() if is_inexact(pair[1])}
-        values = {name: p for name, (_, p) in trained.items()}
-        with undone_if_it_fails(self):
-            if not self.built:
-                self.build([Variable(p, name) for name, p in values.items()])
-                self._hold()
-                self._held.names = {}  # the caller keeps the values
-            grads = {name: g for name, (g, _) in trained.items()}
-            new, state = self._after(grads, values)
-        self._hold().keep(state)
+        new = self._apply_named(trained)
         result = taken.unflatten([new.get(name, p) for name, (_, p) in named.items()])
         return result if known is params else with_strangers(result, params)
+
+    def _apply_named(self, pairs: Mapping[str, tuple[Any, jax.Array]]) -> dict[str, jax.Array]:
+        """Return the new parameters by name, from gradients and parameters, whose caller keeps."""
+        grads = {name: g for name, (g, _) in pairs.items()}
+        params = {name: p for name, (_, p) in pairs.items()}
+        check_trace(self, [*grads.values(), *params.values()])
+        with undone_if_it_fails(self):
+            if not self.built:
+                self.build([Variable(p, name) for name, p in params.items()])
+                self._hold()
+                self._held.names = {}  # the caller keeps the values
+            new, state = self._hold().after(grads, params, self.jit_compile)
+        self._hold().keep(state)
+        return new
 
     # The imperative way: variables are updated in place.
 
@@ -413,17 +424,7 @@ class Optimizer(Options):
             return self.iterations
         if not any(isinstance(v, Variable) for _, v in pairs):
             return self._apply_tree([g for g, _ in pairs], [p for _, p in pairs], aggregates)
-        with undone_if_it_fails(self):
-            self.build(check_variables([v for _, v in pairs]))
-            if aggregates:
-                pairs = list(self.aggregate_gradients(pairs))
-            grads = {self._held.name_of(v): gradient_of(g, v) for g, v in pairs}
-            new, state = self._after(grads, self._held.values())
-            moved = {v: n for v, n in self._held.names.items() if grads.get(n) is not None}
-            values = [constrained(v, new[name]) for v, name in moved.items()]
-        self._hold().keep(state)
-        for v, value in zip(moved, values, strict=True):
-            v.assign(value)
+        apply_in_place(self, pairs, aggregates)
         return self.iterations
 
     def aggregate_gradients(
@@ -468,11 +469,6 @@ class Optimizer(Options):
         boxes.check_names(values)
         return taken.unflatten([*{**named, **boxes.averaged(values)}.values()])
 
-    def _after(self, grads: dict[str, Any], params: dict[str, Any]) -> tuple[dict[str, Any], Any]:
-        """Return the new parameters by name, and the new state."""
-        check_trace(self, [*grads.values(), *params.values()])
-        return self._hold().after(grads, params, self.jit_compile)
-
     # Building.
 
     @property
@@ -484,7 +480,7 @@ class Optimizer(Options):
     def built(self, value: bool) -> None:
         """Let a `build` for Keras say so; only the one here makes it true."""
 
-    def build(self, var_list: Any) -> None:
+    def build(self, var_list: Sequence[Variable]) -> None:
         """Make the optimizer's variables. Subclasses with an `update_step` extend it.
 
         Such a subclass calls `super().build(var_list)` first, then `add_variable` or
@@ -501,7 +497,12 @@ class Optimizer(Options):
     def _hold(self) -> Boxes:
         """Return the state in boxes, made when it is first needed."""
         if self._held.boxes is None:
-            self._held.boxes = boxes_of(self)
+            is_custom = isinstance(dict(self._summed_chain.links).get("update_step"), UpdateStep)
+            prefix = "update_step/" if is_custom else ""
+            boxes = {f"{prefix}{name}": box for name, box in tracked(self).items()}
+            boxes |= {**self._rates(), "step": self._held.iterations}
+            params = self._held.values()
+            self._held.boxes = Boxes(self._summed_chain, params, boxes, self.mesh)
         return self._held.boxes
 
     def _require_built(self, method: str) -> Boxes:
@@ -567,7 +568,7 @@ class Optimizer(Options):
     def add_variable(
         self,
         shape: Sequence[int] = (),
-        dtype: Any = None,
+        dtype: DTypeLike | None = None,
         initializer: str | Callable[..., Any] = "zeros",
         name: str | None = None,
     ) -> Variable:
@@ -583,17 +584,14 @@ class Optimizer(Options):
           TreeMismatch: `initializer` returned another shape.
           ValueError: another variable has that name; or `build` is over.
         """
-        value = initial(shape, dtype, initializer)
-        if name is None:
-            name = different_names([*(v.name for v in self._variables), "variable"])[-1]
-        return add(self, value, name)
+        return add_variable(self, shape, dtype, initializer, name)
 
     def add_variable_from_reference(
         self,
         model_variable: Variable,
         variable_name: str,
         shape: Sequence[int] | None = None,
-        initial_value: Any = None,
+        initial_value: ArrayLike | Variable | None = None,
     ) -> Variable:
         """Return a new variable of the optimizer that belongs to one of the model.
 
@@ -609,18 +607,7 @@ class Optimizer(Options):
         Raises:
           ValueError: another variable has that name; or `build` is over.
         """
-        if not isinstance(model_variable, Variable):
-            raise InvalidType(
-                "`model_variable` must be a `Variable`, of those that `build` is given. "
-                f"{received('model_variable', model_variable)}"
-            )
-        if not isinstance(variable_name, str):
-            raise InvalidType(
-                f"`variable_name` must be text. {received('variable_name', variable_name)}"
-            )
-        value = initial_like(model_variable, shape, initial_value)
-        name = self._held.names.get(model_variable, model_variable.name)
-        return add(self, value, f"{variable_name}/{name}")
+        return add_variable_like(self, model_variable, variable_name, shape, initial_value)
 
     def assign(self, variable: Variable, value: Any) -> None:
         """Assign to a variable, as `update_step` for Keras 3 does; `variable.assign(value)`."""
@@ -634,7 +621,7 @@ class Optimizer(Options):
         """Subtract from a variable: `variable.assign_sub(value)`."""
         variable.assign_sub(value)
 
-    def set_weights(self, weights: Sequence[Any]) -> None:
+    def set_weights(self, weights: Sequence[ArrayLike | Variable]) -> None:
         """Assign to all variables, in the order of `variables`; if that fails, to none.
 
         Args:
@@ -646,7 +633,7 @@ class Optimizer(Options):
         """
         self._require_built("set_weights").set(list(weights))
 
-    def save_own_variables(self, store: Any) -> None:
+    def save_own_variables(self, store: MutableMapping[str, Any]) -> None:
         """Write the variables by name, hyperparameters not among them.
 
         Args:
@@ -657,7 +644,7 @@ class Optimizer(Options):
         """
         self._require_built("save_own_variables").save(store)
 
-    def load_own_variables(self, store: Any) -> None:
+    def load_own_variables(self, store: Mapping[str, Any]) -> None:
         """Read the variables from what `save_own_variables` wrote.
 
         Args:

@@ -13,43 +13,39 @@ from typing import Any, ClassVar, Self
 import jax
 import jax.numpy as jnp
 
+from optimize_loss import transforms
 from optimize_loss._checks import InvalidType, received
 from optimize_loss._engine.order import merged
 from optimize_loss._engine.transformation import Transformation
 from optimize_loss._names import Pattern
-from optimize_loss.optimizers._assignment import assign, check_deletable
 from optimize_loss.optimizers._boxes import with_rate
-from optimize_loss.optimizers._config import config_of, made_from, serialize
-from optimize_loss.optimizers._declaration import constructor, options_of, register, signature_of
-from optimize_loss.optimizers._held import Held, as_a_whole
-from optimize_loss.optimizers._rate import (
+from optimize_loss.optimizers._declaration import (
     SHORT_NAME,
     LearningRate,
     as_variable,
+    assign,
+    check_deletable,
+    config_of,
+    constructor,
     for_links,
     is_schedule,
+    made_from,
+    options_of,
+    register,
+    serialize,
+    signature_of,
 )
+from optimize_loss.optimizers._held import Held, as_a_whole
 from optimize_loss.optimizers._update_step import Recipe, UpdateStep, attributes_of
 from optimize_loss.optimizers._variable import Variable
 from optimize_loss.schedules import evaluate
-from optimize_loss.transforms import (
-    Accumulate,
-    AverageParams,
-    Chain,
-    ClipByGlobalNorm,
-    ClipByNorm,
-    ClipByValue,
-    Count,
-    DivideByLossScale,
-    FullDecay,
-    NotNegative,
-    Positive,
-    ShrinkParams,
-    SumOverAxis,
-    chain,
-)
+from optimize_loss.transforms import Chain, Count, FullDecay, NotNegative, Positive, chain
 
-CLIPS = {"clipnorm": ClipByNorm, "global_clipnorm": ClipByGlobalNorm, "clipvalue": ClipByValue}
+CLIPS = {
+    "clipnorm": transforms.ClipByNorm,
+    "global_clipnorm": transforms.ClipByGlobalNorm,
+    "clipvalue": transforms.ClipByValue,
+}
 
 
 @typing.dataclass_transform(eq_default=False, field_specifiers=(dataclasses.field,))
@@ -250,14 +246,13 @@ class Options(Transformation):
         """Return both chains, made again if a rate was assigned since they were made."""
         rates = [box.value for box in self._rate_boxes()]
         kept = self._held.chains
-        if kept is not None and all(map(operator.is_, kept[0], rates)):
-            return kept[1]
-        whole = summed = chain(**self._links_behind_aggregation())
-        if self.axis_name is not None:
-            first = {"aggregate": SumOverAxis(self.axis_name)}
-            whole = chain(**merged(first, dict(summed.links)))
-        self._held.chains = rates, (whole, summed)
-        return whole, summed
+        if kept is None or not all(map(operator.is_, kept[0], rates)):
+            whole = summed = chain(**self._links_behind_aggregation())
+            if self.axis_name is not None:
+                first = {"aggregate": transforms.SumOverAxis(self.axis_name)}
+                whole = chain(**merged(first, dict(summed.links)))
+            kept = self._held.chains = rates, (whole, summed)
+        return kept[1]
 
     def _chain_changed(self) -> None:
         """Make the chain again after something in it has changed, if it was made."""
@@ -273,12 +268,13 @@ class Options(Transformation):
     def _links_behind_aggregation(self) -> dict[str, Any]:
         links: dict[str, Any] = {}
         if self.loss_scale_factor is not None:
-            links["loss_scale"] = DivideByLossScale(self.loss_scale_factor)
+            links["loss_scale"] = transforms.DivideByLossScale(self.loss_scale_factor)
         if self.gradient_accumulation_steps is not None:
-            links["accumulate"] = Accumulate(self.gradient_accumulation_steps)
+            links["accumulate"] = transforms.Accumulate(self.gradient_accumulation_steps)
         last: dict[str, Any] = {}
         if self.use_ema:
-            last["ema"] = AverageParams(self.ema_momentum, self.ema_overwrite_frequency)
+            momentum, frequency = self.ema_momentum, self.ema_overwrite_frequency
+            last["ema"] = transforms.AverageParams(momentum, frequency)
         decays = self.decay_links(self._held.exclude())
         return merged(links, self._clips(), decays, self._rule(), last)
 
@@ -295,7 +291,7 @@ class Options(Transformation):
         """Return the links that decay the parameters, but for those that `exclude` names."""
         if self.weight_decay is None:
             return {}
-        return {"weight_decay": ShrinkParams(self.weight_decay, exclude)}
+        return {"weight_decay": transforms.ShrinkParams(self.weight_decay, exclude)}
 
     # Configurations.
 

@@ -10,7 +10,14 @@ from optimize_loss._checks import InvalidType, received
 from optimize_loss._engine.trees import as_array, is_inexact
 from optimize_loss._names import same_leaves
 from optimize_loss._state.gradients import Trainable, derivatives
-from optimize_loss.optimizers._variable import Variable, is_variable, value_of
+from optimize_loss.optimizers._held import undone_if_it_fails
+from optimize_loss.optimizers._variable import (
+    Variable,
+    check_trace,
+    check_variables,
+    is_variable,
+    value_of,
+)
 
 
 def paired(grads: Any, params: Any) -> list[tuple[Any, Variable]]:
@@ -68,6 +75,29 @@ def gradients_of(
         ) from error
     grads = iter(found)
     return [(next(grads) if t else None, v) for t, v in zip(trained.marks, variables, strict=True)]
+
+
+def apply_in_place(optimizer: Any, pairs: list[tuple[Any, Any]], aggregates: bool) -> None:
+    """Update variables by their gradients, or change nothing if that fails.
+
+    Args:
+      optimizer: the optimizer.
+      pairs: each a gradient and a variable.
+      aggregates: whether to sum the gradients over devices first.
+    """
+    held = optimizer._held
+    with undone_if_it_fails(optimizer):
+        optimizer.build(check_variables([v for _, v in pairs]))
+        summed = optimizer.aggregate_gradients(pairs) if aggregates else pairs
+        grads = {held.name_of(v): gradient_of(g, v) for g, v in summed}
+        params = held.values()
+        check_trace(optimizer, [*grads.values(), *params.values()])
+        new, state = optimizer._hold().after(grads, params, optimizer.jit_compile)
+        moved = {v: n for v, n in held.names.items() if grads.get(n) is not None}
+        values = [constrained(v, new[name]) for v, name in moved.items()]
+    optimizer._hold().keep(state)
+    for v, value in zip(moved, values, strict=True):
+        v.assign(value)
 
 
 def check_pairs(grads_and_vars: Any) -> list[tuple[Any, Any]]:

@@ -1,19 +1,98 @@
-"""From the many ways to name an optimizer to links."""
+"""From the many ways to name an optimizer to optimizers and links."""
 
-from collections.abc import Callable
-from typing import Any
+import fnmatch
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, overload
 
 from optimize_loss._checks import InvalidType, check_choice, check_takes, received
 from optimize_loss._engine.link import is_transformation
 from optimize_loss._engine.numbers import has_rate
 from optimize_loss._engine.order import arranged
 from optimize_loss._engine.selection import linked
-from optimize_loss.optimizers._config import CLASSES
-from optimize_loss.optimizers._get import names
+from optimize_loss.optimizers import _keras, _multi, _muon, _tf1
+from optimize_loss.optimizers._declaration import CLASSES, deserialize, is_any
 from optimize_loss.optimizers._optimizer import Optimizer
 from optimize_loss.optimizers._tf1 import OPTIMIZER_CLS_NAMES
 from optimize_loss.optimizers._variable import different_names
-from optimize_loss.transforms import Chain, Link, ScaleByLearningRate
+from optimize_loss.transforms import (
+    Chain,
+    Link,
+    ScaleByAdamax,
+    ScaleByLearningRate,
+    ScaleByLion,
+    ScaleByMuon,
+)
+
+for _module in (_keras, _muon, _tf1, _multi):
+    found = [x for x in vars(_module).values() if isinstance(x, type) and issubclass(x, Optimizer)]
+    CLASSES.update({cls.__name__: cls for cls in found if cls is not Optimizer})
+
+
+def names(pattern: str = "*") -> list[str]:
+    """Return the names of all optimizers that match a pattern, whatever the case.
+
+    Args:
+      pattern: `*` stands for any text, `?` for one letter.
+
+    Example:
+      >>> import optimize_loss as ol
+      >>> ol.optimizers.names("ada*w")
+      ['AdamW']
+    """
+    return sorted(name for name in CLASSES if fnmatch.fnmatch(name.lower(), pattern.lower()))
+
+
+@overload
+def get(identifier: None, custom_objects: Mapping[str, type[Optimizer]] | None = None) -> None: ...
+@overload
+def get(
+    identifier: str | Mapping[str, Any] | Optimizer,
+    custom_objects: Mapping[str, type[Optimizer]] | None = None,
+) -> Optimizer: ...
+def get(identifier: Any, custom_objects: Mapping[str, type[Optimizer]] | None = None) -> Any:
+    """Return an optimizer by its name, with its defaults; from its configuration; or as it is.
+
+    None gives None, as in Keras.
+
+    Args:
+      identifier: a name, in any case; a dict as `serialize` returns it; an `Optimizer`; or None.
+      custom_objects: classes by name, beside those of this package.
+
+    Raises:
+      InvalidType: it is none of these, or a configuration of something else.
+      ValueError: the name is unknown.
+
+    Example:
+      >>> import optimize_loss as ol
+      >>> ol.optimizers.get("adamw")
+      AdamW(learning_rate=0.001)
+    """
+    is_config = isinstance(identifier, Mapping)
+    made = deserialize(identifier, custom_objects) if is_config else identifier
+    if made is None or isinstance(made, Optimizer):
+        return made
+    if not isinstance(identifier, str):
+        raise InvalidType(
+            "`identifier` must be a name, a configuration or an optimizer. "
+            f"{received('identifier', identifier)}"
+        )
+    known: dict[str, Any] = {**CLASSES, **(custom_objects or {})}
+    by_lower = {name.lower(): name for name in known}
+    name = by_lower.get(identifier.lower(), identifier)
+    made = known[check_choice("identifier", name, sorted(known))]
+    if missing := _without_default(made):
+        raise InvalidType(
+            f"`identifier` must be a configuration, as {made.__name__} has no default for "
+            f"{missing}. {received('identifier', identifier)}"
+        )
+    return made()
+
+
+def _without_default(made: Any) -> list[str]:
+    """Return the names of arguments that must be given."""
+    parameters = inspect.signature(made).parameters.values()
+    return [p.name for p in parameters if not is_any(p) and p.default is p.empty]
 
 
 def resolve(optimizer: Any, learning_rate: Any) -> dict[str, Any]:
@@ -31,6 +110,7 @@ def resolve(optimizer: Any, learning_rate: Any) -> dict[str, Any]:
     made = instance(optimizer, learning_rate)
     if isinstance(made, Optimizer):
         return _links(made)
+    _check_order(_links(made))
     return _with_rate(_links(made), learning_rate if made is optimizer else None)
 
 
@@ -101,6 +181,28 @@ def _links(made: Any) -> dict[str, Any]:
             )
         return dict(made.links)
     return {"rule" if isinstance(made, Link) else "optimizer": made}
+
+
+def _check_order(links: dict[str, Any]) -> None:
+    """Raise if the rate comes before a rule that gives gradients of any size the same update."""
+    rate = rule = None
+    for name, link in linked(links):
+        if has_rate(link) or not isinstance(link, Link):
+            rate, rule = name if isinstance(link, Link) else None, None
+        elif _normalizes(link):
+            rule = name
+    if rate and rule:
+        raise ValueError(
+            f"`optimizer` must have the link {rate!r} behind {rule!r}, whose updates do not depend "
+            "on the size of the gradients: before it, the rate has no effect. Write "
+            f"`chain({rule}=..., {rate}=...)`. Received: {[*links]}."
+        )
+
+
+def _normalizes(link: Any) -> bool:
+    """Return whether a rule's updates are the same for larger gradients."""
+    kinds = (ScaleByAdamax, ScaleByLion, ScaleByMuon)
+    return isinstance(link, Link) and (bool(link.squares) or isinstance(link, kinds))
 
 
 def _check_rate(links: dict[str, Any], learning_rate: Any) -> None:

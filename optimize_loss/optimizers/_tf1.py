@@ -8,8 +8,8 @@ import numpy as np
 
 from optimize_loss import transforms
 from optimize_loss._checks import received
+from optimize_loss.optimizers._declaration import PositiveRate, Rate
 from optimize_loss.optimizers._optimizer import Optimizer
-from optimize_loss.optimizers._rate import PositiveRate, Rate
 from optimize_loss.transforms import (
     Decay,
     Fraction,

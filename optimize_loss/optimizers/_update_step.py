@@ -13,9 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from optimize_loss.optimizers._variable import Variable, different_names, made_meanwhile
+from optimize_loss._engine.link import NotNegative, TreeLink
+from optimize_loss.optimizers._variable import (
+    Variable,
+    different_names,
+    made_meanwhile,
+)
 from optimize_loss.schedules import evaluate
-from optimize_loss.transforms import NotNegative, TreeLink
 
 
 def attributes_of(optimizer: Any) -> dict[str, Any]:
@@ -215,23 +219,31 @@ def duplicate(value: Any, boxes: dict[int, Variable] | None) -> Any:
       value: the value of an attribute, or all attributes.
       boxes: the copies so far, so that one variable stays one; None leaves the variables.
     """
-    if isinstance(value, Variable) and boxes is not None:
-        if id(value) not in boxes:
-            boxes[id(value)] = Variable(
-                value.value, value.name, trainable=value.trainable, constraint=value.constraint
-            )
-        return boxes[id(value)]
+
+    def copied(x: Any) -> Any:
+        if boxes is None or not isinstance(x, Variable):
+            return x
+        if id(x) not in boxes:
+            options = {"trainable": x.trainable, "constraint": x.constraint}
+            boxes[id(x)] = Variable(x.value, x.name, **options)
+        return boxes[id(x)]
+
+    return _rebuilt(value, copied)
+
+
+def _rebuilt(value: Any, of: Callable[[Any], Any]) -> Any:
+    """Return a copy of lists, dicts and sets, with `of` everything that is in lists and dicts."""
     if isinstance(value, dict):
         new = copy.copy(value)
-        new.update({key: duplicate(inside, boxes) for key, inside in value.items()})
+        new.update({key: _rebuilt(inside, of) for key, inside in value.items()})
         return new
     if isinstance(value, list):
         new = copy.copy(value)
-        new[:] = [duplicate(inside, boxes) for inside in value]
+        new[:] = [_rebuilt(inside, of) for inside in value]
         return new
     if type(value) is tuple:
-        return tuple(duplicate(inside, boxes) for inside in value)
-    return copy.copy(value) if isinstance(value, set) else value
+        return tuple(_rebuilt(inside, of) for inside in value)
+    return copy.copy(value) if isinstance(value, set) else of(value)
 
 
 class _Itself:
@@ -254,15 +266,20 @@ def as_key(value: Any, by_value: bool = True) -> Any:
       value: the value of an attribute.
       by_value: whether variables are equal that have equal values; if not, each only to itself.
     """
-    if isinstance(value, Variable) and by_value:
-        return Variable, value.name, as_key(value.value)
     if isinstance(value, Mapping):
         return type(value), *((key, as_key(x, by_value)) for key, x in value.items())
     if isinstance(value, list | tuple):
         return type(value), *(as_key(x, by_value) for x in value)
     if isinstance(value, set):
         return set, frozenset(value)
-    if isinstance(value, Tracer | Variable):
+    if isinstance(value, Variable):
+        return (Variable, value.name, _leaf_key(value.value)) if by_value else _Itself(value)
+    return _leaf_key(value)
+
+
+def _leaf_key(value: Any) -> Any:
+    """Return the key of what is no variable and has nothing in it."""
+    if isinstance(value, Tracer):
         return _Itself(value)
     if isinstance(value, np.ndarray | jax.Array):
         is_key = jnp.issubdtype(value.dtype, jax.dtypes.extended)

@@ -302,6 +302,12 @@ def is_variable(x: Any) -> bool:
     return isinstance(x, Variable)
 
 
+def placed(old: jax.Array, value: Any) -> jax.Array:
+    """Return `value` where the array `old` is."""
+    stays = isinstance(old, Tracer) or isinstance(value, Tracer) or not old.committed
+    return jnp.asarray(value) if stays else jax.device_put(value, old.sharding)
+
+
 def _concrete(value: Any) -> contextlib.AbstractContextManager[Any]:
     """Keep a known value known, also while something else is being traced."""
     traced = any(isinstance(x, Tracer) for x in jax.tree.leaves(value))

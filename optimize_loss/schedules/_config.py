@@ -102,17 +102,13 @@ def serialize(thing: Any) -> Any:
     thing = unboxed(thing)
     if not isinstance(thing, type) and hasattr(thing, "get_config"):
         return _described(thing)
-    if isinstance(thing, Mapping):
-        if strange := [key for key in thing if not isinstance(key, str)]:
-            raise InvalidType(
-                "A configuration holds dicts whose keys are text. "
-                f"Received: {strange[0]!r} of type {type(strange[0]).__name__}."
-            )
-        return {key: serialize(value) for key, value in thing.items()}
-    if isinstance(thing, list | tuple):
-        return [serialize(value) for value in thing]
-    if isinstance(thing, bool | int | float | str | None):
-        return thing
+    match thing:
+        case Mapping():
+            return {_key(key): serialize(value) for key, value in thing.items()}
+        case list() | tuple():
+            return [serialize(value) for value in thing]
+        case bool() | int() | float() | str() | None:
+            return thing
     if hasattr(thing, "dtype") and not getattr(thing, "shape", ()):
         array = np.asarray(thing)
         is_float = jnp.issubdtype(array.dtype, jnp.floating)  # 0.1, and not 0.10000000149
@@ -121,6 +117,16 @@ def serialize(thing: Any) -> Any:
         "A configuration holds numbers, text, schedules of `ol.schedules` and optimizers; a "
         f"function has none. Received: {thing!r} of type {type(thing).__name__}."
     )
+
+
+def _key(key: Any) -> str:
+    """Return a key of a dict in a configuration if it is text."""
+    if not isinstance(key, str):
+        raise InvalidType(
+            "A configuration holds dicts whose keys are text. "
+            f"Received: {key!r} of type {type(key).__name__}."
+        )
+    return key
 
 
 def _described(thing: Any) -> dict[str, Any]:
@@ -151,19 +157,10 @@ def deserialize(
         raise InvalidType(
             f"`config` must be a dict with `class_name` and `config`. {received('config', config)}"
         )
-    if not isinstance(config["class_name"], str):
-        raise InvalidType(
-            f"`class_name` must be text. {received('class_name', config['class_name'])}"
-        )
-    classes: dict[str, Any] = {**known, **(custom_objects or {})}
-    name = config["class_name"].rpartition(">")[2]
-    name = name if name in classes else {n.lower(): n for n in classes}.get(name.lower(), name)
-    if name not in classes:
-        raise ValueError(
-            "`class_name` must be an optimizer, a schedule, or in `custom_objects`. "
-            f"{received('class_name', name)} Nearest: {nearest(name, classes)}."
-        )
-    made, given = classes[name], config["config"]
+    made, given = (
+        _class(config["class_name"], {**known, **(custom_objects or {})}),
+        config["config"],
+    )
     if not isinstance(given, Mapping):
         raise InvalidType(f"`config` must be a dict. {received('config', given)}")
     if not hasattr(made, "from_config"):
@@ -172,6 +169,20 @@ def deserialize(
     takes_objects = "custom_objects" in inspect.signature(made.from_config).parameters
     objects = {"custom_objects": custom_objects} if takes_objects else {}
     return made.from_config(dict(given), **objects)
+
+
+def _class(full_name: Any, classes: Mapping[str, Any]) -> Any:
+    """Return the class of a name, in whichever letters; Keras' own `package>name` is its name."""
+    if not isinstance(full_name, str):
+        raise InvalidType(f"`class_name` must be text. {received('class_name', full_name)}")
+    name = full_name.rpartition(">")[2]
+    name = name if name in classes else {n.lower(): n for n in classes}.get(name.lower(), name)
+    if name not in classes:
+        raise ValueError(
+            "`class_name` must be an optimizer, a schedule, or in `custom_objects`. "
+            f"{received('class_name', name)} Nearest: {nearest(name, classes)}."
+        )
+    return classes[name]
 
 
 def plain(value: Any, custom_objects: Mapping[str, type] | None, known: Mapping[str, type]) -> Any:

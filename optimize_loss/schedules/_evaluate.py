@@ -80,7 +80,6 @@ Received: None from <function <lambda> at 0x...>.
     if isinstance(schedule, Decayed):
         base = as_rate("learning_rate", schedule.learning_rate) if base is None else base
         function, arguments = schedule.function, (base, step)
-    shown = repr(schedule)
     check_callable(name, function)
     wanted = "(step)" if len(arguments) == 1 else "(learning_rate, step)"
     check_takes(f"The schedule of `{name}` must take {wanted}.", function, *arguments)
@@ -94,8 +93,15 @@ Received: None from <function <lambda> at 0x...>.
         raise InvalidType(
             f"The schedule of `{name}` must work on a traced step, whose value is not known yet: "
             "use jnp.where or lax.cond in place of `if`, and jax.numpy in place of math and numpy. "
-            f"Received: {shown}."
+            f"Received: {schedule!r}."
         ) from error
+    _check_value(name, value, rule, repr(schedule))
+    value = jnp.asarray(value, dtype)
+    return jnp.where(rule.holds(value) & jnp.isfinite(value), value, jnp.nan)
+
+
+def _check_value(name: str, value: Any, rule: Rule, shown: str) -> None:
+    """Raise unless what a schedule returned is a real number that the rule allows, if known."""
     if not is_real(value):
         raise InvalidType(
             f"The schedule of `{name}` must return a number. Received: {value!r} from {shown}."
@@ -109,5 +115,3 @@ Received: None from <function <lambda> at 0x...>.
         raise ValueError(
             f"The schedule of `{name}` must be {rule.words}. Received: {value} from {shown}."
         )
-    value = jnp.asarray(value, dtype)
-    return jnp.where(rule.holds(value) & jnp.isfinite(value), value, jnp.nan)

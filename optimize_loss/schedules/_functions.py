@@ -357,7 +357,7 @@ def _restart(step: jax.Array, first: float, t_mul: float) -> tuple[jax.Array, ja
         return jnp.floor_divide(step, first), jnp.remainder(step, first) / first
     growth, log = t_mul - 1, math.log(t_mul)
 
-    def starts(i):
+    def starts(i: Any) -> Any:
         return jnp.expm1(i * log) / growth
 
     lengths = step / first

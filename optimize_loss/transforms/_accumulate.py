@@ -1,6 +1,7 @@
 """Gather the gradients of several batches, and sum them over devices."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 from optimize_loss._checks import InvalidType, check_choice, received
 from optimize_loss._engine.arrays import zeros
 from optimize_loss._engine.kinds import Gate
-from optimize_loss._engine.link import Count, Stage, TreeLink
+from optimize_loss._engine.link import Count, Numbers, Slots, Stage, TreeLink
 
 # Stands in the state where a call came without a loss. It is finite, so that tools which look for
 # NaN and infinities stay quiet where no link needs one.
@@ -67,20 +68,22 @@ class Accumulate(Gate):
     stage = Stage.GATHER
     elementwise = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("reduce", self.reduce, ("mean", "sum", "weighted"))
 
-    def slots(self, param):
+    def slots(self, param: jax.Array) -> dict[str, jax.Array]:
         """Return the sum."""
         return {"sum": zeros(param)}
 
-    def memory(self):
+    def memory(self) -> dict[str, float]:
         """Return how many gradients are in the sum, their weights' sum, and the loss."""
         weight = {"weight": 0.0} if self.reduce == "weighted" else {}
         return {"gathered": 0} | weight | ({"loss": 0.0} if self.of_loss else {})
 
-    def scalars(self, numbers, memory, total, step):
+    def scalars(
+        self, numbers: Numbers, memory: Numbers, total: Any, step: jax.Array
+    ) -> tuple[Numbers, Numbers]:
         """Count one gradient, and open when they are enough."""
         loss, weight = total
         gathered = memory["gathered"] + 1
@@ -102,7 +105,7 @@ class Accumulate(Gate):
             k |= {} if loss is None else {"loss_behind": self._loss_behind(new["loss"], k)}
         return k, new
 
-    def _weight(self, weight, memory):
+    def _weight(self, weight: Any, memory: Numbers) -> jax.Array:
         if weight is None:
             raise ValueError(
                 f"{self!r} needs a weight: return it in `Aux(weight=...)` of the loss, or pass "
@@ -110,7 +113,7 @@ class Accumulate(Gate):
             )
         return jnp.asarray(weight, memory["weight"].dtype)
 
-    def _loss(self, loss, old, is_first, share):
+    def _loss(self, loss: Any, old: jax.Array, is_first: jax.Array, share: jax.Array) -> jax.Array:
         """Return the loss of the update so far, of which the newest one has a share."""
         if loss is None:
             return jnp.full_like(old, NO_LOSS)
@@ -121,28 +124,30 @@ class Accumulate(Gate):
         mean = jnp.where(share == 1, loss, old + (loss - old) * share)
         return jnp.where(share == 0, old, mean)
 
-    def _loss_behind(self, loss, k):
+    def _loss_behind(self, loss: jax.Array, k: Numbers) -> jax.Array:
         """Return the loss as links behind see it: NaN as long as there was none to keep."""
         if self.reduce != "weighted":
             return loss
         return jnp.where(k["empty_behind"] & (loss == 0), jnp.nan, loss)
 
-    def leaf(self, update, slots, param, k):
+    def leaf(
+        self, update: jax.Array, slots: Slots, param: jax.Array, k: Numbers
+    ) -> tuple[jax.Array, Slots]:
         """Add one gradient to the sum."""
         if self.reduce == "weighted":
             update = jnp.where(k["weight"] == 0, 0, update * k["weight"])
         total = jnp.where(k["is_first"], update, slots["sum"] + update)
         return total, {"sum": total}
 
-    def behind(self, k):
+    def behind(self, k: Numbers) -> jax.Array | None:
         """Return what makes the sum a mean."""
         return None if self.reduce == "sum" else k["share"]
 
-    def with_loss(self):
+    def with_loss(self) -> Gate:
         """Return the same link, which keeps the loss of the update."""
         return dataclasses.replace(self, of_loss=True)
 
-    def is_empty(self, weight):
+    def is_empty(self, weight: Any) -> jax.Array | None:
         """Return whether a batch has no weight; None where batches are not weighted."""
         weighs = self.reduce == "weighted" and weight is not None
         return jnp.asarray(weight) == 0 if weighs else None
@@ -175,7 +180,7 @@ class SumOverAxis(TreeLink):
     stage = Stage.SUM
     reads_params = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         axes = self.axis_name if isinstance(self.axis_name, tuple) else (self.axis_name,)
         if not all(isinstance(axis, str) for axis in axes):
@@ -184,7 +189,13 @@ class SumOverAxis(TreeLink):
                 f"{received('axis_name', self.axis_name)}"
             )
 
-    def run(self, updates, slots, params, k):
+    def run(
+        self,
+        updates: Mapping[str, jax.Array],
+        slots: Mapping[str, Any],
+        params: Mapping[str, jax.Array],
+        k: Numbers,
+    ) -> tuple[Mapping[str, jax.Array], Mapping[str, Any]]:
         """Return the sums."""
         return {name: summed(update, self.axis_name) for name, update in updates.items()}, slots
 

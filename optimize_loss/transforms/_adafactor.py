@@ -1,12 +1,13 @@
 """Adafactor: Adam's denominator from the means of rows and columns."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from optimize_loss._engine.arrays import abs_squared, count, full, sqrt
-from optimize_loss._engine.link import Link, NotNegative, NotPositive, Positive
+from optimize_loss._engine.link import Link, NotNegative, NotPositive, Numbers, Positive, Slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,7 @@ class StepByAdafactor(Link):
     relative_step: bool = True
     reads_params = True
 
-    def slots(self, param):
+    def slots(self, param: jax.Array) -> dict[str, jax.Array]:
         """Return the means of rows and columns, or V; empty arrays in the place of the others."""
         v = full(param)
         if param.ndim < 2:  # two arrays, as a step that takes their memory cannot take it twice
@@ -68,7 +69,9 @@ class StepByAdafactor(Link):
         # Sums of zeros and not new zeros, as these are sharded as the rows and columns are.
         return {"row": jnp.sum(v, -1), "column": jnp.sum(v, -2), "v": jnp.zeros(0, v.dtype)}
 
-    def scalars(self, numbers, memory, total, step):
+    def scalars(
+        self, numbers: Numbers, memory: Numbers, total: Any, step: jax.Array
+    ) -> tuple[Numbers, Numbers]:
         """Return ρ and 1-b, and the other numbers as they are."""
         rate = numbers["learning_rate"]
         t = count(step, rate)
@@ -76,7 +79,9 @@ class StepByAdafactor(Link):
             rate = jnp.minimum(rate, 1 / jnp.sqrt(t))
         return {**numbers, "rate": rate, "weight": t ** numbers["beta_2_decay"]}, memory
 
-    def leaf(self, update, slots, param, k):
+    def leaf(
+        self, update: jax.Array, slots: Slots, param: jax.Array, k: Numbers
+    ) -> tuple[jax.Array, Slots]:
         """Return the step of one parameter."""
         q, new = abs_squared(update) + k["epsilon_1"], dict(slots)
         if param.ndim < 2:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from optimize_loss._engine.arrays import abs_squared, full
-from optimize_loss._engine.link import Link, NotNegative, Start
+from optimize_loss._engine.link import Link, NotNegative, Numbers, Slots, Start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +36,13 @@ class ScaleByAdagrad(Link):
     epsilon: NotNegative = 1e-7
     elementwise = True
 
-    def slots(self, param):
+    def slots(self, param: jax.Array) -> dict[str, jax.Array]:
         """Return the sum of squares."""
         return {"sum_of_squares": full(param, self.initial_accumulator_value)}
 
-    def leaf(self, update, slots, param, k):
+    def leaf(
+        self, update: jax.Array, slots: Slots, param: jax.Array, k: Numbers
+    ) -> tuple[jax.Array, Slots]:
         """Add one gradient to the sum."""
         n = slots["sum_of_squares"] + abs_squared(update)
         denominator = n + k["epsilon"]

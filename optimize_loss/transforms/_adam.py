@@ -1,11 +1,13 @@
 """Adam and AMSGrad."""
 
 import dataclasses
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from optimize_loss._engine.arrays import abs_squared, count, full, sqrt, zeros
-from optimize_loss._engine.link import Decay, Link, Positive
+from optimize_loss._engine.link import Decay, Link, Numbers, Positive, Slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +51,14 @@ class ScaleByAdam(Link):
     means = ("m",)
     squares = ("v", "v_max")
 
-    def slots(self, param):
+    def slots(self, param: jax.Array) -> dict[str, jax.Array]:
         """Return the running means, and with `amsgrad` the largest v."""
         slots = {"m": zeros(param), "v": full(param)}
         return {**slots, "v_max": full(param)} if self.amsgrad else slots
 
-    def scalars(self, numbers, memory, total, step):
+    def scalars(
+        self, numbers: Numbers, memory: Numbers, total: Any, step: jax.Array
+    ) -> tuple[Numbers, Numbers]:
         """Return the corrections for the start at zero."""
         (b1, one_minus_b1), (b2, one_minus_b2) = numbers["beta_1"], numbers["beta_2"]
         t = count(step, b1)
@@ -62,7 +66,7 @@ class ScaleByAdam(Link):
         k = {"c1": one_minus_b1, "c2": one_minus_b2, "epsilon": numbers["epsilon"]}
         return {**k, "correction": correction}, memory
 
-    def remember(self, update, slots, param, k):
+    def remember(self, update: jax.Array, slots: Slots, param: jax.Array, k: Numbers) -> Slots:
         """Update m and v of one parameter."""
         m = slots["m"] + (update - slots["m"]) * k["c1"]
         v = slots["v"] + (abs_squared(update) - slots["v"]) * k["c2"]
@@ -71,7 +75,7 @@ class ScaleByAdam(Link):
             new["v_max"] = jnp.maximum(slots["v_max"], v)
         return new
 
-    def direction(self, update, slots, param, k):
+    def direction(self, update: jax.Array, slots: Slots, param: jax.Array, k: Numbers) -> jax.Array:
         """Divide m by the root of v."""
         v = slots["v_max"] if self.amsgrad else slots["v"]
         return k["correction"] * slots["m"] / (sqrt(v) + k["epsilon"])

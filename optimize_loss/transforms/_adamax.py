@@ -1,11 +1,13 @@
 """Adamax: Adam with a maximum in place of the mean of squares."""
 
 import dataclasses
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from optimize_loss._engine.arrays import count, full, zeros
-from optimize_loss._engine.link import Decay, Link, Positive
+from optimize_loss._engine.link import Decay, Link, Numbers, Positive, Slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,22 +48,24 @@ class ScaleByAdamax(Link):
     elementwise = True
     means = ("m", "u")
 
-    def slots(self, param):
+    def slots(self, param: jax.Array) -> dict[str, jax.Array]:
         """Return the running mean, and the largest size."""
         return {"m": zeros(param), "u": full(param)}
 
-    def scalars(self, numbers, memory, total, step):
+    def scalars(
+        self, numbers: Numbers, memory: Numbers, total: Any, step: jax.Array
+    ) -> tuple[Numbers, Numbers]:
         """Return the correction for the start at zero, which only the mean needs."""
         (b1, one_minus_b1), (b2, _) = numbers["beta_1"], numbers["beta_2"]
         k = {"c1": one_minus_b1, "beta_2": b2, "epsilon": numbers["epsilon"]}
         return {**k, "correction": 1 / (1 - b1 ** count(step, b1))}, memory
 
-    def remember(self, update, slots, param, k):
+    def remember(self, update: jax.Array, slots: Slots, param: jax.Array, k: Numbers) -> Slots:
         """Update m and u of one parameter."""
         m = slots["m"] + (update - slots["m"]) * k["c1"]
         u = jnp.maximum(k["beta_2"] * slots["u"], jnp.abs(update))
         return {"m": m, "u": u}
 
-    def direction(self, update, slots, param, k):
+    def direction(self, update: jax.Array, slots: Slots, param: jax.Array, k: Numbers) -> jax.Array:
         """Divide m by u."""
         return k["correction"] * slots["m"] / (slots["u"] + k["epsilon"])

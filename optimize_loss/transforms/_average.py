@@ -1,13 +1,16 @@
 """Keep running means: of the parameters, and of the loss."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 
-from optimize_loss._checks import DECAY
+from optimize_loss._checks import DECAY, Rule
 from optimize_loss._engine.arrays import compute_dtype, count
 from optimize_loss._engine.kinds import Averaging
-from optimize_loss._engine.link import Count, Decay, FullDecay, Link, Stage
+from optimize_loss._engine.link import Count, Decay, FullDecay, Link, Numbers, Slots, Stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,21 +49,23 @@ class AverageParams(Averaging):
     reads_params = True
     elementwise = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if not callable(self.decay):
             self.rule("decay").check("decay", self.decay)
 
-    def rule(self, name):
+    def rule(self, name: str) -> Rule:
         """Return what the number must satisfy: a decay that is always 1 averages nothing."""
         below_1 = name == "decay" and self.bias_free and not callable(self.decay)
         return DECAY if below_1 else super().rule(name)
 
-    def slots(self, param):
+    def slots(self, param: jax.Array) -> dict[str, jax.Array]:
         """Return a copy of the parameter."""
         return {"average": jnp.array(param, dtype=compute_dtype(param.dtype), copy=True)}
 
-    def scalars(self, numbers, memory, total, step):
+    def scalars(
+        self, numbers: Numbers, memory: Numbers, total: Any, step: jax.Array
+    ) -> tuple[Numbers, Numbers]:
         """Return the weight of the newest parameters, and whether to overwrite."""
         beta, weight = numbers["decay"]
         if self.bias_free:
@@ -73,11 +78,13 @@ class AverageParams(Averaging):
             k["overwrite"] = step % every == every - 1
         return k, memory
 
-    def averaged(self, param, slots, numbers):
+    def averaged(self, param: jax.Array, slots: Slots, numbers: Numbers) -> jax.Array:
         """Return the average."""
         return slots["average"]
 
-    def after(self, param, moved, slots, k):
+    def after(
+        self, param: jax.Array, moved: jax.Array, slots: Slots, k: Numbers
+    ) -> tuple[jax.Array, Slots]:
         """Update one average, and overwrite the parameter with it when its time has come."""
         old = param.astype(moved.dtype)
         new = (old + moved).astype(param.dtype).astype(moved.dtype)  # as it is stored
@@ -115,15 +122,17 @@ class AverageLoss(Link):
     needs = "loss"
     elementwise = True
 
-    def report(self, name, parts):
+    def report(self, name: str, parts: Mapping[str, Any]) -> dict[str, Any]:
         """Return the mean."""
         return {} if self.metric is None else {self.metric: parts["mean"]}
 
-    def memory(self):
+    def memory(self) -> dict[str, float]:
         """Return the mean."""
         return {"mean": 0.0}
 
-    def scalars(self, numbers, memory, total, step):
+    def scalars(
+        self, numbers: Numbers, memory: Numbers, total: Any, step: jax.Array
+    ) -> tuple[Numbers, Numbers]:
         """Update the mean."""
         _, weight = numbers["decay"]
         return {}, {"mean": memory["mean"] + (total - memory["mean"]) * weight}

@@ -1,7 +1,7 @@
 """Shrink gradients that are too large."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from optimize_loss._checks import InvalidType, TreeMismatch, check_takes
 from optimize_loss._engine.arrays import multiplied, norm, power_of_two, sqrt
-from optimize_loss._engine.link import Decay, Link, NotNegative, Positive
+from optimize_loss._engine.link import Decay, Link, NotNegative, Numbers, Positive, Slots
 from optimize_loss._engine.trees import take_apart
 
 
@@ -56,7 +56,9 @@ class ClipByValue(Link):
     max_value: Positive
     elementwise = True
 
-    def leaf(self, update, slots, param, k):
+    def leaf(
+        self, update: jax.Array, slots: Slots, param: jax.Array, k: Numbers
+    ) -> tuple[jax.Array, Slots]:
         """Limit every entry."""
         top = k["max_value"]
         if jnp.iscomplexobj(update):
@@ -90,7 +92,9 @@ class ClipByNorm(Link):
 
     max_norm: Positive
 
-    def leaf(self, update, slots, param, k):
+    def leaf(
+        self, update: jax.Array, slots: Slots, param: jax.Array, k: Numbers
+    ) -> tuple[jax.Array, Slots]:
         """Shrink one gradient."""
         return shrunk(update, norm(update), k["max_norm"]), slots
 
@@ -127,11 +131,13 @@ class ClipByGlobalNorm(Link):
     needs = "global_norm"
     elementwise = True
 
-    def scalars(self, numbers, memory, total, step):
+    def scalars(
+        self, numbers: Numbers, memory: Numbers, total: Any, step: jax.Array
+    ) -> tuple[Numbers, Numbers]:
         """Return the common scale, as two factors."""
         return {"scale": shrink(total, numbers["max_norm"])}, memory
 
-    def factor(self, k):
+    def factor(self, k: Numbers) -> jax.Array:
         """Return the common scale."""
         return k["scale"]
 
@@ -177,16 +183,18 @@ class ClipByAdaptiveNorm(Link):
     needs = "global_norm"
     elementwise = True
 
-    def report(self, name, parts):
+    def report(self, name: str, parts: Mapping[str, Any]) -> dict[str, Any]:
         """Return the bound, if `report_summary`."""
         tag = "global_norm/adaptive_max_gradient_norm"
         return {tag: parts["max_norm"]} if self.report_summary else {}
 
-    def memory(self):
+    def memory(self) -> dict[str, float]:
         """Return the running means, and the last bound for reports."""
         return {"mean": 0.0, "sq_mean": 0.0, "max_norm": 0.0}
 
-    def scalars(self, numbers, memory, total, step):
+    def scalars(
+        self, numbers: Numbers, memory: Numbers, total: Any, step: jax.Array
+    ) -> tuple[Numbers, Numbers]:
         """Update the running means and return the common scale."""
         _, weight = numbers["decay"]
         log_norm = jnp.log(total + numbers["epsilon"])
@@ -203,7 +211,7 @@ class ClipByAdaptiveNorm(Link):
         new = {"mean": mean, "sq_mean": sq_mean, "max_norm": max_norm}
         return {"scale": shrink(total, length)}, new
 
-    def factor(self, k):
+    def factor(self, k: Numbers) -> jax.Array:
         """Return the common scale."""
         return k["scale"]
 
@@ -259,20 +267,25 @@ class ClipByFunction:
         except Exception as error:
             error.add_note("This happened in the function given as `clip_gradients`.")
             raise
-        if not isinstance(pairs, list | tuple) or any(
-            not isinstance(pair, tuple | list) or len(pair) != 2 for pair in pairs
-        ):
-            raise InvalidType(
-                "`clip_gradients` must return a list of pairs (gradient, parameter). "
-                f"Received: {pairs!r}."
-            )
-        if len(pairs) != len(named):
-            raise TreeMismatch(
-                f"`clip_gradients` must return {len(named)} pairs, as many as it was given. "
-                f"Received: {len(pairs)}."
-            )
+        _check_pairs(pairs, len(named))
         try:
             clipped = parts.check_updates(parts.unflatten([grad for grad, _ in pairs]))
         except (TreeMismatch, InvalidType) as error:
             raise type(error)(f"The function given as `clip_gradients`: {error}") from error
         return parts.unflatten(clipped), state
+
+
+def _check_pairs(pairs: Any, count: int) -> None:
+    """Raise unless a clipping function returned as many pairs as it was given."""
+    if not isinstance(pairs, list | tuple) or any(
+        not isinstance(pair, tuple | list) or len(pair) != 2 for pair in pairs
+    ):
+        raise InvalidType(
+            "`clip_gradients` must return a list of pairs (gradient, parameter). "
+            f"Received: {pairs!r}."
+        )
+    if len(pairs) != count:
+        raise TreeMismatch(
+            f"`clip_gradients` must return {count} pairs, as many as it was given. "
+            f"Received: {len(pairs)}."
+        )

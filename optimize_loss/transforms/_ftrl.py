@@ -2,10 +2,19 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 
 from optimize_loss._engine.arrays import abs_squared, full, zeros
-from optimize_loss._engine.link import Link, NotNegative, NotPositive, Positive, Start
+from optimize_loss._engine.link import (
+    Link,
+    NotNegative,
+    NotPositive,
+    Numbers,
+    Positive,
+    Slots,
+    Start,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +61,13 @@ class StepByFtrl(Link):
     reads_params = True
     elementwise = True
 
-    def slots(self, param):
+    def slots(self, param: jax.Array) -> dict[str, jax.Array]:
         """Return z and n."""
         return {"z": zeros(param), "n": full(param, self.initial_accumulator_value)}
 
-    def leaf(self, update, slots, param, k):
+    def leaf(
+        self, update: jax.Array, slots: Slots, param: jax.Array, k: Numbers
+    ) -> tuple[jax.Array, Slots]:
         """Return the step of one parameter."""
         rate, power, l1 = (
             k["learning_rate"],

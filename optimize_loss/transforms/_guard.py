@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import jax
@@ -30,11 +30,11 @@ class Guard(Gate):
     stage = Stage.GUARD
     elementwise = True
 
-    def memory(self):
+    def memory(self) -> dict[str, float]:
         """Return how many batches were left out, in all and last in a row, and who was to blame."""
         return {"skipped": 0, "skipped_in_a_row": 0, "offender": 0}
 
-    def report(self, name, parts):
+    def report(self, name: str, parts: Mapping[str, Any]) -> dict[str, Any]:
         """Return how many batches were left out, in all and last in a row."""
         return {count: parts[count] for count in ("skipped", "skipped_in_a_row")}
 
@@ -97,7 +97,9 @@ class SkipNonFinite(Guard):
 
     most: Most | None = 10
 
-    def scalars(self, numbers, memory, total, step):
+    def scalars(
+        self, numbers: Numbers, memory: Numbers, total: Any, step: jax.Array
+    ) -> tuple[Numbers, Numbers]:
         """Open where all is finite, and count."""
         is_open = self.is_sound(total)
         return {"open": is_open}, self.counted(memory, total, is_open)
@@ -151,11 +153,13 @@ class SkipSpikes(Guard):
     epsilon: Positive = 1e-8
     most: Most | None = 10
 
-    def memory(self):
+    def memory(self) -> dict[str, float]:
         """Return the counts, and the running means over so many batches."""
         return {**super().memory(), "seen": 0, "mean": 0.0, "sq_mean": 0.0}
 
-    def scalars(self, numbers, memory, total, step):
+    def scalars(
+        self, numbers: Numbers, memory: Numbers, total: Any, step: jax.Array
+    ) -> tuple[Numbers, Numbers]:
         """Open where all is finite and usual; then update the running means."""
         mean, sq_mean, seen = memory["mean"], memory["sq_mean"], memory["seen"]
         norm = total.norm if total.loss_scale is None else total.norm / total.loss_scale
@@ -178,9 +182,19 @@ class SkipSpikes(Guard):
         return {"open": is_open}, new
 
 
+def guards_of(links: Sequence[tuple[str, Any]], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the name of each guard among the links of a chain, and the guard.
+
+    Args:
+      links: of the chain.
+      prefix: with which its name begins.
+    """
+    return ((n, link) for n, link in links if isinstance(link, Guard) and n.startswith(prefix))
+
+
 def guard_of(links: Sequence[tuple[str, Any]]) -> tuple[str, Any] | None:
     """Return the name of the guard among the links of a chain, and the guard; None without one."""
-    return next(((name, link) for name, link in links if isinstance(link, Guard)), None)
+    return next(guards_of(links), None)
 
 
 def was_open(links: Sequence[tuple[str, Any]], old: Any, new: Any) -> jax.Array | None:

@@ -1,7 +1,9 @@
 """LAMB: Adam's direction, as long as the parameter."""
 
 import dataclasses
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from optimize_loss._engine.arrays import (
@@ -14,7 +16,7 @@ from optimize_loss._engine.arrays import (
     sqrt,
     zeros,
 )
-from optimize_loss._engine.link import Decay, Link, Positive
+from optimize_loss._engine.link import Decay, Link, Numbers, Positive, Slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,24 +59,26 @@ class ScaleByLamb(Link):
     means = ("m",)
     squares = ("v",)
 
-    def slots(self, param):
+    def slots(self, param: jax.Array) -> dict[str, jax.Array]:
         """Return the running means."""
         return {"m": zeros(param), "v": full(param)}
 
-    def scalars(self, numbers, memory, total, step):
+    def scalars(
+        self, numbers: Numbers, memory: Numbers, total: Any, step: jax.Array
+    ) -> tuple[Numbers, Numbers]:
         """Return the corrections for the start at zero."""
         (b1, one_minus_b1), (b2, one_minus_b2) = numbers["beta_1"], numbers["beta_2"]
         t = count(step, b1)
         k = {"c1": one_minus_b1, "c2": one_minus_b2, "epsilon": numbers["epsilon"]}
         return {**k, "of_m": 1 / (1 - b1**t), "of_v": 1 / (1 - b2**t)}, memory
 
-    def remember(self, update, slots, param, k):
+    def remember(self, update: jax.Array, slots: Slots, param: jax.Array, k: Numbers) -> Slots:
         """Update m and v of one parameter."""
         m = slots["m"] + (update - slots["m"]) * k["c1"]
         v = slots["v"] + (abs_squared(update) - slots["v"]) * k["c2"]
         return {"m": m, "v": v}
 
-    def direction(self, update, slots, param, k):
+    def direction(self, update: jax.Array, slots: Slots, param: jax.Array, k: Numbers) -> jax.Array:
         """Give Adam's direction the parameter's norm."""
         u = k["of_m"] * slots["m"] / (sqrt(k["of_v"] * slots["v"]) + k["epsilon"])
         p_norm, u_norm = norm(param), norm(u)

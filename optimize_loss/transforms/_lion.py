@@ -2,10 +2,11 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 
 from optimize_loss._engine.arrays import zeros
-from optimize_loss._engine.link import Decay, Link
+from optimize_loss._engine.link import Decay, Link, Numbers, Slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,11 +46,13 @@ class ScaleByLion(Link):
     elementwise = True
     means = ("m",)
 
-    def slots(self, param):
+    def slots(self, param: jax.Array) -> dict[str, jax.Array]:
         """Return the momentum."""
         return {"m": zeros(param)}
 
-    def leaf(self, update, slots, param, k):
+    def leaf(
+        self, update: jax.Array, slots: Slots, param: jax.Array, k: Numbers
+    ) -> tuple[jax.Array, Slots]:
         """Update the momentum of one parameter."""
         (b1, c1), (b2, c2) = k["beta_1"], k["beta_2"]
         m = slots["m"]

@@ -1,12 +1,14 @@
 """Let fast parameters look ahead of slow ones."""
 
 import dataclasses
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from optimize_loss._engine.arrays import copy, is_narrow, stored_as
 from optimize_loss._engine.kinds import Averaging
-from optimize_loss._engine.link import Count, Fraction
+from optimize_loss._engine.link import Count, Fraction, Numbers, Slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,21 +51,25 @@ class Lookahead(Averaging):
     reads_params = True
     elementwise = True
 
-    def slots(self, param):
+    def slots(self, param: jax.Array) -> dict[str, jax.Array]:
         """Return a copy of the parameter; for few bits, one more as it is stored."""
         start = {"start": jnp.array(param, copy=True)} if is_narrow(param.dtype) else {}
         return {"slow": copy(param), **start}
 
-    def scalars(self, numbers, memory, total, step):
+    def scalars(
+        self, numbers: Numbers, memory: Numbers, total: Any, step: jax.Array
+    ) -> tuple[Numbers, Numbers]:
         """Return whether this update is the last of its few."""
         every = numbers["every"]
         return {"rate": numbers["slow_rate"], "syncs": step % every == every - 1}, memory
 
-    def averaged(self, param, slots, numbers):
+    def averaged(self, param: jax.Array, slots: Slots, numbers: Numbers) -> jax.Array:
         """Return the slow parameters."""
         return slots["slow"]
 
-    def after(self, param, moved, slots, k):
+    def after(
+        self, param: jax.Array, moved: jax.Array, slots: Slots, k: Numbers
+    ) -> tuple[jax.Array, Slots]:
         """Let one slow parameter follow, and go back to it, when its time has come."""
         old, slow = param.astype(moved.dtype), slots["slow"]
         # Of few bits: by how far the fast parameter went from what φ was rounded to.

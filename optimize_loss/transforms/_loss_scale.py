@@ -1,6 +1,7 @@
 """Divide the gradients of a scaled loss by its scale."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,11 +36,11 @@ class DivideByLossScale(LossScale):
     loss_scale: Positive
     elementwise = True
 
-    def factor_of_loss(self, numbers, memory):
+    def factor_of_loss(self, numbers: Numbers, memory: Numbers) -> jax.Array:
         """Return the number."""
         return numbers["loss_scale"]
 
-    def factor(self, k):
+    def factor(self, k: Numbers) -> jax.Array:
         """Return the reciprocal of the scale."""
         return 1 / k["loss_scale"]
 
@@ -76,15 +77,17 @@ class DivideByDynamicLossScale(Gate, LossScale):
     needs = "finite"
     elementwise = True
 
-    def memory(self):
+    def memory(self) -> dict[str, float]:
         """Return the scale, and how many calls in a row were finite."""
         return {"loss_scale": self.initial_scale, "finite_in_a_row": 0}
 
-    def factor_of_loss(self, numbers, memory):
+    def factor_of_loss(self, numbers: Numbers, memory: Numbers) -> jax.Array:
         """Return the scale that the memory has."""
         return memory["loss_scale"]
 
-    def scalars(self, numbers, memory, total, step):
+    def scalars(
+        self, numbers: Numbers, memory: Numbers, total: Any, step: jax.Array
+    ) -> tuple[Numbers, Numbers]:
         """Open where all numbers are finite; double or halve the scale."""
         scale, finite = memory["loss_scale"], total
         in_a_row = jnp.where(finite, memory["finite_in_a_row"] + 1, 0)
@@ -105,6 +108,6 @@ class DivideByDynamicLossScale(Gate, LossScale):
         at_most = (after == before) & (before > 1)
         return (new["finite_in_a_row"] > 0) | (after > before) | at_most
 
-    def behind(self, k):
+    def behind(self, k: Numbers) -> jax.Array | None:
         """Return the reciprocal of the scale."""
         return 1 / k["scale"]

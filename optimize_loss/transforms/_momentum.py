@@ -2,8 +2,10 @@
 
 import dataclasses
 
+import jax
+
 from optimize_loss._engine.arrays import zeros
-from optimize_loss._engine.link import Fraction, Link
+from optimize_loss._engine.link import Fraction, Link, Numbers, Slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,14 +42,14 @@ class ScaleByMomentum(Link):
     elementwise = True
     means = ("sum",)
 
-    def slots(self, param):
+    def slots(self, param: jax.Array) -> dict[str, jax.Array]:
         """Return the sum."""
         return {"sum": zeros(param)}
 
-    def remember(self, update, slots, param, k):
+    def remember(self, update: jax.Array, slots: Slots, param: jax.Array, k: Numbers) -> Slots:
         """Add one update to the sum."""
         return {"sum": k["momentum"] * slots["sum"] + update}
 
-    def direction(self, update, slots, param, k):
+    def direction(self, update: jax.Array, slots: Slots, param: jax.Array, k: Numbers) -> jax.Array:
         """Return the sum, or one step ahead of it."""
         return update + k["momentum"] * slots["sum"] if self.nesterov else slots["sum"]

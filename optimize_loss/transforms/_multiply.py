@@ -1,14 +1,26 @@
-"""Multiply the gradients of named parameters."""
+"""Multiply gradients, or what parameters move by."""
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from optimize_loss import _checks
-from optimize_loss._checks import InvalidType, received
-from optimize_loss._engine.link import Link, Number
-from optimize_loss._names import Pattern, check_pattern, first_matches, pattern_text
+from optimize_loss._checks import Rule
+from optimize_loss._engine.by_name import ByName, by_name, numbers_by_name
+from optimize_loss._engine.link import (
+    Finite,
+    Link,
+    NotNegative,
+    Numbers,
+    Schedule,
+    Slots,
+    Stage,
+    checked,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,47 +48,65 @@ class MultiplyGradients(Link):
       `gradient_multipliers` of `tf.contrib.layers.optimize_loss`, which ignores unknown names.
     """
 
-    multipliers: Mapping[Pattern, Number] | tuple[tuple[Pattern, Number], ...]
+    multipliers: Finite
     elementwise = True
 
-    def __post_init__(self):
-        given = self.multipliers
-        pairs_given = isinstance(given, tuple) and all(
-            isinstance(pair, tuple) and len(pair) == 2 for pair in given
-        )
-        if not given or not (isinstance(given, Mapping) or pairs_given):
-            raise InvalidType(
-                "`gradient_multipliers` must map names or patterns to numbers, and have at least "
-                f"one. {received('gradient_multipliers', self.multipliers)}"
-            )
-        pairs = []
-        for pattern, value in dict(self.multipliers).items():
-            text = pattern_text(check_pattern("gradient_multipliers", pattern))
-            name = f"gradient_multipliers[{text!r}]"
-            pairs.append((pattern, value if callable(value) else _checks.FINITE.check(name, value)))
-        texts = [pattern_text(pattern) for pattern, _ in pairs]
-        if len(set(texts)) < len(texts):
-            raise ValueError(f"`gradient_multipliers` must have different keys. Received: {texts}.")
-        object.__setattr__(self, "multipliers", tuple(pairs))
+    def __post_init__(self) -> None:
+        if not isinstance(self.multipliers, ByName):
+            check = functools.partial(checked, _checks.FINITE)
+            multipliers = by_name("gradient_multipliers", self.multipliers, check, rest=1.0)
+            object.__setattr__(self, "multipliers", multipliers)
 
-    def rule(self, name):
-        """Return the rule of every multiplier: a finite number."""
-        return _checks.FINITE
-
-    def numbers(self):
-        """Return each multiplier under the text of its pattern."""
-        return {pattern_text(pattern): value for pattern, value in dict(self.multipliers).items()}
-
-    def check_names(self, names):
+    def check_names(self, names: Sequence[str]) -> None:
         """Raise if a pattern decides for no parameter."""
-        first_matches("gradient_multipliers", dict(self.multipliers), names)
+        numbers_by_name(self)["multipliers"].check_names("gradient_multipliers", names)
 
-    def for_each(self, names, k):
-        """Return the multiplier of each parameter."""
-        one = jnp.ones_like(next(iter(k.values())))
-        for pattern in first_matches("gradient_multipliers", dict(self.multipliers), names):
-            yield {"multiplier": one if pattern is None else k[pattern_text(pattern)]}
-
-    def factor(self, k):
+    def factor(self, k: Numbers) -> jax.Array:
         """Return the multiplier of one gradient."""
-        return k["multiplier"]
+        return k["multipliers"]
+
+
+@dataclasses.dataclass(frozen=True)
+class MultiplySteps(Link):
+    """Multiply all that a step moves a parameter by: the update, and decay that went before.
+
+    p_new - p ← multiplier · (p_new - p)
+    """
+
+    multiplier: NotNegative
+    stage = Stage.MULTIPLY
+    elementwise = True
+
+    def after(
+        self, param: jax.Array, moved: jax.Array, slots: Slots, k: Numbers
+    ) -> tuple[jax.Array, Slots]:
+        """Multiply what one parameter moves by."""
+        return moved * k["multiplier"], slots
+
+
+@dataclasses.dataclass(frozen=True)
+class MultiplyLayers(Link):
+    """The same for a parameter that is stacked along its first axis: a number for each layer."""
+
+    multipliers: tuple[float | Schedule, ...]
+    stage = Stage.MULTIPLY
+
+    def rule(self, name: str) -> Rule:
+        """Return the rule of every multiplier: at least 0."""
+        return _checks.NOT_NEGATIVE
+
+    def numbers(self) -> dict[str, Any]:
+        """Return the multipliers, called 0, 1, …"""
+        return {str(i): number for i, number in enumerate(self.multipliers)}
+
+    def scalars(
+        self, numbers: Numbers, memory: Numbers, total: Any, step: jax.Array
+    ) -> tuple[Numbers, Numbers]:
+        """Return the multipliers as one array."""
+        return {"multipliers": jnp.stack([numbers[name] for name in self.numbers()])}, memory
+
+    def after(
+        self, param: jax.Array, moved: jax.Array, slots: Slots, k: Numbers
+    ) -> tuple[jax.Array, Slots]:
+        """Multiply what each layer moves by."""
+        return moved * k["multipliers"].reshape(-1, *[1] * (moved.ndim - 1)), slots

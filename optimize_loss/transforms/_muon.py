@@ -11,7 +11,7 @@ from jax.sharding import AxisType
 
 from optimize_loss._checks import COUNT, check_integer
 from optimize_loss._engine.arrays import sqrt, sum_of_squares, unit_of, zeros
-from optimize_loss._engine.link import Finite, Fraction, Link, NotNegative
+from optimize_loss._engine.link import Finite, Fraction, Link, NotNegative, Numbers, Slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,11 +70,11 @@ class ScaleByMuon(Link):
     rms_rate: NotNegative | None = 0.2
     means = ("sum",)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "ns_steps", check_integer("ns_steps", self.ns_steps, COUNT))
 
-    def slots(self, param):
+    def slots(self, param: jax.Array) -> dict[str, jax.Array]:
         """Return the sum.
 
         Raises:
@@ -87,11 +87,11 @@ class ScaleByMuon(Link):
             )
         return {"sum": zeros(param)}
 
-    def remember(self, update, slots, param, k):
+    def remember(self, update: jax.Array, slots: Slots, param: jax.Array, k: Numbers) -> Slots:
         """Add one update to the sum."""
         return {"sum": k["momentum"] * slots["sum"] + update}
 
-    def direction(self, update, slots, param, k):
+    def direction(self, update: jax.Array, slots: Slots, param: jax.Array, k: Numbers) -> jax.Array:
         """Make the sum, or one step ahead of it, orthogonal."""
         u = update + k["momentum"] * slots["sum"] if self.nesterov else slots["sum"]
         coefficients = k["linear"], k["cubic"], k["quintic"]
@@ -121,3 +121,32 @@ def _sharded_alike(function: Callable[..., Any], x: jax.Array, *rest: Any) -> An
     if AxisType.Explicit not in sharding.mesh.axis_types:
         return function(x, *rest)
     return jax.sharding.auto_axes(function, out_sharding=sharding)(x, *rest)
+
+
+def in_stacks(names: Sequence[str], leaves: Sequence[Any]) -> list[bool]:
+    """Return for each parameter whether its first axis is that of stacked layers.
+
+    It is where a parameter of three axes or more has the same first axis: one beside it, or one
+    of a subtree in which all have this first axis, as `jax.lax.scan` over layers needs it.
+    """
+    firsts: dict[str, set[tuple[int, ...]]] = {}  # the first axes in each subtree
+    stacks: dict[str, set[tuple[int, ...]]] = {}  # those of three axes or more
+    beside: dict[str, set[tuple[int, ...]]] = {}  # and those that are not in a smaller subtree
+    pairs = [(_trees(name), tuple(x.shape)) for name, x in zip(names, leaves, strict=True)]
+    for trees, shape in pairs:
+        first = {shape[:1]} if len(shape) > 2 else set()
+        beside.setdefault(trees[0], set()).update(first)
+        for tree in trees:
+            firsts.setdefault(tree, set()).add(shape[:1])
+            stacks.setdefault(tree, set()).update(first)
+    return [
+        shape[:1] in beside[trees[0]]
+        or any(firsts[tree] == {shape[:1]} <= stacks[tree] for tree in trees)
+        for trees, shape in pairs
+    ]
+
+
+def _trees(name: str) -> list[str]:
+    """Return the subtrees that a parameter is in, the smallest first; "" is all."""
+    parts = name.split("/")[:-1]
+    return ["/".join(parts[:i]) for i in range(len(parts), -1, -1)]

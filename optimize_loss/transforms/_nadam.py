@@ -1,9 +1,12 @@
 """Nadam: Adam with Nesterov's momentum, which grows on a schedule."""
 
 import dataclasses
+from typing import Any
+
+import jax
 
 from optimize_loss._engine.arrays import abs_squared, count, full, sqrt, zeros
-from optimize_loss._engine.link import Decay, Link, Positive
+from optimize_loss._engine.link import Decay, Link, Numbers, Positive, Slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,15 +52,17 @@ class ScaleByNadam(Link):
     means = ("m",)
     squares = ("v",)
 
-    def slots(self, param):
+    def slots(self, param: jax.Array) -> dict[str, jax.Array]:
         """Return the running means."""
         return {"m": zeros(param), "v": full(param)}
 
-    def memory(self):
+    def memory(self) -> dict[str, float]:
         """Return the product of all μ so far."""
         return {"product": 1.0}
 
-    def scalars(self, numbers, memory, total, step):
+    def scalars(
+        self, numbers: Numbers, memory: Numbers, total: Any, step: jax.Array
+    ) -> tuple[Numbers, Numbers]:
         """Update the product, and return the weights of the mean and of the gradient."""
         (b1, one_minus_b1), (b2, _) = numbers["beta_1"], numbers["beta_2"]
         t = count(step, b1)
@@ -69,13 +74,13 @@ class ScaleByNadam(Link):
         k["of_gradient"] = (1 - now) / (1 - product)
         return {**k, "correction": 1 / (1 - b2**t)}, {"product": product}
 
-    def remember(self, update, slots, param, k):
+    def remember(self, update: jax.Array, slots: Slots, param: jax.Array, k: Numbers) -> Slots:
         """Update m and v of one parameter."""
         m = slots["m"] + (update - slots["m"]) * k["c1"]
         v = slots["v"] + (abs_squared(update) - slots["v"]) * k["c2"]
         return {"m": m, "v": v}
 
-    def direction(self, update, slots, param, k):
+    def direction(self, update: jax.Array, slots: Slots, param: jax.Array, k: Numbers) -> jax.Array:
         """Divide the mean, one step ahead, by the root of v."""
         ahead = k["of_mean"] * slots["m"] + k["of_gradient"] * update
         return ahead / (sqrt(k["correction"] * slots["v"]) + k["epsilon"])

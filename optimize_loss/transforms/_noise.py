@@ -2,8 +2,12 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-from optimize_loss._engine.link import Link, NotNegative, Seed
+import jax
+
+from optimize_loss._engine.link import Link, NotNegative, Numbers, Seed, Slots
 from optimize_loss._random import normal, stream
 
 
@@ -42,15 +46,19 @@ class AddNoise(Link):
     seed: Seed = 0
     truncated: bool = True
 
-    def scalars(self, numbers, memory, total, step):
+    def scalars(
+        self, numbers: Numbers, memory: Numbers, total: Any, step: jax.Array
+    ) -> tuple[Numbers, Numbers]:
         """Pass on the step, which keys the noise."""
         return {**numbers, "step": step}, memory
 
-    def for_each(self, names, k):
+    def for_each(self, names: Sequence[str], k: Numbers) -> Iterator[Numbers]:
         """Return the key of each parameter's noise."""
         return ({"key": stream(k["seed"], name, k["step"])} for name in names)
 
-    def leaf(self, update, slots, param, k):
+    def leaf(
+        self, update: jax.Array, slots: Slots, param: jax.Array, k: Numbers
+    ) -> tuple[jax.Array, Slots]:
         """Add noise to one gradient."""
         bound = 2.0 if self.truncated else math.inf
         noise = normal(k["key"], update.shape, bound).astype(k["scale"].dtype)

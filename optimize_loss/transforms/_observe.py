@@ -1,7 +1,7 @@
 """Look at the updates as they pass, and keep what was seen in the state."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from optimize_loss._checks import COUNT, check_integer
 from optimize_loss._engine.arrays import compute_dtype, norm, real_dtype
-from optimize_loss._engine.link import Link
+from optimize_loss._engine.link import Link, Numbers, Slots
 from optimize_loss._names import leaf_names
 
 
@@ -34,15 +34,17 @@ class ObserveNorm(Link):
     needs = "global_norm"
     elementwise = True
 
-    def memory(self):
+    def memory(self) -> dict[str, float]:
         """Return the norm."""
         return {"norm": 0.0}
 
-    def report(self, name, parts):
+    def report(self, name: str, parts: Mapping[str, Any]) -> dict[str, Any]:
         """Return the norm."""
         return {} if self.metric is None else {self.metric: parts["norm"]}
 
-    def scalars(self, numbers, memory, total, step):
+    def scalars(
+        self, numbers: Numbers, memory: Numbers, total: Any, step: jax.Array
+    ) -> tuple[Numbers, Numbers]:
         """Keep the norm."""
         return {}, {"norm": total}
 
@@ -65,15 +67,15 @@ class ObserveNorms(Link):
 
     metric: str | None = None
 
-    def report(self, name, parts):
+    def report(self, name: str, parts: Mapping[str, Any]) -> dict[str, Any]:
         """Return the norm of each parameter."""
         return _by_name(self.metric, parts["norm"], jax.tree.leaves(parts["norm"]))
 
-    def slots(self, param):
+    def slots(self, param: jax.Array) -> dict[str, jax.Array]:
         """Return the norm."""
         return {"norm": jnp.zeros((), real_dtype(compute_dtype(param.dtype)))}
 
-    def remember(self, update, slots, param, k):
+    def remember(self, update: jax.Array, slots: Slots, param: jax.Array, k: Numbers) -> Slots:
         """Keep the norm of one update."""
         return {"norm": norm(update)}
 
@@ -103,20 +105,20 @@ class ObserveHistograms(Link):
     bins: int = 30
     metric: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "bins", check_integer("bins", self.bins, COUNT))
 
-    def report(self, name, parts):
+    def report(self, name: str, parts: Mapping[str, Any]) -> dict[str, Any]:
         """Return the histogram of each parameter."""
         counts, edges = (jax.tree.leaves(parts[slot]) for slot in ("counts", "edges"))
         return _by_name(self.metric, parts["counts"], zip(counts, edges, strict=True))
 
-    def slots(self, param):
+    def slots(self, param: jax.Array) -> dict[str, jax.Array]:
         """Return empty bins."""
         dtype = jnp.float32
         return {"counts": jnp.zeros(self.bins, dtype), "edges": jnp.zeros(self.bins + 1, dtype)}
 
-    def remember(self, update, slots, param, k):
+    def remember(self, update: jax.Array, slots: Slots, param: jax.Array, k: Numbers) -> Slots:
         """Count the entries of one update."""
         values = jnp.abs(update) if jnp.iscomplexobj(update) else update
         if not values.size:

@@ -1,7 +1,8 @@
 """Lower the learning rate where the loss no longer falls."""
 
 import dataclasses
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +61,7 @@ class ReduceOnPlateau(RateScale):
     needs = "loss"
     elementwise = True
 
-    def report(self, name, parts):
+    def report(self, name: str, parts: Mapping[str, Any]) -> dict[str, Any]:
         """Return the scale."""
         return {"plateau_scale": parts["scale"]}
 
@@ -68,12 +69,14 @@ class ReduceOnPlateau(RateScale):
         """Return by what all learning rates are multiplied."""
         return memory["scale"]
 
-    def memory(self):
+    def memory(self) -> dict[str, float]:
         """Return the scale, the best mean, the sum for the next one, and what is counted."""
         counts = {"means": 0, "without": 0, "cooling": 0, "gathered": 0}
         return {"scale": 1.0, "best": 0.0, "sum": 0.0, **counts}
 
-    def scalars(self, numbers, memory, total, step):
+    def scalars(
+        self, numbers: Numbers, memory: Numbers, total: Any, step: jax.Array
+    ) -> tuple[Numbers, Numbers]:
         """Add one loss to the mean, and judge it when it is complete."""
         gathered = memory["gathered"] + 1
         summed = memory["sum"] + total
@@ -84,7 +87,7 @@ class ReduceOnPlateau(RateScale):
         new["sum"] = jnp.where(judged, 0, summed)
         return {}, new
 
-    def _judged(self, numbers, memory, loss):
+    def _judged(self, numbers: Numbers, memory: Numbers, loss: jax.Array) -> dict[str, jax.Array]:
         """Return the memory after a mean."""
         best, threshold = memory["best"], numbers["threshold"]
         least = threshold * jnp.abs(best) if self.relative else threshold

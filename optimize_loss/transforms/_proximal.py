@@ -1,12 +1,13 @@
 """Rules that meet an L1 and an L2 penalty exactly, and so reach parameters of exactly 0."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from optimize_loss._engine.arrays import abs_squared, count, full, zeros
-from optimize_loss._engine.link import Link, NotNegative, Numbers, PositiveStart
+from optimize_loss._engine.link import Link, NotNegative, Numbers, PositiveStart, Slots
 
 
 def soft_threshold(x: jax.Array, threshold: jax.Array) -> jax.Array:
@@ -53,7 +54,9 @@ class StepByProximalGradient(Link):
     reads_params = True
     elementwise = True
 
-    def leaf(self, update, slots, param, k):
+    def leaf(
+        self, update: jax.Array, slots: Slots, param: jax.Array, k: Numbers
+    ) -> tuple[jax.Array, Slots]:
         """Return the step of one parameter."""
         new = proximal_point(param - k["learning_rate"] * update, k["learning_rate"], k)
         return new - param, slots
@@ -93,11 +96,13 @@ class StepByProximalAdagrad(Link):
     reads_params = True
     elementwise = True
 
-    def slots(self, param):
+    def slots(self, param: jax.Array) -> dict[str, jax.Array]:
         """Return the sum of squares."""
         return {"sum_of_squares": full(param, self.initial_accumulator_value)}
 
-    def leaf(self, update, slots, param, k):
+    def leaf(
+        self, update: jax.Array, slots: Slots, param: jax.Array, k: Numbers
+    ) -> tuple[jax.Array, Slots]:
         """Return the step of one parameter."""
         n = slots["sum_of_squares"] + abs_squared(update)
         rate = k["learning_rate"] * jax.lax.rsqrt(n)
@@ -140,12 +145,14 @@ class StepByDualAveraging(Link):
     reads_params = True
     elementwise = True
 
-    def slots(self, param):
+    def slots(self, param: jax.Array) -> dict[str, jax.Array]:
         """Return the sum of gradients and the sum of their squares."""
         squares = full(param, self.initial_accumulator_value)
         return {"sum": zeros(param), "sum_of_squares": squares}
 
-    def scalars(self, numbers, memory, total, step):
+    def scalars(
+        self, numbers: Numbers, memory: Numbers, total: Any, step: jax.Array
+    ) -> tuple[Numbers, Numbers]:
         """Return the strengths multiplied by t."""
         t = count(step, numbers["learning_rate"])
         rate = numbers["learning_rate"]
@@ -153,7 +160,9 @@ class StepByDualAveraging(Link):
         shift = numbers["l2_regularization_strength"] * t * rate
         return {"learning_rate": rate, "threshold": threshold, "shift": shift}, memory
 
-    def leaf(self, update, slots, param, k):
+    def leaf(
+        self, update: jax.Array, slots: Slots, param: jax.Array, k: Numbers
+    ) -> tuple[jax.Array, Slots]:
         """Return the step of one parameter."""
         total = slots["sum"] + update
         n = slots["sum_of_squares"] + abs_squared(update)

@@ -2,7 +2,9 @@
 
 import dataclasses
 
-from optimize_loss._engine.link import Link, NotNegative
+import jax
+
+from optimize_loss._engine.link import Link, NotNegative, Numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +30,6 @@ class ScaleByLearningRate(Link):
     learning_rate: NotNegative
     elementwise = True
 
-    def factor(self, k):
+    def factor(self, k: Numbers) -> jax.Array:
         """Return minus the rate."""
         return -k["learning_rate"]

@@ -1,12 +1,13 @@
 """RMSprop and Adadelta: divide by a running root mean square."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from optimize_loss._engine.arrays import abs_squared, full, zeros
-from optimize_loss._engine.link import Decay, Link, Positive, Start
+from optimize_loss._engine.link import Decay, Link, Numbers, Positive, Slots, Start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,16 +49,18 @@ class ScaleByRMS(Link):
     means = ("mean",)
     squares = ("mean_square",)
 
-    def slots(self, param):
+    def slots(self, param: jax.Array) -> dict[str, jax.Array]:
         """Return the running mean of squares, and with `centered` that of the gradients."""
         slots = {"mean_square": full(param, self.initial_accumulator_value)}
         return {**slots, "mean": zeros(param)} if self.centered else slots
 
-    def scalars(self, numbers, memory, total, step):
+    def scalars(
+        self, numbers: Numbers, memory: Numbers, total: Any, step: jax.Array
+    ) -> tuple[Numbers, Numbers]:
         """Return the weight of the newest gradient."""
         return {"weight": numbers["decay"][1], "epsilon": numbers["epsilon"]}, memory
 
-    def remember(self, update, slots, param, k):
+    def remember(self, update: jax.Array, slots: Slots, param: jax.Array, k: Numbers) -> Slots:
         """Update the running means of one parameter."""
         s = slots["mean_square"]
         new = {"mean_square": s + (abs_squared(update) - s) * k["weight"]}
@@ -65,7 +68,7 @@ class ScaleByRMS(Link):
             new["mean"] = slots["mean"] + (update - slots["mean"]) * k["weight"]
         return new
 
-    def direction(self, update, slots, param, k):
+    def direction(self, update: jax.Array, slots: Slots, param: jax.Array, k: Numbers) -> jax.Array:
         """Divide by the root mean square, or by the standard deviation."""
         variance = slots["mean_square"]
         if self.centered:
@@ -103,16 +106,20 @@ class ScaleByAdadelta(Link):
     elementwise = True
     squares = ("mean_square_gradient", "mean_square_update")
 
-    def slots(self, param):
+    def slots(self, param: jax.Array) -> dict[str, jax.Array]:
         """Return the running means of squares of gradients and of updates."""
         return {"mean_square_gradient": full(param), "mean_square_update": full(param)}
 
-    def scalars(self, numbers, memory, total, step):
+    def scalars(
+        self, numbers: Numbers, memory: Numbers, total: Any, step: jax.Array
+    ) -> tuple[Numbers, Numbers]:
         """Return ρ, 1-ρ and ε."""
         rho, weight = numbers["rho"]
         return {"rho": rho, "weight": weight, "epsilon": numbers["epsilon"]}, memory
 
-    def leaf(self, update, slots, param, k):
+    def leaf(
+        self, update: jax.Array, slots: Slots, param: jax.Array, k: Numbers
+    ) -> tuple[jax.Array, Slots]:
         """Update the running means of one parameter."""
         a, d = slots["mean_square_gradient"], slots["mean_square_update"]
         a = k["rho"] * a + k["weight"] * abs_squared(update)

@@ -3,12 +3,13 @@
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from optimize_loss._engine.arrays import is_narrow
 from optimize_loss._engine.bits import round_to
 from optimize_loss._engine.chain import Chain, chain
-from optimize_loss._engine.link import Link, Seed, Stage
+from optimize_loss._engine.link import Link, Numbers, Seed, Slots, Stage
 from optimize_loss._engine.order import arranged
 from optimize_loss._engine.precision import Precision, check_precision
 from optimize_loss._engine.selection import ForParameters, linked
@@ -55,7 +56,9 @@ class RoundParams(Link):
     needs = "random_bits"
     stage = Stage.ROUND
 
-    def after(self, param, moved, slots, k):
+    def after(
+        self, param: jax.Array, moved: jax.Array, slots: Slots, k: Numbers
+    ) -> tuple[jax.Array, Slots]:
         """Lead to a neighbour; as it is where the parameter is not finite."""
         if not can_be_rounded("", param):
             return moved, slots

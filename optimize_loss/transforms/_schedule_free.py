@@ -1,14 +1,15 @@
 """Schedule-free Adam: averaging in place of a rate that decays."""
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Any
 
+import jax
 import jax.numpy as jnp
 
 from optimize_loss._checks import INNER_DECAY, STEP
 from optimize_loss._engine.arrays import abs_squared, copy, count, full, is_narrow, sqrt, stored_as
 from optimize_loss._engine.kinds import Averaging
-from optimize_loss._engine.link import Decay, NotNegative, Positive
+from optimize_loss._engine.link import Decay, NotNegative, Numbers, Positive, Slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,18 +62,20 @@ class StepByScheduleFree(Averaging):
     elementwise = True
     squares = ("v",)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         INNER_DECAY.check("beta_1", self.beta_1)  # no schedule: see `averaged`
         super().__post_init__()
 
-    def slots(self, param):
+    def slots(self, param: jax.Array) -> dict[str, jax.Array]:
         """Return z, a copy of the parameter, and the running mean of squares; x for few bits."""
         slots = {"z": copy(param), "v": full(param)}
         if is_narrow(param.dtype):
             slots |= {"x": copy(param), "p": jnp.array(param, copy=True)}
         return slots
 
-    def scalars(self, numbers, memory, total, step):
+    def scalars(
+        self, numbers: Numbers, memory: Numbers, total: Any, step: jax.Array
+    ) -> tuple[Numbers, Numbers]:
         """Return the rate of this step, the correction of v, and the weights of the means."""
         (b1, one_minus_b1), (_, one_minus_b2) = numbers["beta_1"], numbers["beta_2"]
         t = count(step, b1)
@@ -84,7 +87,9 @@ class StepByScheduleFree(Averaging):
         k |= {"b1": b1, "one_minus_b1": one_minus_b1}
         return {**k, "rate": rate, "of_d": one_minus_b1 + b1 / t, "t": t}, memory
 
-    def leaf(self, update, slots, param, k):
+    def leaf(
+        self, update: jax.Array, slots: Slots, param: jax.Array, k: Numbers
+    ) -> tuple[jax.Array, Slots]:
         """Return the step of one parameter."""
         z, v = slots["z"], slots["v"]
         v = v + (abs_squared(update) - v) * k["c2"]
@@ -97,7 +102,7 @@ class StepByScheduleFree(Averaging):
         p = stored_as(k["one_minus_b1"] * z + k["b1"] * x, k["stored"].dtype)
         return p - param, {"z": z, "v": v, "x": x, "p": p}
 
-    def averaged(self, param, slots, numbers):
+    def averaged(self, param: jax.Array, slots: Slots, numbers: Numbers) -> jax.Array:
         """Return x, from the β₁ with which the parameter was made."""
         b1, one_minus_b1 = numbers["beta_1"].astype(param.dtype)
         if "x" in slots:

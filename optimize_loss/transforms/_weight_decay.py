@@ -1,11 +1,15 @@
 """Pull parameters towards zero."""
 
 import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 
-from optimize_loss._engine.link import Link, NotNegative
-from optimize_loss._names import Pattern, any_matches, check_patterns
+from optimize_loss._engine.by_name import ByName
+from optimize_loss._engine.link import Link, NotNegative, Numbers, Slots
+from optimize_loss._names import Pattern, any_matches, check_patterns, first_index
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,20 +21,28 @@ class _WeightDecay(Link):
     reads_params = True
     elementwise = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "exclude", check_patterns("exclude", self.exclude))
 
-    def check_names(self, names):
-        """Raise if a pattern of `exclude` matches no parameter."""
+    def check_names(self, names: Sequence[str]) -> None:
+        """Raise if a pattern of `exclude`, or of a decay by name, matches no parameter."""
+        super().check_names(names)
         any_matches("exclude", self.exclude, names)
 
-    def for_each(self, names, k):
+    def for_each(self, names: Sequence[str], k: Numbers) -> Iterator[Numbers]:
         """Return the decay of each parameter."""
         rate = k["weight_decay"]
         zero = jnp.zeros_like(rate)
-        for excluded in any_matches("exclude", self.exclude, names):
-            yield {"weight_decay": zero if excluded else rate}
+        return ({"weight_decay": zero if spared else rate} for spared in self.spared(names))
+
+    def spared(self, names: Sequence[str]) -> list[bool]:
+        """Return for each parameter whether it is not decayed; a decay by name comes first."""
+        excluded = [i < len(self.exclude) for i in first_index(self.exclude, tuple(names))]
+        if not isinstance(self.weight_decay, ByName):
+            return excluded
+        chosen = self.weight_decay.chosen("weight_decay", names)
+        return [x and n == "weight_decay" for x, n in zip(excluded, chosen, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +76,9 @@ class AddWeightDecay(_WeightDecay):
 
     elementwise = True
 
-    def leaf(self, update, slots, param, k):
+    def leaf(
+        self, update: jax.Array, slots: Slots, param: jax.Array, k: Numbers
+    ) -> tuple[jax.Array, Slots]:
         """Add the decay to one update."""
         return update + k["weight_decay"] * param, slots
 
@@ -100,10 +114,12 @@ class ShrinkParams(_WeightDecay):
     needs = "learning_rate"
     elementwise = True
 
-    def scalars(self, numbers, memory, total, step):
+    def scalars(
+        self, numbers: Numbers, memory: Numbers, total: Any, step: jax.Array
+    ) -> tuple[Numbers, Numbers]:
         """Pass on the learning rate."""
         return {**numbers, "learning_rate": total}, memory
 
-    def before(self, param, k):
+    def before(self, param: jax.Array, k: Numbers) -> jax.Array:
         """Return the decay of one parameter."""
         return -(k["learning_rate"] * k["weight_decay"]) * param

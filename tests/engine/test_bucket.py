@@ -73,6 +73,7 @@ BY_THEMSELVES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", rows())
 def test_every_chain_gives_the_same_with_buckets(case):
     """Bit by bit, but for what a norm over all gradients enters; see `norm_ulps`."""
@@ -84,6 +85,7 @@ def test_every_chain_gives_the_same_with_buckets(case):
     assert one.layout is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_gives_the_same_with_buckets(name):
     shapes = SOME if name != "Muon" else {**SOME, "embedding": (4, 2)}
@@ -461,6 +463,7 @@ def sharded():
     return json.dumps(results)
 
 
+@pytest.mark.slow
 def test_small_leaves_on_all_devices_share_an_array_and_sharded_ones_do_not():
     results = on_eight_devices(__name__, "sharded")
     for colocate in (False, True):

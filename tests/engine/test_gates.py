@@ -301,6 +301,7 @@ def on_devices():
     return json.dumps([int(state["step"]), float(state["unscale"]["loss_scale"])])
 
 
+@pytest.mark.slow
 def test_sums_over_eight_devices_go_through_gates_together():
     """Three of four calls are finite, two of them make an update; the infinity is of one device."""
     assert on_eight_devices(__name__, "on_devices") == [1, 4]

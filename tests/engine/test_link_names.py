@@ -112,7 +112,7 @@ def test_the_seeds_of_a_sweep_are_numbers_of_that_kind():
         gradient_multipliers={"seed": 2.0},
     )
     found = step.sweep(step.init({"seed": 1.0}), np.ones(1, np.float32), seeds=[5, 7])
-    assert found.states.optimizer["gradient_multipliers"]["seed"].tolist() == [2, 2]
+    assert found.states.optimizer["gradient_multipliers"]["multipliers/seed"].tolist() == [2, 2]
     assert found.states.optimizer["gradient_noise"]["seed"].tolist() == [5, 7]
 
 

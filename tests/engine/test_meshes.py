@@ -71,12 +71,14 @@ def found():
     return on_eight_devices(__name__, "runs")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MESHES)
 def test_the_parameters_are_those_of_one_device(name):
     assert found()[name]["error"] < 1e-5
     assert found()[name]["traces"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in MESHES if "shard_state" in MESHES[name][3]])
 def test_slots_are_spread_over_the_axis(name):
     assert any(repr(MESHES[name][3]["shard_state"]) in spec for spec in found()[name]["slots"])

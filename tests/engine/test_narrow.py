@@ -57,6 +57,7 @@ def error(x):
     return float(np.abs(np.asarray(x, np.float32) - AIM).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("name", RULES)
 def test_what_is_evaluated_is_as_near_to_the_optimum_as_in_float32(name, option):

@@ -518,6 +518,7 @@ def on_devices():
     return json.dumps(results)
 
 
+@pytest.mark.slow
 def test_devices_change_nothing():
     found = on_eight_devices(__name__, "on_devices")
     assert len(found) == 4

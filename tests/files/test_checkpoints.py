@@ -162,7 +162,7 @@ def test_a_number_of_the_file_is_told_of(tmp_path):
     checkpoints.save(at(4).set(learning_rate=0.7))
     with pytest.warns(UserWarning, match=r"state\.set\(learning_rate=None\)"):
         state, report = checkpoints.newest(like=init())
-    assert report.changed == ("optimizer/rate/learning_rate",)
+    assert report.from_file == ("optimizer/rate/learning_rate",)
     assert state.optimizer["rate"]["learning_rate"] == np.float32(0.7)
 
 
@@ -443,3 +443,19 @@ def test_two_processes_write_one_file(tmp_path, axis):
         for error in ("FileNotFoundError", "OSError")
     ]
     assert names(tmp_path) == ["step_4.safetensors"]
+
+
+@pytest.mark.parametrize(("mode", "kept"), [("min", [1, 3]), ("max", [1, 2, 5])])
+def test_the_best_are_kept(tmp_path, mode, kept):
+    values = [3.0, 4.0, 2.0, float("nan"), 5.0]
+    for step, value in enumerate(values, 1):
+        checkpoints = ol.Checkpoints(tmp_path, keep=9, best="eval/loss", mode=mode)
+        checkpoints(at(step), {"eval/loss": value, "loss": 0.0})  # each in a new process
+    assert checkpoints.steps == tuple(kept)
+    assert int(checkpoints.resume(init()).step) == kept[-1]
+    with pytest.raises(ValueError, match=r"'eval/loss'.*Nearest"):
+        checkpoints(at(9), {"loss": 1.0})
+    with pytest.raises(ValueError, match=r"`mode` must be one of \['min', 'max'\]"):
+        ol.Checkpoints(tmp_path, mode="least")
+    with pytest.raises(ol.InvalidType, match="`best` must be the tag"):
+        ol.Checkpoints(tmp_path, best=1)

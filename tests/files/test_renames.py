@@ -66,13 +66,13 @@ def test_a_number_that_ends_like_a_parameter_is_not_renamed(path):
     rules = {"enc/bias": {"weight_decay": 0.1, "learning_rate_multiplier": 2.0}}
     step = built("AdamW", both, rules=rules, gradient_multipliers={"enc/bias": 3.0})
     tree = {"bias": jnp.ones(2), "enc": {"bias": jnp.ones(2)}}
-    changed = {"rules.weight_decay/enc/bias": 0.7, "gradient_multipliers/enc/bias": 9.0}
+    changed = {"weight_decay/enc/bias": 0.7, "gradient_multipliers/enc/bias": 9.0}
     state = step.init(tree).set(**changed)
     ol.save(path, state)
     like = step.init({"b": jnp.ones(2), "enc": {"bias": jnp.ones(2)}}).set(**changed)
     again, report = ol.restore(path, like, rename={"bias": "b"}, strict=True)
     assert len(report.matched) == len(on_host(state))
-    assert float(again.optimizer["rules.weight_decay"]["enc/bias"]) == np.float32(0.7)
+    assert float(again.optimizer["weight_decay"]["weight_decay/enc/bias"]) == np.float32(0.7)
 
 
 @pytest.mark.parametrize("of_rule", [False, True])

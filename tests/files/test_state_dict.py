@@ -216,6 +216,7 @@ def test_a_dict_of_another_state_is_refused(name):
     with pytest.raises(ol.CheckpointMismatch) as caught:
         ol.from_state_dict(LIKE, tree)
     assert words in str(caught.value)
+    assert "Make `like` with" in str(caught.value)
 
 
 def test_wrong_kinds_are_refused():

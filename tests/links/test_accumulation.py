@@ -1,5 +1,6 @@
 """Accumulation: many small batches are one large batch, with its weights and its loss."""
 
+import functools
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from optimize_loss._step.advance import advance, advance_many
 from tests.links.around import T, W, assert_close, build, network_params, rows, squares, weighing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bucket", [None, "auto"])
 @pytest.mark.parametrize("reduce", ["mean", "weighted", "sum"])
 def test_accumulation_equals_the_big_batch(reduce, bucket):
@@ -155,7 +157,7 @@ def test_the_rule_runs_once_for_so_many_batches():
 
     def counted(**options):
         step = build(lambda p, x: jnp.sum((x @ p["w"] @ p["v"]) ** 2), optimizer="Muon", **options)
-        traced = jax.make_jaxpr(lambda s, x: advance(step._recipe, None, s, x))
+        traced = jax.make_jaxpr(lambda s, x: advance(step, None, s, x))
         return products(traced(step.init(params), (np.ones((2, 4), np.float32),)).jaxpr)
 
     (loss_and_rule, _), (loss_alone, rule) = counted(), counted(accumulate=4)
@@ -164,6 +166,7 @@ def test_the_rule_runs_once_for_so_many_batches():
     assert counted(accumulate=4, skip="nonfinite").tolist() == [loss_alone, rule]
 
 
+@pytest.mark.slow
 def test_accumulation_adds_no_operations_to_those_of_the_rule():
     """By XLA's count, in which a branch is always taken and the body of a loop runs once.
 
@@ -173,7 +176,7 @@ def test_accumulation_adds_no_operations_to_those_of_the_rule():
 
     def counted(optimizer, **options):
         step = build(lambda p, x: jnp.sum((x @ p["w"]) ** 2), optimizer=optimizer, **options)
-        many = jax.jit(lambda s, x: advance_many(step._recipe, None, s, x))
+        many = jax.jit(lambda s, x: advance_many(functools.partial(advance, step), None, s, x))
         lowered = many.lower(step.init(params), (np.ones((8, 2, 32), np.float32),))
         cost: Any = lowered.compile().cost_analysis()
         return cost["flops"]

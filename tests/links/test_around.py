@@ -223,6 +223,7 @@ EVALUATED = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bucket", [None, "auto"])
 @pytest.mark.parametrize("variables", [None, ["a"]])
 @pytest.mark.parametrize("case", EVALUATED.values(), ids=EVALUATED)
@@ -269,6 +270,7 @@ def test_parameters_to_evaluate_of_several_states(rule):
 RULES = ["SGD", "Adam", "Lion", "RMSprop"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
 def test_lookahead_of_any_rule(rule):
     """The paper's loop around the rule, which keeps its memory."""
@@ -289,6 +291,7 @@ def test_lookahead_of_any_rule(rule):
 # Sharpness.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("bucket", [None, "auto"])
 def test_sam_of_any_rule(rule, bucket):

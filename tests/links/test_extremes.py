@@ -1,7 +1,5 @@
 """What holds for every link at NaN, infinity, and the largest and smallest numbers."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,15 +12,11 @@ from optimize_loss._engine.link import functions_of
 from optimize_loss._names import leaf_names
 from optimize_loss.transforms._sharpness import climbed
 from tests.cases import CASES, LOSS, Case, rows
+from tests.links.law import step_of
 
 law = pytest.mark.parametrize("case", rows())
 law_where_nan_shows = pytest.mark.parametrize("case", rows("nan_shows"))
 of_all_sizes = pytest.mark.parametrize("size", [1.0, 1e-3])
-
-
-@functools.cache
-def step_of(tx):
-    return jax.jit(lambda p, state, g: tx.apply(g, state, p, value=LOSS))
 
 
 def scaled(size, tree):
@@ -70,6 +64,7 @@ def shows(case, link, number, size):
     return False
 
 
+@pytest.mark.slow
 @of_all_sizes
 @law_where_nan_shows
 def test_a_number_that_is_nan_gives_nan(case, size):
@@ -234,6 +229,7 @@ def test_lamb_is_as_long_as_the_parameter(of_gradient, size):
     np.testing.assert_allclose(update, np.full(2, size * 0.5**0.5), 1e-5)
 
 
+@pytest.mark.slow
 @law
 def test_zero_gradients_that_are_known_at_compile_time(case):
     p, g = case.params(), jax.tree.map(jnp.zeros_like, case.params())
@@ -270,6 +266,7 @@ def reads_params(case):
 WITHOUT_PARAMS = [pytest.param(case, id=case.name) for case in CASES if not reads_params(case)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", WITHOUT_PARAMS)
 def test_update_without_params_under_the_search_for_nan(case):
     p, g = case.params(), case.grads(0)

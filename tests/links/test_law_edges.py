@@ -21,6 +21,7 @@ from tests.links.law import assert_close, assert_finite, assert_same, avals, law
 # Edges.
 
 
+@pytest.mark.slow
 @law_where("smooth_at_zero")
 def test_derivatives_at_zero_are_finite(case):
     """With respect to the gradients, and to the numbers in the state that are real."""
@@ -44,6 +45,7 @@ def test_derivatives_at_zero_are_finite(case):
     assert_finite(list(by_number.values()))
 
 
+@functools.cache
 def step_without_kernel(case):
     """Return what comes before and after a step in which the kernel has no gradient."""
     before = run(case, case.chain.init(case.params()), steps=1)

@@ -117,14 +117,21 @@ def test_inserting_a_link_renames_nothing(case):
 # Dtypes.
 
 
+@functools.cache
+def shapes_of(case, dtype):
+    """Return parameters of a dtype, and the state for them, as shapes."""
+    p = jax.eval_shape(lambda: case.random_like(SHAPES, 0, dtype))
+    return p, jax.eval_shape(case.chain.init, p)
+
+
 @pytest.mark.parametrize(("param_dtype", "grad_dtype"), PAIRS)
 @law
 def test_avals_do_not_change(case, param_dtype, grad_dtype):
-    p, g = case.random_like(SHAPES, 0, param_dtype), case.random_like(SHAPES, 1, grad_dtype)
-    state = jax.eval_shape(case.chain.init, p)
+    p, state = shapes_of(case, param_dtype)
+    g, _ = shapes_of(case, grad_dtype)
     updates, new = jax.eval_shape(functools.partial(case.chain.update, value=LOSS), g, state, p)
     assert avals(new) == avals(state)
-    assert avals(updates) == avals(jax.eval_shape(lambda: p))
+    assert avals(updates) == avals(p)
     assert not any(x.weak_type for x in jax.tree.leaves((state, updates)))
 
 
@@ -214,6 +221,7 @@ def test_traces_once(case):
     assert TRACES[case.chain] == 1
 
 
+@pytest.mark.slow
 @law
 def test_scan_under_vmap_equals_separate_loops(case):
     """Over states that differ in every hyperparameter, and over gradients."""

@@ -413,6 +413,7 @@ def behind_gates():
     return json.dumps(report)
 
 
+@pytest.mark.slow
 def test_gates_on_a_mesh_with_explicit_axes():
     report = on_eight_devices(__name__, "behind_gates")
     assert len(report) > 3

@@ -230,9 +230,10 @@ def noise_on_eight_devices():
     return json.dumps(noise)
 
 
+@pytest.mark.slow
 def test_sharded_equals_unsharded():
     wanted = noise_of({"w": (8, 6)})["w"]
-    for spec, got in on_eight_devices(__name__, "noise_on_eight_devices", "").items():
+    for spec, got in on_eight_devices(__name__, "noise_on_eight_devices", flags="").items():
         np.testing.assert_array_equal(np.float32(got), wanted, err_msg=spec)
 
 

@@ -338,10 +338,12 @@ def report():
     return on_eight_devices(__name__, "report_on_eight_devices")
 
 
+@pytest.mark.slow
 def test_replicas_sum_their_gradients(report):
     assert report["shard_map"] < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", CLASSES)
 def test_eight_devices_equal_one(cls, report):
     for way in ("variables", "steps", *(["apply"] if cls is custom.MomentumSGD else [])):

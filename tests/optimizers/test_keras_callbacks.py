@@ -29,7 +29,7 @@ def fitted(optimizer):
     """Return the rates of three epochs by name, and the weights after them."""
     keras.utils.set_random_seed(0)
     model: Any = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, name="head")])
-    x = np.float32([[1, 2], [3, -1]])
+    x = np.array([[1, 2], [3, -1]], np.float32)
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         model.compile(optimizer=optimizer, loss="mse")
         history = model.fit(x, x[:, :1], 2, 3, verbose=0, callbacks=callbacks()).history

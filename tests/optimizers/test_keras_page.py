@@ -159,6 +159,7 @@ def replicas():
     return json.dumps(found)
 
 
+@pytest.mark.slow
 def test_replicas_sum_their_gradients_unless_told_to_skip_that():
     found = on_eight_devices(__name__, "replicas")
     # Of both: imperatively, by trees, and with a clip, which comes after the sum.

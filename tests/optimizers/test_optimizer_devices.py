@@ -64,6 +64,7 @@ def measured():
     return on_eight_devices(__name__, "on_devices")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checked", [True, False])
 @pytest.mark.parametrize("name", WAYS)
 def test_a_shared_parameter_gets_the_sum_of_all_gradients(measured, name, checked):

@@ -272,6 +272,7 @@ def _compiled_programs():
     return compiled._cache_size()
 
 
+@pytest.mark.slow
 def test_on_a_mesh():
     report = on_eight_devices(__name__, "on_a_mesh")
     assert report.pop("init")

@@ -41,8 +41,6 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("results")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_PLATFORMS", "cpu")
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
         _run.main(FEW, (*OPTIONS, "--peers", PEERS, "--out", str(folder)), "")
     return folder
 

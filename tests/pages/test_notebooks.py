@@ -39,7 +39,7 @@ for axes in set(every) - set(plots):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_runs_and_its_pictures_are_labelled(path, tmp_path):
-    unset = ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "JAX_ENABLE_X64")
+    unset = ("JAX_NUM_CPU_DEVICES", "JAX_ENABLE_X64")
     env = {name: value for name, value in os.environ.items() if name not in unset}
     env |= {"MPLBACKEND": "Agg", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-W", "error", "-c", LABELLED, str(path)]

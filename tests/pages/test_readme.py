@@ -4,15 +4,19 @@ A page is one session, from its first block to its last. The recipes are one ses
 blocks before the first heading.
 """
 
+import contextlib
+import io
 import json
 import pathlib
 import re
 import sys
+import tempfile
 
 import jax
 import pytest
 
 import optimize_loss as ol
+from tests.cases import on_eight_devices
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 README = ROOT / "README.md"
@@ -65,11 +69,21 @@ def alike(said, printed):
     return all(abs(a - b) <= 0.51 * 10**-places for a, b, places in digits)
 
 
-@pytest.mark.parametrize("name", SESSIONS)
+ON_EIGHT_DEVICES = "docs/devices.md"
+
+
+@pytest.mark.parametrize("name", [name for name in SESSIONS if name != ON_EIGHT_DEVICES])
 def test_the_blocks_run_and_print_what_they_say(name, capsys, tmp_path, monkeypatch):
     """A comment behind a `print` is what is printed, then perhaps a colon and a remark."""
     monkeypatch.chdir(tmp_path)
+    assert differences(name) == []
+    assert PRINTED.get(name, "") in capsys.readouterr().out
+
+
+def differences(name):
+    """Return each line that prints something else than its comment says, and what that is."""
     session: dict[str, object] = {"__name__": name}
+    found = []
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         for block in SESSIONS[name]:
             printed = run(block, session)
@@ -77,8 +91,18 @@ def test_the_blocks_run_and_print_what_they_say(name, capsys, tmp_path, monkeypa
                 call, _, comment = line.partition(" # ")
                 if call.strip().startswith("print(") and comment:
                     said = comment.strip().partition(": ")[0]
-                    assert alike(said, ", ".join(printed[i])), (line, printed[i])
-    assert PRINTED.get(name, "") in capsys.readouterr().out
+                    came = ", ".join(printed[i])
+                    found += [] if alike(said, came) else [(line, came)]
+    return found
+
+
+def differences_on_eight_devices():
+    with contextlib.chdir(tempfile.mkdtemp()), contextlib.redirect_stdout(io.StringIO()):
+        return json.dumps(differences(ON_EIGHT_DEVICES))
+
+
+def test_the_blocks_for_eight_devices_do_so_too():
+    assert on_eight_devices("tests.pages.test_readme", "differences_on_eight_devices") == []
 
 
 @pytest.mark.parametrize("page", pages())

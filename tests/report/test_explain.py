@@ -88,7 +88,7 @@ def test_bytes_of_optax_rules_model_state_and_key():
     assert rows["stack"].state_bytes == 48
     assert rows["head/kernel"].state_bytes == 0
     assert (told.parameters, told.trained) == (27, 21)
-    assert told.total_bytes - told.param_bytes - told.state_bytes == 4 + 8 + 28 + 4
+    assert told.total_bytes - told.param_bytes - told.state_bytes == 2 * 4 + 8 + 28 + 4
 
 
 def test_rows_tell_bytes_of_slots():

@@ -390,6 +390,7 @@ def sweep_on_a_mesh():
     return json.dumps(told)
 
 
+@pytest.mark.slow
 def test_searches_on_eight_devices_keep_slots_where_they_lie():
     [plain, spread] = on_eight_devices(__name__, "sweep_on_a_mesh")
     assert plain[0] < 1e-6

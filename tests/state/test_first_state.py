@@ -230,6 +230,7 @@ def _shardings(tree):
     return [(x.sharding, x.committed) for x in jax.tree.leaves(tree)]
 
 
+@pytest.mark.slow
 def test_a_state_on_many_devices_stays_where_it_is():
     """And parts of its arrays are shown where a program that cuts them out would put them."""
     assert on_eight_devices(__name__, "on_a_mesh") == [True] * 24

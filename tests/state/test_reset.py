@@ -267,6 +267,7 @@ def sharded():
     return json.dumps(results)
 
 
+@pytest.mark.slow
 def test_slots_stay_where_they_are():
     for result in on_eight_devices(__name__, "sharded").values():
         assert result["kept"]

@@ -503,6 +503,7 @@ def on_devices():
     return json.dumps(found)
 
 
+@pytest.mark.slow
 def test_batches_go_to_their_devices():
     found = on_eight_devices(__name__, "on_devices")
     del found["traced"]

@@ -297,12 +297,12 @@ def test_numbers_of_rules_are_set_without_a_new_trace():
     state, _ = step(step.init(PARAMS), BATCHES[0])
     for value in (0.3, np.float32(1), jnp.float32(2), 1):
         numbers = {
-            "rules.weight_decay/head/bias": value,
-            "rules.noise_scale/head/bias": value,
+            "weight_decay/weight_decay/head/bias": value,
+            "gradient_noise/scale/head/bias": value,
             "rules.clip_norm.head.bias/max_norm": value,
-            "rules.learning_rate_multiplier/head/**": value,
-            "rules.learning_rate_multiplier_of_layers/stack/*[1]": value,
-            "SGD.rules.weight_decay/body/**": value,
+            "rules.learning_rate_multiplier/multiplier/head/**": value,
+            "rules.learning_rate_multiplier.stack.*/1": value,
+            "SGD.rules.weight_decay/weight_decay/body/**": value,
             "SGD.rate/learning_rate": value,
         }
         state = state.set(**numbers)
@@ -312,16 +312,16 @@ def test_numbers_of_rules_are_set_without_a_new_trace():
         state, _ = step(state, BATCHES[1])
     assert step._programs[False, True]._cache_size() == 1
     with pytest.raises(ValueError, match="at least 0"):
-        state.set(**{"rules.weight_decay/head/bias": -1.0})
-    back = state.set(**{"rules.weight_decay/head/bias": None})
-    assert back.optimizer["rules.weight_decay"]["head/bias"] == np.float32(0.1)
+        state.set(**{"weight_decay/head/bias": -1.0})
+    back = state.set(**{"weight_decay/head/bias": None})
+    assert back.optimizer["weight_decay"]["weight_decay/head/bias"] == np.float32(0.1)
 
 
 def test_a_set_number_is_that_of_a_rule():
     one = trained(make({"head/**": {"learning_rate_multiplier": 0.5, "weight_decay": 0.1}}))
     step = make({"head/**": {"learning_rate_multiplier": 1.0, "weight_decay": 0.0}})
     name = "rules.learning_rate_multiplier/head/**"
-    two = trained(step, **{name: 0.5, "rules.weight_decay/head/**": 0.1})
+    two = trained(step, **{name: 0.5, "weight_decay/head/**": 0.1})
     assert_alike(two.params, one.params, 0)
 
 
@@ -338,7 +338,7 @@ def test_many_steps_pickles_and_sweeps():
     assert_alike(state.params, trained(step).params, 1)
     again = pickle.loads(pickle.dumps(step))
     assert_alike(trained(again).params, state.params, 1)
-    name = "rules.weight_decay/head/**"
+    name = "weight_decay/head/**"
     first = step.init(PARAMS)
     states = jax.vmap(lambda x: first.set(**{name: x}))(jnp.array([0.5, 0.0]))
     swept, _ = jax.vmap(step, in_axes=(0, None))(states, BATCHES[0])

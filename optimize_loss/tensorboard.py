@@ -67,7 +67,7 @@ class TensorBoardWriter(Logger):
         except ImportError as error:
             raise ImportError(
                 "TensorBoardWriter needs tensorboardX. Install it with: "
-                f"pip install 'optimize_loss[tensorboard]'. ({error})"
+                f"pip install tensorboardX. ({error})"
             ) from error
         self._closed = False
         self._writer: Any = None

@@ -30,7 +30,7 @@ from optimize_loss.transforms import (
     StepByScheduleFree,
 )
 from optimize_loss.transforms._multiply import MultiplyLayers, MultiplySteps
-from optimize_loss.transforms._run_optax import RunOptax
+from optimize_loss.transforms._run_optax import RunOptax, run_optax
 
 Links = dict[str, Any]
 
@@ -97,7 +97,7 @@ def _only(rules: Rules, chosen: Sequence[int], entry: Any) -> ForParameters:
     """Return a link, or one for some parameters, only for those of the rules that are chosen."""
     which = ByRule(rules.patterns, tuple(chosen), where(entry))
     link = entry.link if isinstance(entry, ForParameters) else entry
-    return ForParameters(which, link if isinstance(link, Link) else RunOptax(link), optional=True)
+    return ForParameters(which, link if isinstance(link, Link) else run_optax(link), optional=True)
 
 
 def _without(rules: Rules, chosen: Sequence[int]) -> list[int]:

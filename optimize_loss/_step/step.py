@@ -20,6 +20,7 @@ from optimize_loss._state.batches import as_arrays, check_stacked, is_foreign, r
 from optimize_loss._state.form import Form
 from optimize_loss._state.hook import Hook
 from optimize_loss._state.skips import check_ready
+from optimize_loss._state.spread import check_spread
 from optimize_loss._state.train_state import TrainState
 from optimize_loss._step.advance import (
     advance_many,
@@ -328,6 +329,11 @@ class Step(abc.ABC):
         return set()
 
     @functools.cached_property
+    def _seen(self) -> list[None]:
+        """An entry once it was looked at where a state and a batch lie."""
+        return []
+
+    @functools.cached_property
     def _programs(self) -> dict[tuple[bool, bool], Any]:
         """By whether they take many steps, and the memory of the state; they live as long as this.
 
@@ -362,6 +368,12 @@ class Step(abc.ABC):
         self._check_state(state)
         return self._programs[False, True].lower(self._shardings(state), state, *as_arrays(batch))
 
+    def _look(self, traced: bool, state: TrainState, batch: tuple[Any, ...]) -> None:
+        """Warn of a batch that is not spread over a mesh, before the first call."""
+        if not (traced or self._seen):
+            self._seen.append(None)
+            check_spread(state.packed_params, batch)
+
     def _dispatch(self, many: bool, state: TrainState, batch: tuple[Any, ...]) -> Any:
         self._check_state(state)
         if state.chain is not self._form.chain:  # so that the next state need not be compared
@@ -371,6 +383,7 @@ class Step(abc.ABC):
         if any(map(is_foreign, kinds)):
             batch = as_arrays(batch)
         traced = state.is_traced or any(issubclass(kind, Tracer) for kind in kinds)
+        self._look(traced, state, batch)
         try:
             new, metrics = self._programs[many, not traced](self._shardings(state), state, *batch)
         except (TypeError, ValueError, jax.errors.JaxRuntimeError) as error:

@@ -179,7 +179,7 @@ class JointStep(Step):
             graph=graph,
         )
         state = placed_like(params, distinct(state))
-        placement = placement_of(state.packed) if self._form.spread else None
+        placement = placement_of(*state.packed, self._axis) if self._form.spread else None
         return dataclasses.replace(state, placement=placement)
 
     @asked_for()
@@ -226,6 +226,12 @@ class JointStep(Step):
             )
             for name, step in self.steps.items()
         )
+
+    @property
+    def _axis(self) -> str | None:
+        """The mesh axis over which all steps spread their slots; None where they differ."""
+        axes = {step.shard_state for step in self.steps.values()}
+        return axes.pop() if len(axes) == 1 else None
 
     @functools.cached_property
     def _form(self) -> Form:

@@ -19,6 +19,7 @@ from optimize_loss._report.explain import Explanation, explain
 from optimize_loss._report.lint import Horizon, check_horizon
 from optimize_loss._state.form import Form
 from optimize_loss._state.gradients import Trainable
+from optimize_loss._state.loss import Loss
 from optimize_loss._state.recipe import (
     Recipe,
     check_model_state,
@@ -113,7 +114,7 @@ class TrainStep(Recipe, Step):
             graph=graph,
         )
         state = placed_like(params, distinct(state))
-        placement = placement_of(state.packed) if axis else None
+        placement = placement_of(*state.packed, axis) if axis else None
         return dataclasses.replace(state, placement=placement)
 
     def evaluate(

@@ -178,7 +178,7 @@ def test_nnx_is_as_by_hand():
     assert len(set(map(float, losses))) == STEPS
 
 
-BY_LIBRARY = {
+BY_LIBRARY: dict[str, Any] = {
     "linen": (linen_start, linen_loss),
     "haiku": (haiku_start, haiku_loss),
     "equinox": (equinox_start, equinox_loss),
@@ -398,7 +398,7 @@ def test_state_that_the_loss_adds_is_named():
 
     def popped(model, x):
         loss = jnp.sum(model(x))
-        seen = nnx.pop(model, nnx.Intermediate)
+        seen: Any = nnx.pop(model, nnx.Intermediate)
         return loss, ol.Aux(metrics={"seen": jnp.sum(seen["seen"][...])})
 
     step = ol.optimize_loss(popped, learning_rate=RATE)

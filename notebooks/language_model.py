@@ -165,17 +165,20 @@ step = build(1e-2)
 rates = [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
 first = np.stack(list(windows(train, seed=100, count=40)))
 sweep = step.sweep(step.init(init_net()), first, learning_rate=rates)
-peak = sweep.points[sweep.best]["learning_rate"]
-print(f"lowest loss with a rate of {peak}")
+best = sweep.points[sweep.best]["learning_rate"]
+print(f"lowest loss with a rate of {best}")
 sweep.plot()
 
 # %% [markdown]
 # ## Training
 #
-# The rate climbs to the one that was found, and falls along a cosine.
+# The rate climbs to half of the one that was found, since the best one of a short run is often too high for a longer one. Then it falls
+# along a cosine.
+#
 # Everything that a run needs is built in one function: batches, hooks, checkpoints. `Checkpoints` also keeps the position in the data.
 
 # %%
+peak = best / 2
 folder = pathlib.Path(tempfile.mkdtemp())
 schedule = ol.schedules.CosineDecay(
     peak / 10, decay_steps=STEPS - 50, alpha=0.02, warmup_target=peak, warmup_steps=50
@@ -260,7 +263,7 @@ plt.show()
 def write(params, key, start):
     def next_character(seen, key):
         z = logits(params, seen[None])[0, -1]
-        drawn = jax.random.categorical(key, z / 0.5)
+        drawn = jax.random.categorical(key, z / 0.4)
         return jnp.append(seen[1:], drawn), drawn
 
     return jax.lax.scan(next_character, start, jax.random.split(key, 500))[1]

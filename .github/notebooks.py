@@ -1,7 +1,6 @@
 """Make the notebooks that are shown from their Python files, by executing them.
 
-    python .github/notebooks.py              all
-    python .github/notebooks.py quickstart   some, by name
+`python .github/notebooks.py` makes all, and with names, such as `quickstart`, those.
 """
 
 import base64

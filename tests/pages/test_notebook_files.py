@@ -1,4 +1,4 @@
-"""The notebooks that are shown have the cells of their Python files, pictures, and no trace of a machine."""
+"""The notebooks that are shown have the cells of their Python files, and no trace of a machine."""
 
 import base64
 import json
@@ -11,7 +11,8 @@ ROOT = pathlib.Path(__file__).parent.parent.parent
 SOURCES = sorted((ROOT / "notebooks").glob("*.py"))
 AGAIN = "Make it again: python .github/notebooks.py"
 MOST_BYTES = 300_000
-TRACES = re.compile(r"0x[0-9a-f]{6}|/(home|root|tmp|work|usr|var|Users|private)/|Traceback|Warning:")
+FOLDERS = "home|root|tmp|work|usr|var|Users|private"
+TRACES = re.compile(rf"0x[0-9a-f]{{6}}|/({FOLDERS})/|Traceback|Warning:")
 
 
 def cells_of_python(text):
@@ -38,7 +39,8 @@ def outputs(notebook):
 
 
 def test_cells_of_the_percent_format():
-    text = "# ---\n# head\n# ---\n\n# %% [markdown]\n# # Title\n#\n# words\n\n# %%\nx = 1  # %%\n\n\n"
+    head = "# ---\n# jupyter:\n# ---\n\n"
+    text = head + "# %% [markdown]\n# # Title\n#\n# words\n\n# %%\nx = 1  # %%\n\n\n"
     assert cells_of_python(text) == [("markdown", "# Title\n\nwords"), ("code", "x = 1  # %%")]
 
 

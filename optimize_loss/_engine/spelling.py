@@ -41,12 +41,11 @@ def meant(entries: Entries, name: str) -> list[Pair]:
     """
     known = all_numbers(entries)
     found = [pair for pair in known if name in _spellings(*pair)]
-    first = at_large(entries, [owner for owner, _ in found])
-    if len(first) != 1:
+    main = at_large(entries, [owner for owner, _ in found])
+    if len(main) != 1:
         raise _unclear(name, found, known)
-    rest = [pair for pair in found if pair[0] not in first]
-    shared = [pair for pair in rest if _is_shared(entries, *pair)]
-    return [pair for pair in found if pair not in rest] + shared
+    set_by_it = [pair for pair in found if pair[0] in main or _is_shared(entries, *pair)]
+    return sorted(set_by_it, key=lambda pair: pair[0] not in main)
 
 
 def _unclear(name: str, found: Sequence[Pair], known: Sequence[Pair]) -> ValueError:

@@ -219,7 +219,8 @@ class Step(abc.ABC):
           smoothing: the weight of what was before in the running mean of the loss, in [0, 1).
           divergence: how many times the least smoothed loss is too much, above 1.
           number: which number of the state is raised, as `state.set` names it; such as
-            "rate/learning_rate" where several links have a rate, or "weight_decay".
+            "AdamW.rate/learning_rate" for that of a rule with an optimizer of its own, or
+            "weight_decay".
 
         Returns:
           A `LearningRateTest`. Its `suggestion` is the rate at which the smoothed loss falls most

@@ -37,8 +37,8 @@ CONTEXT, WIDTH, HEADS, LAYERS, BATCH = 64, 64, 4, 2, 16
 # %% [markdown]
 # ## Data
 #
-# Every tenth topic is held out, the others are for training. Tables are removed. A batch is cut from random places. Its order is a function of the
-# epoch, so a run that resumes sees the batches that it would have seen.
+# Every tenth topic is held out, the others are for training. Tables are removed. A batch is cut from random places, which are a
+# function of the epoch. So a run that resumes sees the batches that it would have seen.
 
 # %%
 tables = re.compile(r"^ *[|+].*\n", flags=re.MULTILINE)

@@ -103,7 +103,7 @@ def placement_of(params: Any, slots: Any, axis: str | None) -> Placement:
     """Return where parameters and slots lie now, and the parameters in parts along an axis."""
     places = [_place(leaf) for leaf in jax.tree.leaves(params)]
     parted = (
-        None if place is None or axis is None else _Spread(place.mesh, axis).one(leaf, leaf)
+        None if place is None or axis is None else _Spread(leaf.sharding.mesh, axis).one(leaf, leaf)
         for leaf, place in zip(jax.tree.leaves(params), places, strict=True)
     )
     return Placement((*places, *map(_place, jax.tree.leaves(slots))), tuple(parted))

@@ -64,7 +64,8 @@ class Epochs:
 
     def _begin(self, epoch: int) -> Iterator[Any]:
         batches: Any = self._batches
-        return iter(batches(epoch) if callable(batches) else batches)
+        found: Any = batches(epoch) if callable(batches) else batches
+        return iter(found)
 
     def get_state(self) -> dict[str, int]:
         """Return the position, for a checkpoint."""

@@ -217,8 +217,8 @@ class Part:
         there = [places.get(id(x)) for x in jax.tree.leaves(view.packed_optimizer)]
         mesh = next(x.mesh for x in state.placement.shardings if x is not None)
         whole = NamedSharding(mesh, PartitionSpec())
-        places = (*here, *(whole if x is None else x for x in there))
-        return dataclasses.replace(view, placement=Placement(places, state.placement.parted))
+        own = (*here, *(whole if x is None else x for x in there))
+        return dataclasses.replace(view, placement=Placement(own, state.placement.parted))
 
     def take(self, shardings: Any, view: TrainState, batch: Any) -> Taken:
         """Take a step of this part alone, while being traced."""

@@ -180,7 +180,11 @@ class JointStep(Step):
             graph=graph,
         )
         state = placed_like(params, distinct(state))
-        placement = placement_of(*state.packed, self._axis) if self._form.spread else None
+        placement = (
+            placement_of(state.packed_params, state.packed_optimizer, self._axis)
+            if self._form.spread
+            else None
+        )
         return dataclasses.replace(state, placement=placement)
 
     @asked_for()

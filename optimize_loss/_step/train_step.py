@@ -116,7 +116,9 @@ class TrainStep(Recipe, Step):
             graph=graph,
         )
         state = placed_like(params, distinct(state))
-        placement = placement_of(*state.packed, axis) if axis else None
+        placement = (
+            placement_of(state.packed_params, state.packed_optimizer, axis) if axis else None
+        )
         return dataclasses.replace(state, placement=placement)
 
     def evaluate(

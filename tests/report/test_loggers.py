@@ -68,6 +68,7 @@ def test_mlflow(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     mlflow = pytest.importorskip("mlflow")
     mlflow.set_tracking_uri(f"file:{tmp_path}")
+    mlflow.set_experiment("test")
     with mlflow.start_run() as mine:
         run(loggers.Mlflow(mlflow, every=3), finite())
     found = mlflow.MlflowClient().get_metric_history(mine.info.run_id, "loss")

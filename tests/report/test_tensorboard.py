@@ -188,9 +188,7 @@ def test_traced_metrics_are_refused(tmp_path):
     ],
     ids=["negative", "float", "fewer-than-stacked", "closed"],
 )
-def test_wrong_calls(
-    tmp_path, call: Callable[[TensorBoardWriter], Any], error: type[Exception], match: str
-):
+def test_wrong_calls(tmp_path, call: Callable[[Any], Any], error: type[Exception], match: str):
     with TensorBoardWriter(tmp_path) as writer, pytest.raises(error, match=match):
         call(writer)
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.step.looped import linear, ol, start
 
-BATCHES = [np.float32([1, 1, 1]), np.float32([5]), np.float32([2, 4])]
+BATCHES = [np.array(x, np.float32) for x in ([1, 1, 1], [5], [2, 4])]
 
 
 def test_a_mean_counts_examples_and_shows_the_average():
@@ -36,7 +36,7 @@ def test_a_loss_of_ones_own_has_weights_metrics_and_state():
 
     step = ol.optimize_loss(loss, learning_rate=1.0)
     state = step.init({"w": 1.0}, model_state={"shift": 10.0})
-    batches = [np.float32([1, 1]), np.float32([3, 1])]
+    batches = [np.array(x, np.float32) for x in ([1, 1], [3, 1])]
     found = step.evaluate(state, batches, loss=accuracy)
     assert found["loss"] == 10 + (1 * 1 + 3 * 2) / 4
     assert found["right"]["of"].tolist() == [0.75, 0.0]
@@ -100,7 +100,7 @@ def test_a_hook_behind_an_evaluation_may_change_the_state():
 
 
 def test_early_stopping_remembers_over_a_restart():
-    see = lambda hook, *values: [hook(None, {"loss": np.float32([x, x])}) for x in values]
+    see = lambda hook, *values: [hook(None, {"loss": np.array([x, x], np.float32)}) for x in values]
     first = ol.StopEarly("loss", patience=3, change=0.5)
     see(first, 9.0, 8.6, 8.7)
     second = ol.StopEarly("loss", patience=3, change=0.5)

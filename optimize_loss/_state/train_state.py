@@ -317,11 +317,13 @@ class TrainState:
             state.
           **values: hyperparameters by name, or by `link/number` where several links have that
             name: Python, numpy or jax scalars. None restores the value in the code, such as a
-              schedule.
+            schedule. A name alone refers to the step; a number of a rule's own optimizer needs its
+            link, as in `AdamW.rate/learning_rate`.
 
         Raises:
           InvalidType: a value is not a scalar number.
-          ValueError: no link, or more than one, has such a number; or the value is out of range.
+          ValueError: no link has such a number, or the name is ambiguous; or the value is out of
+            range.
 
         Example:
           >>> import optimize_loss as ol

@@ -119,8 +119,9 @@ def optimize_loss(
         - `noise_scale`: at least 0; replaces `gradient_noise_scale`.
         - `freeze`: True for no gradient and no state, as if `variables` did not name it.
         - `optimizer`: like the argument `optimizer`, which then does not see the parameter. The
-          names of its links begin with its name, as in `SGD.rate`; if it has no rate, it uses
-          `learning_rate`.
+          names of its links begin with its name, as in `SGD.rate`. If it has no rate, it shares
+          `learning_rate`, and `state.set(learning_rate=...)` sets both. Its own rate is set as
+          `SGD.rate/learning_rate`, and is the metric `learning_rate/SGD.rate`.
         - `state_dtype`: "float32", "bfloat16" or "float8", like `precision` for all other
           parameters.
 

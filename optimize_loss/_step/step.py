@@ -220,7 +220,7 @@ class Step(abc.ABC):
           smoothing: the weight of earlier losses in the running mean, in [0, 1).
           divergence: the test ends at this multiple of the least smoothed loss, above 1.
           number: the number of the state to raise, as `state.set` names it, such as
-            "rate/learning_rate" if several links have a rate, or "weight_decay".
+            "AdamW.rate/learning_rate" for the rate of a rule's own optimizer, or "weight_decay".
 
         Returns:
           A `LearningRateTest`. Its `suggestion` is the rate at which the smoothed loss falls most

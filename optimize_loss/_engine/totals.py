@@ -14,12 +14,15 @@ import jax.numpy as jnp
 
 from optimize_loss._checks import InvalidType
 from optimize_loss._engine.arrays import (
-    abs_squared,
+    Sums,
     multiplied,
     norm,
+    norm_of_sums,
     power_of_two,
     sqrt,
+    square_limit,
     sum_of_squares,
+    sums_of_squares,
 )
 from optimize_loss._engine.by_name import by_numbers
 from optimize_loss._engine.health import Health, health
@@ -39,7 +42,7 @@ from optimize_loss._engine.plan import Plan, Segment, lender
 from optimize_loss._engine.precision import keys
 
 # For leaves of these numbers, Σ|u|² of each.
-Squares = Mapping[tuple[int, ...], list[jax.Array]]
+Squares = Mapping[tuple[int, ...], list[Sums]]
 
 
 class Call(NamedTuple):
@@ -87,7 +90,7 @@ class Totals:
         self.dtype = plan.params.dtype
         self.ks: list[dict[int, Numbers]] = [{} for _ in leaves]
         self.known = dict(squares)
-        self.squares: dict[tuple[tuple[int, ...], ...], list[jax.Array]] = {
+        self.squares: dict[tuple[tuple[int, ...], ...], list[Sums]] = {
             ((), here): each for here, each in squares.items()
         }
 
@@ -196,18 +199,29 @@ class Totals:
                 self.known[tuple(here)] = self.squares[key]
         each = self.squares[key]
 
+        def on_cpu() -> jax.Array:
+            plain, factor = squares(), multiplied(jnp.ones((), self.dtype), multipliers)
+            whole, total = jnp.sum(plain), jnp.sum(plain * (factor * factor))
+            low, high = jnp.minimum(whole, total), jnp.maximum(whole, total)
+            in_range = (low > 2.0 ** -square_limit(self.dtype)) & (high < jnp.inf)
+            return jax.lax.cond(in_range, lambda: sqrt(total), rescaled)
+
+        def squares() -> jax.Array:
+            return jnp.stack([sums.plain for sums in each])
+
         def rescaled() -> jax.Array:
             # A scale of its own for each leaf: XLA on CPU would write a shared one out as an array.
-            arguments = [(*p, part) for p, part in zip(prefixes, each, strict=True)]
-            scaled = jnp.concatenate(for_all(_scaled_squares, self.dtype, arguments, owners))
-            return norm(multiplied(sqrt(scaled) * _unit(squares), multipliers))
+            arguments = [(*p, sums.plain) for p, sums in zip(prefixes, each, strict=True)]
+            scaled = jnp.stack(for_all(_scaled_squares, self.dtype, arguments, owners))
+            return norm(multiplied(sqrt(scaled) * _unit(squares()), multipliers))
 
-        squares = jnp.concatenate(each)
-        factor = multiplied(jnp.ones((), self.dtype), multipliers)
-        plain, total = jnp.sum(squares), jnp.sum(squares * (factor * factor))
-        low, high = jnp.minimum(plain, total), jnp.maximum(plain, total)
-        in_range = (low > 2.0 ** -_limit(self.dtype)) & (high < jnp.inf)
-        return jax.lax.cond(in_range, lambda: sqrt(total), rescaled)
+        def elsewhere() -> jax.Array:
+            if multipliers:
+                norms = jnp.stack([norm_of_sums(sums) for sums in each])
+                return norm(multiplied(norms, multipliers))
+            return norm_of_sums(functools.reduce(lambda a, b: Sums(*map(jnp.add, a, b)), each))
+
+        return jax.lax.platform_dependent(cpu=on_cpu, default=elsewhere)
 
     def _taken_apart(self, place: int, here: Sequence[int]) -> tuple[list[int], list[jax.Array]]:
         """Return the links that must run before a norm, and by what to multiply it after them."""
@@ -310,27 +324,22 @@ def _strayed(links: Links, dtype: Any, leaf: Leaf, ks: tuple[Numbers, ...]) -> j
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _squares(links: Links, dtype: Any, leaf: Leaf, ks: tuple[Numbers, ...]) -> jax.Array:
-    """Return Σ|u|² of one leaf, of shape (1,)."""
-    return jnp.sum(abs_squared(updated(links, leaf, ks)[0])).astype(dtype)[None]
+def _squares(links: Links, dtype: Any, leaf: Leaf, ks: tuple[Numbers, ...]) -> Sums:
+    """Return Σ|u|² of one leaf, and those of scaled entries, as `sums_of_squares` does."""
+    return sums_of_squares(updated(links, leaf, ks)[0], dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _scaled_squares(
     links: Links, dtype: Any, leaf: Leaf, ks: tuple[Numbers, ...], squares: jax.Array
 ) -> jax.Array:
-    """Return Σ|u|² of one leaf, of shape (1,), once more, of entries divided by its unit."""
+    """Return Σ|u|² of one leaf once more, of entries divided by its unit."""
     update = updated(links, leaf, ks)[0]
-    unit = _unit(squares)[0].astype(jnp.finfo(update.dtype).dtype).astype(update.dtype)
-    return sum_of_squares(update / unit).astype(dtype)[None]
+    unit = _unit(squares).astype(jnp.finfo(update.dtype).dtype).astype(update.dtype)
+    return sum_of_squares(update / unit).astype(dtype)
 
 
 def _unit(squares: jax.Array) -> jax.Array:
     """Return by what to divide leaves whose sum of squares may have left the dtype's range."""
-    limit = _limit(squares.dtype)
+    limit = square_limit(squares.dtype)
     return power_of_two(squares, limit, limit)
-
-
-def _limit(dtype: Any) -> int:
-    """Return the exponent of a power of two far above 1, by which squares can be divided."""
-    return jnp.finfo(dtype).maxexp * 5 // 8

@@ -153,24 +153,60 @@ ol.plot.metrics(metrics)
 # %% [markdown]
 # ## Save, stop, go on
 #
-# A state is one file, by names, with checksums, without code. `Checkpoints` is a hook: it keeps the newest few, and gives back
-# the newest that is whole.
+# A state is one file, by names, with checksums, without code. `Checkpoints` is a hook: it keeps the newest few, and the position in
+# the data with each. `resume` gives back the newest that is whole. Two batches of this run are skipped, so that there are fewer
+# updates than batches; the position counts batches.
+
 
 # %%
-step = ol.optimize_loss(loss, **options, ema=0.98)
-whole, _ = step.run(step.init(init_net()), batches(3), steps=300)
+class Data:
+    """Batches whose position can be saved."""
+
+    def __init__(self):
+        self.random, self.taken = np.random.default_rng(3), 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self.taken += 1
+        bits = self.random.integers(2, size=(64, 8))
+        x = (2 * bits - 1 + 0.3 * self.random.standard_normal((64, 8))).astype(np.float32)
+        x = x * np.float32("nan" if self.taken in (50, 120) else 1)
+        return x, (bits[:, 0] ^ bits[:, 1]).astype(np.float32)
+
+    def get_state(self):
+        return {"random": self.random.bit_generator.state, "taken": self.taken}
+
+    def set_state(self, state):
+        self.random.bit_generator.state, self.taken = state["random"], state["taken"]
+
+
+step = ol.optimize_loss(loss, **options, ema=0.98, skip="nonfinite")
+whole, _ = step.run(step.init(init_net()), Data(), steps=300)
+
+
+def machine_stops(state, metrics):
+    raise OSError("the machine stops")
+
 
 folder = tempfile.mkdtemp()
-checkpoints = ol.Checkpoints(folder, keep=2, every=100)
-# the machine stops at 230
-step.run(step.init(init_net()), batches(3), steps=230, hooks=[checkpoints])
-print("files of the steps", checkpoints.steps)
+data = Data()
+checkpoints = ol.Checkpoints(folder, keep=2, every=100, parts={"data": data})
+try:
+    step.run(
+        step.init(init_net()), data, steps=300, hooks=[checkpoints, ol.every(230, machine_stops)]
+    )
+except OSError as error:
+    print(error, "· files of the steps", checkpoints.steps)
 
-state, report = checkpoints.newest(like=step.init(init_net()))
-rest = without(batches(3), range(int(state.step)))  # those that it has seen
-state, _ = step.run(state, rest, steps=100)
+data = Data()
+checkpoints = ol.Checkpoints(folder, keep=2, every=100, parts={"data": data})
+state = checkpoints.resume(step.init(init_net()))
+print(f"{state.batches} batches, {state.step} updates")
+state, _ = step.run(state, data, steps=100, hooks=[checkpoints])
 same = jax.tree.map(lambda a, b: bool(jnp.all(a == b)), state.params, whole.params)
-print(report, "· the same as the whole run, bit for bit:", all(jax.tree.leaves(same)))
+print("the same as the whole run, bit for bit:", all(jax.tree.leaves(same)))
 assert all(jax.tree.leaves(same))
 
 # %% [markdown]

@@ -28,7 +28,11 @@ from optimize_loss._state.hook import every as every
 from optimize_loss._state.loss import Aux as Aux
 from optimize_loss._state.metrics import OPTIMIZER_SUMMARIES as OPTIMIZER_SUMMARIES
 from optimize_loss._state.train_state import TrainState as TrainState
+from optimize_loss._step.epochs import Epochs as Epochs
 from optimize_loss._step.front import optimize_loss as optimize_loss
+from optimize_loss._step.hooks import Evaluate as Evaluate
+from optimize_loss._step.hooks import Profile as Profile
+from optimize_loss._step.hooks import StopEarly as StopEarly
 from optimize_loss._step.options import adaptive_clipping_fn as adaptive_clipping_fn
 from optimize_loss._step.together import JointStep as JointStep
 from optimize_loss._step.together import together as together
@@ -46,14 +50,18 @@ __all__ = [
     "CheckpointMismatch",
     "CheckpointVersion",
     "Checkpoints",
+    "Epochs",
+    "Evaluate",
     "Hook",
     "InvalidType",
     "JointStep",
     "LearningRateTest",
     "NonFiniteError",
     "Precision",
+    "Profile",
     "RestoreReport",
     "Spike",
+    "StopEarly",
     "StopRun",
     "Sweep",
     "TrainState",

@@ -137,7 +137,7 @@ def _check_extras(names: list[str]) -> None:
         except ImportError as error:
             raise Refused(
                 f"A package is missing ({error}). Install it with: "
-                "pip install 'optimize_loss[demo]'"
+                "pip install -e '.[demo]' in a clone, or pip install 'optimize_loss[demo]'"
             ) from error
 
 

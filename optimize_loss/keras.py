@@ -30,7 +30,7 @@ try:
 except ImportError as error:
     raise ImportError(
         "optimize_loss.keras needs Keras with JAX as its backend. Install it with: "
-        "pip install 'optimize_loss[keras]', and set KERAS_BACKEND=jax in the environment before "
+        "pip install keras, and set KERAS_BACKEND=jax in the environment before "
         f"Keras is imported. ({error})"
     ) from error
 

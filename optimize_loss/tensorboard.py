@@ -7,24 +7,23 @@ It needs tensorboardX: `pip install 'optimize_loss[tensorboard]'`.
 
 import itertools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
 
-from optimize_loss._checks import POSITIVE, STEP, InvalidType, check_integer, check_number, received
+from optimize_loss._checks import POSITIVE, InvalidType, check_number, received
+from optimize_loss._report.logger import Logger
 
 _COUNTER = itertools.count()
 
 
-class TensorBoardWriter:
+class TensorBoardWriter(Logger):
     """Write metrics, as a training step returns them, to one TensorBoard log.
 
-    A scalar becomes a point of a curve, a pair (counts, edges) a histogram. Metrics of
-    `step.many`, stacked along a first axis of length k, become k points at the last k steps.
+    It is a hook of `TrainStep.run`, and can be called by hand: `writer.write(state.batches,
+    metrics)`. A scalar becomes a point of a curve, a pair (counts, edges) a histogram. Metrics of
+    `step.many`, stacked along a first axis of length k, become k points at the last k batches.
     Scalars are kept as float32. Of a histogram, TensorBoard also wants the sum and the sum of
     squares of the entries; both are taken as if every entry lay at the centre of its bin.
     TensorBoard's tags have letters, digits and `_ . - /`; any other character becomes `_`.
@@ -36,12 +35,13 @@ class TensorBoardWriter:
       folder: where the log goes; made if it does not exist. TensorBoard shows each folder as one
         run.
       flush_secs: seconds after which what was written is on disk; above 0.
+      every: as a hook, after how many batches it writes what has come since, at least 1.
 
     Raises:
       ImportError: tensorboardX is not installed.
-      InvalidType: `folder` is no path, or `flush_secs` no number.
+      InvalidType: `folder` is no path, `flush_secs` no number, or `every` no integer.
       OSError: the folder cannot be made, or not be written to.
-      ValueError: `flush_secs` is not above 0.
+      ValueError: `flush_secs` is not above 0, or `every` below 1.
 
     Example:
       >>> import os, tempfile
@@ -52,7 +52,13 @@ class TensorBoardWriter:
       1
     """
 
-    def __init__(self, folder: str | os.PathLike[str], flush_secs: float = 10.0):
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        flush_secs: float = 10.0,
+        every: int | None = 100,
+    ):
+        super().__init__(every)
         if not isinstance(folder, str | os.PathLike):
             raise InvalidType(f"`folder` must be a path. {received('folder', folder)}")
         flush_secs = check_number("flush_secs", flush_secs, POSITIVE)
@@ -61,7 +67,7 @@ class TensorBoardWriter:
         except ImportError as error:
             raise ImportError(
                 "TensorBoardWriter needs tensorboardX. Install it with: "
-                f"pip install 'optimize_loss[tensorboard]'. ({error})"
+                f"pip install tensorboardX. ({error})"
             ) from error
         self._closed = False
         self._writer: Any = None
@@ -73,37 +79,30 @@ class TensorBoardWriter:
                 os.fspath(folder), max_queue=100, flush_secs=flush_secs, filename_suffix=suffix
             )
 
-    def write(self, step: Any, metrics: Mapping[str, Any]) -> None:
-        """Write the metrics of one step, or of k steps in a row.
+    def write(self, batch: Any, metrics: Mapping[str, Any]) -> None:
+        """Write the metrics of one batch, or of k batches in a row, as points at their numbers.
 
         Args:
-          step: the step of the metrics, an integer of at least 0; after a training step, that is
-            `state.step`. For stacked metrics it is the last step: they are those of the steps
-            from step - k + 1 to step.
-          metrics: {tag: value}. Each value is a real scalar, or a pair (counts, edges) of shapes
-            (bins,) and (bins + 1,); or each has, before that, one axis of length k.
+          batch: as for `optimize_loss.loggers.Logger.write`: after a step, `state.batches`.
+          metrics: as there.
 
         Raises:
-          InvalidType: a value is none of these, or is stacked where the first one is not; then
-            nothing is written. Or `step` is no integer.
-          ValueError: `step` is negative, or too small for k steps; or the writer is closed.
+          InvalidType: as there.
+          ValueError: as there; or the writer is closed.
         """
         if self._closed:
             raise ValueError("This TensorBoardWriter is closed.")
-        step = check_integer("step", step, STEP)
-        metrics = {tag: _read(tag, value) for tag, value in metrics.items()}
-        stack = _stack(metrics)
-        first = step - (stack[0] if stack else 1) + 1
-        if first < 0:
-            raise ValueError(
-                "`step` must be the last step of stacked metrics, counted from 0. "
-                f"Received: step={step} for metrics of {stack[0]} steps."
-            )
-        if self._writer is None:
-            return
-        for tag, value in metrics.items():
-            for n, one in enumerate(_each(value) if stack else [value], start=first):
-                self._write_one(tag, one, n)
+        super().write(batch, metrics)
+
+    def write_one(self, batch: int, values: dict[str, Any]) -> None:
+        """Write one point of each curve.
+
+        Args:
+          batch: its number.
+          values: by tag.
+        """
+        for tag, value in values.items():
+            self._write_one(tag, value, batch)
 
     def close(self) -> None:
         """Bring all to disk and close the log; a second call does nothing."""
@@ -111,12 +110,6 @@ class TensorBoardWriter:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
-
-    def __enter__(self) -> "TensorBoardWriter":
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self.close()
 
     def _write_one(self, tag: str, value: Any, step: int) -> None:
         if not isinstance(value, tuple):
@@ -135,61 +128,3 @@ class TensorBoardWriter:
             bucket_counts=counts.tolist(),
             global_step=step,
         )
-
-
-def _read(tag: Any, value: Any) -> Any:
-    """Return a value as a float64 array, and a histogram as a pair of them."""
-    if not isinstance(tag, str):
-        raise InvalidType(f"A tag of `metrics` must be text. {received('tag', tag)}")
-    if not isinstance(value, tuple):
-        return _numbers(tag, value)
-    if len(value) == 2:
-        counts, edges = (_numbers(tag, part) for part in value)
-        if counts.ndim and (*counts.shape[:-1], counts.shape[-1] + 1) == edges.shape:
-            return counts, edges
-        value = (counts.shape, edges.shape)
-    raise InvalidType(
-        f"`metrics` must have a scalar or a histogram (counts, edges), of shapes (bins,) and "
-        f"(bins + 1,), under each tag. Received, under {tag!r}: a tuple of {value!r:.200}."
-    )
-
-
-def _numbers(tag: str, value: Any) -> np.ndarray:
-    if isinstance(value, Tracer):
-        raise InvalidType(
-            f"`metrics` must be known when they are written: write outside jit, what a step has "
-            f"returned. Received, under {tag!r}: {value!r:.200}."
-        )
-    if not _is_real(value):
-        raise InvalidType(
-            "`metrics` must have a real scalar or a histogram (counts, edges) under each tag. "
-            f"Received, under {tag!r}: {value!r:.200} of type {type(value).__name__}."
-        )
-    return np.asarray(jax.device_get(value), np.float64)
-
-
-def _is_real(value: Any) -> bool:
-    if not isinstance(value, np.ndarray | np.generic | jax.Array):
-        return isinstance(value, bool | int | float)
-    kinds = (jnp.floating, jnp.integer, jnp.bool_)
-    return any(jnp.issubdtype(value.dtype, kind) for kind in kinds)
-
-
-def _stack(metrics: dict[str, Any]) -> tuple[int, ...]:
-    """Return (k,) for metrics of k steps and () for those of one."""
-    stacks = {}
-    for tag, value in metrics.items():
-        stack = value[0].shape[:-1] if isinstance(value, tuple) else value.shape
-        stacks[tag] = stack
-        first, expected = next(iter(stacks.items()))
-        if len(stack) > 1 or stack != expected:
-            raise InvalidType(
-                "`metrics` must have scalars and histograms, or all of them with one first axis "
-                f"of one length. Received, under {tag!r}: the axes {stack}"
-                + (f", but {expected} under {first!r}." if tag != first else ".")
-            )
-    return next(iter(stacks.values()), ())
-
-
-def _each(value: Any) -> Iterator[Any]:
-    return zip(*value, strict=True) if isinstance(value, tuple) else iter(value)

@@ -14,18 +14,18 @@ import optimize_loss as ol
 from tests import layout
 
 RECORDED = {
-    "files in the root": 9,
+    "files in the root": 10,
     "folders in the root": 10,
-    "files": 134,
-    "lines of code": 14443,
-    "lines of code of the core": 8784,
+    "files": 141,
+    "lines of code": 14985,
+    "lines of code of the core": 9210,
     "lines of code of the longest file": 248,
     "import depth by file": 21,
     "import depth by room": 10,
     "files in circles": 0,
     "rooms in circles": 0,
     "imports that point up": 0,
-    "private imports across rooms": 38,
+    "private imports across rooms": 39,
     "functions of ten branches": 1,
     "members of Link": 21,
     "flags of Link": 6,

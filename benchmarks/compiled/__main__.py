@@ -12,6 +12,7 @@ import fnmatch
 import json
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 from benchmarks.compiled.targets import TARGETS, Target, begin_again, missing
 
@@ -22,7 +23,7 @@ HEAD = (
 )
 
 
-def rows(targets: list[Target], pattern: str) -> Iterator[dict[str, object]]:
+def rows(targets: list[Target], pattern: str) -> Iterator[dict[str, Any]]:
     """Yield the figures of both sides of each case."""
     from benchmarks.compiled.build import ours, with_optax
     from benchmarks.compiled.cases import CASES
@@ -37,7 +38,7 @@ def rows(targets: list[Target], pattern: str) -> Iterator[dict[str, object]]:
             yield {"for": target.name, "case": name} | {k: v._asdict() for k, v in found.items()}
 
 
-def line(row: dict) -> str:
+def line(row: dict[str, Any]) -> str:
     """Return a row of the table: ours, and ours over optax in brackets."""
     ours, optax = row["ours"], row["optax"]
 
@@ -81,7 +82,7 @@ def main() -> None:
         write(found)
 
 
-def write(found: list[dict[str, object]]) -> None:
+def write(found: list[dict[str, Any]]) -> None:
     """Record the figures, with the versions that made them."""
     import importlib.metadata
 

@@ -29,8 +29,11 @@ def ours(case: Case, target: Target) -> jax.stages.Lowered:
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), case.model.params())
         state = step.init(jax.device_put(zeros, _shardings(case.layout, here, zeros)))
     if state.placement is not None:
-        spread = tuple(_moved(x, there) for x in state.placement.shardings)
-        placement = dataclasses.replace(state.placement, shardings=spread)
+        spread, parted = (
+            tuple(_moved(x, there) for x in places)
+            for places in (state.placement.shardings, state.placement.parted)
+        )
+        placement = dataclasses.replace(state.placement, shardings=spread, parted=parted)
         state = dataclasses.replace(state, placement=placement)
     state, batch = _on(there, state), _batch(case, there)
     if case.many is None:

@@ -159,8 +159,8 @@ def averaging(tx: optax.GradientTransformation, decay: float) -> optax.GradientT
     def init(params: Any) -> Any:
         return tx.init(params), jax.tree.map(jnp.zeros_like, params)
 
-    def update(grads: Any, state: Any, params: Any = None) -> Any:
-        updates, inner = tx.update(grads, state[0], params)
+    def update(updates: Any, state: Any, params: Any = None, **rest: Any) -> Any:
+        updates, inner = tx.update(updates, state[0], params)
         new = optax.apply_updates(params, updates)
         return updates, (inner, optax.incremental_update(new, state[1], 1 - decay))
 

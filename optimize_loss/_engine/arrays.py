@@ -1,7 +1,7 @@
 """Arithmetic on arrays that dtypes, zeros and large values do not break."""
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -231,6 +231,48 @@ def norm_of_sums(sums: Sums) -> jax.Array:
 def square_limit(dtype: Any) -> int:
     """Return the exponent of a power of two far above 1, by which squares can be divided."""
     return jnp.finfo(dtype).maxexp * 5 // 8
+
+
+def square_unit(squares: jax.Array) -> jax.Array:
+    """Return by what to divide entries whose sum of squares may have left the dtype's range."""
+    limit = square_limit(squares.dtype)
+    return power_of_two(squares, limit, limit)
+
+
+def joint_norm(
+    each: Sequence[Sums],
+    multipliers: Sequence[jax.Array],
+    again: Callable[[Sums], Sequence[jax.Array]],
+) -> jax.Array:
+    """Return √Σ|m u|² of several arrays.
+
+    Args:
+      each: the sums of squares of each u.
+      multipliers: factors of m, to multiply by one after the other: numbers, or one for each u.
+      again: returns Σ|u / `square_unit`|² of each u, from these sums in three arrays. On CPU it
+        runs where the sum of squares leaves the range of the dtype, as for float32 entries of 1e20
+        or 1e-25, and only then.
+    """
+    sums = Sums(*map(jnp.stack, zip(*each, strict=True)))
+
+    def on_cpu() -> jax.Array:
+        factor = multiplied(jnp.ones((), sums.plain.dtype), multipliers)
+        plain, total = jnp.sum(sums.plain), jnp.sum(sums.plain * (factor * factor))
+        low, high = jnp.minimum(plain, total), jnp.maximum(plain, total)
+        in_range = (low > 2.0 ** -square_limit(low.dtype)) & (high < jnp.inf)
+        return jax.lax.cond(in_range, lambda: sqrt(total), rescaled)
+
+    def rescaled() -> jax.Array:
+        # A scale of its own for each array: XLA on CPU would write a shared one out as an array.
+        scaled = jnp.stack(again(sums))
+        return norm(multiplied(sqrt(scaled) * square_unit(sums.plain), multipliers))
+
+    def elsewhere() -> jax.Array:
+        if multipliers:
+            return norm(multiplied(norm_of_sums(sums), multipliers))
+        return norm_of_sums(functools.reduce(lambda a, b: Sums(*map(jnp.add, a, b)), each))
+
+    return jax.lax.platform_dependent(cpu=on_cpu, default=elsewhere)
 
 
 def ratio(length: jax.Array, norm: jax.Array) -> tuple[jax.Array, ...]:

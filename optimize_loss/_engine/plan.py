@@ -188,7 +188,8 @@ class Plan:
         if missing:
             raise TreeMismatch(
                 f"`state` has no {missing} for the parameter {self.params.names[j]!r} in the "
-                f"link {place.name!r}: it was made for other parameters."
+                f"link {place.name!r}: it was made for other parameters, or by a link whose "
+                "`slots` had other names for it. They must follow from its shape and dtype."
             )
 
     def keys(self, place: Place, step: Any) -> list[Key | None]:

@@ -24,18 +24,38 @@ from optimize_loss._engine.plan import parts
 
 State = dict[str, Any]
 
+LEAST = 65_536
+"""The fewest entries of a part of a vector. One with less, such as one that small parameters share,
+lies whole on every device: XLA for TPU exchanges it in more steps than it is worth."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Placement(Static):
-    """Where the leaves of a tree lie; None for those that lie where they happen to."""
+    """Where parameters and slots lie; None for those that lie where they happen to.
+
+    Attributes:
+      shardings: of all leaves, after a step.
+      parted: of the parameters, in parts, while they are updated.
+    """
 
     shardings: tuple[NamedSharding | None, ...]
+    parted: tuple[NamedSharding | None, ...]
 
     def _key(self) -> Any:
-        return self.shardings
+        return self.shardings, self.parted
 
-    def __reduce__(self) -> Any:
-        return Placement, ((None,) * len(self.shardings),)  # other processes have other devices
+    def __reduce__(self) -> Any:  # other processes have other devices
+        return Placement, ((None,) * len(self.shardings), (None,) * len(self.parted))
+
+    def part(self, params: Any) -> Any:
+        """Return parameters of which each device has a part, as it has of their slots.
+
+        A device then computes its part of the new parameters, and these are gathered. Otherwise
+        XLA gathers what they move by, and each device adds it to all of them.
+        """
+        leaves, treedef = jax.tree.flatten(params)
+        pairs = zip(leaves, self.parted, strict=True)
+        return treedef.unflatten([x if s is None else _part_of(x, s) for x, s in pairs])
 
     def constrain(self, tree: Any) -> Any:
         """Return a tree of these leaves, which are to lie there in a compiled program."""
@@ -73,10 +93,25 @@ def _over(sharding: NamedSharding, names: Collection[str]) -> NamedSharding:
     return NamedSharding(sharding.mesh, PartitionSpec(*map(_part, parts)))
 
 
-def placement_of(tree: Any) -> Placement:
-    """Return where the leaves of a tree lie now."""
-    shardings = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree))
-    return Placement(tuple(x if isinstance(x, NamedSharding) else None for x in shardings))
+def _part_of(leaf: Any, sharding: NamedSharding) -> Any:
+    """Return a leaf that is to lie there, inside of a function that `Placement.run` runs."""
+    there = sharding.spec if _explicit(sharding.mesh) else sharding
+    return jax.lax.with_sharding_constraint(leaf, there)
+
+
+def placement_of(params: Any, slots: Any, axis: str | None) -> Placement:
+    """Return where parameters and slots lie now, and the parameters in parts along an axis."""
+    places = [_place(leaf) for leaf in jax.tree.leaves(params)]
+    parted = (
+        None if place is None or axis is None else _Spread(leaf.sharding.mesh, axis).one(leaf, leaf)
+        for leaf, place in zip(jax.tree.leaves(params), places, strict=True)
+    )
+    return Placement((*places, *map(_place, jax.tree.leaves(slots))), tuple(parted))
+
+
+def _place(leaf: Any) -> NamedSharding | None:
+    sharding = getattr(leaf, "sharding", None)
+    return sharding if isinstance(sharding, NamedSharding) else None
 
 
 def check_axis(axis: Any) -> str | None:
@@ -126,6 +161,12 @@ def _mesh_axes(leaf: Any) -> dict[str, int]:
     return dict(sharding.mesh.shape) if isinstance(sharding, NamedSharding) else {}
 
 
+def is_spread(leaf: Any, axis: str) -> bool:
+    """Return whether slots like a parameter on a mesh are spread over an axis."""
+    spread = _Spread(leaf.sharding.mesh, axis)
+    return axis in itertools.chain(*map(axes_of, spread.one(leaf, leaf).spec))
+
+
 def init_spread(chain: Chain, params: Any, axis: str) -> State:
     """Return what `chain.init` does, with the slots made where they will lie.
 
@@ -135,12 +176,25 @@ def init_spread(chain: Chain, params: Any, axis: str) -> State:
       axis: its name.
     """
     made = jax.eval_shape(chain.init, params)
+    shardings = spread_shardings(chain, made, params, axis)
+    return jax.jit(chain.init, out_shardings=shardings)(params)
+
+
+def spread_shardings(chain: Chain, made: State, params: Any, axis: str) -> State:
+    """Return where each array of a chain's state lies: a tree like the state.
+
+    Args:
+      chain: the links.
+      made: their state, with or without values.
+      params: the parameters, all on one mesh with this axis.
+      axis: its name.
+    """
     mesh = jax.tree.leaves(params)[0].sharding.mesh
     whole = NamedSharding(mesh, PartitionSpec())
     shardings = jax.tree.map(lambda _: whole, made)
     for name, _ in chain.links:
         shardings[name] = _of_link(chain.link(name), made[name], params, _Spread(mesh, axis))
-    return jax.jit(chain.init, out_shardings=shardings)(params)
+    return shardings
 
 
 def _of_link(link: Any, state: Any, params: Any, spread: "_Spread") -> Any:
@@ -180,11 +234,16 @@ class _Spread:
         axes = [axes_of(part) for part in there.spec] + [()] * (slot.ndim - len(there.spec))
         if self.axis in itertools.chain(*axes):
             return there
-        fewest = sorted(range(slot.ndim), key=lambda i: len(axes[i])) if slot.size else []
+        fewest = (
+            sorted(range(slot.ndim), key=lambda i: len(axes[i])) if self._is_worth(slot) else []
+        )
         along = next((i for i in fewest if self._divides(slot.shape[i], axes[i])), None)
         if along is not None:
             axes[along] = (*axes[along], self.axis)
         return NamedSharding(self.mesh, PartitionSpec(*map(_part, self._as_written(axes))))
+
+    def _is_worth(self, slot: Any) -> bool:
+        return slot.size >= (LEAST * self.mesh.shape[self.axis] if slot.ndim == 1 else 1)
 
     def _divides(self, size: int, axes: tuple[str, ...]) -> bool:
         """Return whether a dimension that is spread over some axes can be over one more."""

@@ -15,12 +15,8 @@ import jax.numpy as jnp
 from optimize_loss._checks import InvalidType
 from optimize_loss._engine.arrays import (
     Sums,
-    multiplied,
-    norm,
-    norm_of_sums,
-    power_of_two,
-    sqrt,
-    square_limit,
+    joint_norm,
+    square_unit,
     sum_of_squares,
     sums_of_squares,
 )
@@ -182,8 +178,7 @@ class Totals:
     def global_norm(self, place: int) -> jax.Array:
         """Return √Σ|u|² of the updates that reach the link at `place`.
 
-        Where the sum of squares leaves the range of the dtype, as for float32 entries of 1e20 or
-        1e-25, it is taken again of entries divided by a power of two, and only then.
+        No size of entries breaks it: see `joint_norm`.
         """
         if not (here := self._here(place)):
             return jnp.zeros((), self.dtype)
@@ -197,31 +192,12 @@ class Totals:
             self.squares[key] = for_all(_squares, self.dtype, prefixes, owners)
             if not changing:
                 self.known[tuple(here)] = self.squares[key]
-        each = self.squares[key]
 
-        def on_cpu() -> jax.Array:
-            plain, factor = squares(), multiplied(jnp.ones((), self.dtype), multipliers)
-            whole, total = jnp.sum(plain), jnp.sum(plain * (factor * factor))
-            low, high = jnp.minimum(whole, total), jnp.maximum(whole, total)
-            in_range = (low > 2.0 ** -square_limit(self.dtype)) & (high < jnp.inf)
-            return jax.lax.cond(in_range, lambda: sqrt(total), rescaled)
+        def again(sums: Sums) -> Sequence[jax.Array]:
+            arguments = [(*p, plain) for p, plain in zip(prefixes, sums.plain, strict=True)]
+            return for_all(_scaled_squares, self.dtype, arguments, owners)
 
-        def squares() -> jax.Array:
-            return jnp.stack([sums.plain for sums in each])
-
-        def rescaled() -> jax.Array:
-            # A scale of its own for each leaf: XLA on CPU would write a shared one out as an array.
-            arguments = [(*p, sums.plain) for p, sums in zip(prefixes, each, strict=True)]
-            scaled = jnp.stack(for_all(_scaled_squares, self.dtype, arguments, owners))
-            return norm(multiplied(sqrt(scaled) * _unit(squares()), multipliers))
-
-        def elsewhere() -> jax.Array:
-            if multipliers:
-                norms = jnp.stack([norm_of_sums(sums) for sums in each])
-                return norm(multiplied(norms, multipliers))
-            return norm_of_sums(functools.reduce(lambda a, b: Sums(*map(jnp.add, a, b)), each))
-
-        return jax.lax.platform_dependent(cpu=on_cpu, default=elsewhere)
+        return joint_norm(self.squares[key], multipliers, again)
 
     def _taken_apart(self, place: int, here: Sequence[int]) -> tuple[list[int], list[jax.Array]]:
         """Return the links that must run before a norm, and by what to multiply it after them."""
@@ -335,11 +311,5 @@ def _scaled_squares(
 ) -> jax.Array:
     """Return Σ|u|² of one leaf once more, of entries divided by its unit."""
     update = updated(links, leaf, ks)[0]
-    unit = _unit(squares).astype(jnp.finfo(update.dtype).dtype).astype(update.dtype)
+    unit = square_unit(squares).astype(jnp.finfo(update.dtype).dtype).astype(update.dtype)
     return sum_of_squares(update / unit).astype(dtype)
-
-
-def _unit(squares: jax.Array) -> jax.Array:
-    """Return by what to divide leaves whose sum of squares may have left the dtype's range."""
-    limit = square_limit(squares.dtype)
-    return power_of_two(squares, limit, limit)

@@ -19,6 +19,7 @@ from optimize_loss._engine.numbers import has_rate
 from optimize_loss._engine.plan import parts, takes
 from optimize_loss._engine.reset import owners_of
 from optimize_loss._engine.selection import linked
+from optimize_loss._engine.sharding import devices_along, is_spread, spread_shardings
 from optimize_loss._engine.trees import PARAMETER, as_array, take_apart
 from optimize_loss._names import leaf_names
 from optimize_loss._report.lint import Horizon, Row, lint
@@ -42,6 +43,8 @@ class Explanation:
       param_bytes: of all parameters.
       state_bytes: of the optimizer's state, with its numbers.
       total_bytes: of all arrays in the `TrainState`.
+      device_bytes: of their parts on one device, where `shard_state` spreads the optimizer's state
+        over several; else None. All other bytes are those of complete arrays.
     """
 
     rows: tuple[Row, ...]
@@ -52,6 +55,7 @@ class Explanation:
     param_bytes: int
     state_bytes: int
     total_bytes: int
+    device_bytes: int | None = None
 
     def __str__(self) -> str:
         heads = (
@@ -68,6 +72,7 @@ class Explanation:
             f"{self.parameters:,} parameters, {self.trained:,} trained; bytes: "
             f"{self.param_bytes:,} parameters + {self.state_bytes:,} optimizer, "
             f"{self.total_bytes:,} in all"
+            + ("" if self.device_bytes is None else f", {self.device_bytes:,} on each device")
         ]
         return "\n".join([*lines, *(f"warning: {text}" for text in self.warnings)])
 
@@ -127,6 +132,7 @@ def explain(
         param_bytes=param_bytes,
         state_bytes=state_bytes,
         total_bytes=param_bytes + state_bytes + _bytes(rest),
+        device_bytes=_device_bytes(recipe, made, rest),
     )
 
 
@@ -142,6 +148,23 @@ def _made(recipe: Recipe, params: Any, layout: Layouts) -> _Made:
 
     trainable = trainable_of(recipe, params)
     return _Made(trainable, layout(trainable), jax.eval_shape(init, params))
+
+
+def _device_bytes(recipe: Recipe, made: _Made, rest: Any) -> int | None:
+    """Return the bytes on one device of a state whose slots are spread over a mesh axis."""
+    axis, leaves = recipe.shard_state, made.trainable.leaves
+    if axis is None or any(devices_along(axis, x) < 2 for x in leaves):
+        return None
+    params, trained = made.trainable.params, made.trainable.tree(leaves)
+    places = spread_shardings(recipe.chain, made.state, trained, axis)
+    slots = _parts(made.state, places)
+    return slots + _parts(params, jax.tree.map(lambda x: x.sharding, params)) + _bytes(rest)
+
+
+def _parts(tree: Any, places: Any) -> int:
+    """Return the bytes on one device of arrays that lie in these places."""
+    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(places), strict=True)
+    return sum(math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize for x, s in pairs)
 
 
 def _as_in_a_state(name: str, leaf: Any) -> Any:
@@ -245,10 +268,13 @@ def _places(recipe: Recipe, made: _Made) -> Iterator[str]:
     params, marks = made.trainable.params, made.trainable.marks
     buckets = made.layout.buckets if made.layout else ()
     shared = {name: shown_name(key) for key, members in buckets for name in members.names}
-    spread = f"slots over {recipe.shard_state!r}" if recipe.shard_state else ""
     for name, leaf, trained in zip(leaf_names(params), jax.tree.leaves(params), marks, strict=True):
-        place = shared.get(name) or _sharding(leaf)
-        yield ", ".join(filter(None, (place, spread if trained else "")))
+        alone = (_sharding(leaf), _of_slots(recipe.shard_state, leaf) if trained else "")
+        yield shared.get(name) or ", ".join(filter(None, alone))
+
+
+def _of_slots(axis: str | None, leaf: Any) -> str:
+    return f"slots over {axis!r}" if axis and is_spread(leaf, axis) else ""
 
 
 def _sharding(leaf: Any) -> str:

@@ -21,7 +21,7 @@ def panels(count: int, height: float) -> tuple[Any, list[Any]]:
     except ImportError as error:
         raise ImportError(
             "`optimize_loss.plot` needs matplotlib. Install it with: "
-            f"pip install 'optimize_loss[demo]'. ({error})"
+            f"pip install matplotlib. ({error})"
         ) from error
     columns = min(2, count)
     rows = -(-count // columns)

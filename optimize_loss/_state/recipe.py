@@ -94,7 +94,7 @@ def check_model_state(recipe: Recipe, model_state: Any) -> Any:
 
 
 def layout_of(recipe: Recipe, trainable: Trainable) -> Layout | None:
-    """Return how small parameters lie in one array; None where each lies by itrecipe."""
+    """Return how small parameters lie in one array; None where each lies by itself."""
     if recipe.bucket is None:
         return None
     kinds = kinds_of(recipe, trainable)

@@ -317,11 +317,13 @@ class TrainState:
             own that begins with this state.
           **values: hyperparameters by name, or by `link/number` where several links have that
             name: Python, numpy or jax scalars. None gives back what was built in, such as a
-            schedule.
+            schedule. A name alone is that of the step: a number of an optimizer that a rule has
+            for itself needs its link, as `AdamW.rate/learning_rate`.
 
         Raises:
           InvalidType: a value is no scalar number.
-          ValueError: no link, or more than one, has such a number; or its rule does not hold.
+          ValueError: no link has such a number, or it is not clear which is meant; or its rule
+            does not hold.
 
         Example:
           >>> import optimize_loss as ol

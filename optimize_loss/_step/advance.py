@@ -155,10 +155,14 @@ def _updated(recipe: Recipe, state: TrainState, grads: list[Any], extra: Values)
     if state.placement is None:
         return _moved(recipe, state, grads, extra)
 
-    def update(*arguments: Any) -> Any:
-        return _moved(recipe, *arguments).packed
+    part, run = state.placement.part, state.placement.run
 
-    return _with_packed(state, state.placement.run(update, state.packed, state, grads, extra))
+    def update(state: TrainState, grads: list[Any], extra: Values) -> tuple[Any, Values]:
+        state = _with_packed(state, (part(state.packed_params), state.packed_optimizer))
+        params, optimizer = _moved(recipe, state, grads, extra).packed
+        return part(params), optimizer
+
+    return _with_packed(state, run(update, state.packed, state, grads, extra))
 
 
 def _with_packed(state: TrainState, packed: tuple[Any, Values]) -> TrainState:

@@ -115,7 +115,9 @@ def optimize_loss(
         `noise_scale`: at least 0, in place of `gradient_noise_scale`.
         `freeze`: True for no gradient and no state, as if `variables` did not name it.
         `optimizer`: as the argument of this name; the others do not see the parameter. Its links
-        are called by its name, as `SGD.rate`; without a rate of its own it has `learning_rate`.
+        are called by its name, as `SGD.rate`. Without a rate of its own it shares `learning_rate`:
+        `state.set(learning_rate=...)` sets both. One of its own is set as `SGD.rate/learning_rate`,
+        and is the metric `learning_rate/SGD.rate`.
         `state_dtype`: "float32", "bfloat16" or "float8", as `precision` has it for all others.
         A rule that decides for no float parameter raises in `step.init`.
       skip: "nonfinite", `ol.transforms.SkipNonFinite()` or `ol.Spike()`: a batch whose loss or

@@ -342,7 +342,7 @@ def _bar(plan: Plan, loss: str) -> Iterator[Callable[[int, Any], None]]:
         from tqdm.auto import tqdm
     except ImportError as error:
         raise ImportError(
-            f"`progress` needs tqdm. Install it with: pip install 'optimize_loss[demo]'. ({error})"
+            f"`progress` needs tqdm. Install it with: pip install tqdm. ({error})"
         ) from error
     with tqdm(total=plan.steps, unit="step") as bar:
 

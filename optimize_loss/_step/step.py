@@ -20,6 +20,7 @@ from optimize_loss._state.batches import as_arrays, check_stacked, is_foreign, r
 from optimize_loss._state.form import Form
 from optimize_loss._state.hook import Hook
 from optimize_loss._state.skips import check_ready
+from optimize_loss._state.spread import check_spread
 from optimize_loss._state.train_state import TrainState
 from optimize_loss._step.advance import (
     advance_many,
@@ -218,7 +219,8 @@ class Step(abc.ABC):
           smoothing: the weight of what was before in the running mean of the loss, in [0, 1).
           divergence: how many times the least smoothed loss is too much, above 1.
           number: which number of the state is raised, as `state.set` names it; such as
-            "rate/learning_rate" where several links have a rate, or "weight_decay".
+            "AdamW.rate/learning_rate" for that of a rule with an optimizer of its own, or
+            "weight_decay".
 
         Returns:
           A `LearningRateTest`. Its `suggestion` is the rate at which the smoothed loss falls most
@@ -328,6 +330,11 @@ class Step(abc.ABC):
         return set()
 
     @functools.cached_property
+    def _seen(self) -> list[None]:
+        """An entry once it was looked at where a state and a batch lie."""
+        return []
+
+    @functools.cached_property
     def _programs(self) -> dict[tuple[bool, bool], Any]:
         """By whether they take many steps, and the memory of the state; they live as long as this.
 
@@ -362,6 +369,12 @@ class Step(abc.ABC):
         self._check_state(state)
         return self._programs[False, True].lower(self._shardings(state), state, *as_arrays(batch))
 
+    def _look(self, traced: bool, state: TrainState, batch: tuple[Any, ...]) -> None:
+        """Warn of a batch that is not spread over a mesh, before the first call."""
+        if not (traced or self._seen):
+            self._seen.append(None)
+            check_spread(state.packed_params, batch)
+
     def _dispatch(self, many: bool, state: TrainState, batch: tuple[Any, ...]) -> Any:
         self._check_state(state)
         if state.chain is not self._form.chain:  # so that the next state need not be compared
@@ -371,6 +384,7 @@ class Step(abc.ABC):
         if any(map(is_foreign, kinds)):
             batch = as_arrays(batch)
         traced = state.is_traced or any(issubclass(kind, Tracer) for kind in kinds)
+        self._look(traced, state, batch)
         try:
             new, metrics = self._programs[many, not traced](self._shardings(state), state, *batch)
         except (TypeError, ValueError, jax.errors.JaxRuntimeError) as error:

@@ -179,7 +179,11 @@ class JointStep(Step):
             graph=graph,
         )
         state = placed_like(params, distinct(state))
-        placement = placement_of(state.packed) if self._form.spread else None
+        placement = (
+            placement_of(state.packed_params, state.packed_optimizer, self._axis)
+            if self._form.spread
+            else None
+        )
         return dataclasses.replace(state, placement=placement)
 
     @asked_for()
@@ -227,6 +231,12 @@ class JointStep(Step):
             for name, step in self.steps.items()
         )
 
+    @property
+    def _axis(self) -> str | None:
+        """The mesh axis over which all steps spread their slots; None where they differ."""
+        axes = {step.shard_state for step in self.steps.values()}
+        return axes.pop() if len(axes) == 1 else None
+
     @functools.cached_property
     def _form(self) -> Form:
         steps = self.steps.values()
@@ -273,17 +283,23 @@ class JointStep(Step):
             check_model_state(takers[0], model_state)
         return params, model_state, graph
 
+    @property
+    def _bound(self) -> int | None:
+        """The most entries of a parameter that shares an array with others; None for none."""
+        steps = self.steps.values()
+        bounds = [step.bucket for step in steps if step.bucket is not None]
+        sees_whole = any(_sees_the_tree(step.chain) for step in steps)
+        return None if sees_whole or len(bounds) < len(steps) else min(bounds)
+
     def _layout(self, trainable: Mapping[str, Trainable]) -> Layout | None:
         """Return how parameters that go through the same links of all steps share arrays."""
-        bounds: list[Any] = [step.bucket for step in self.steps.values()]
-        sees_whole = any(_sees_the_tree(step.chain) for step in self.steps.values())
-        if sees_whole or None in bounds:
+        if (bound := self._bound) is None:
             return None
         each = [kinds_of(s, trainable[n]) for n, s in self.steps.items()]
         kinds = [None if None in own else own for own in zip(*each, strict=True)]
         marks = map(any, zip(*(x.marks for x in trainable.values()), strict=True))
         params = trainable[next(iter(trainable))].params
-        return find_layout(params, kinds, list(marks), min(bounds))
+        return find_layout(params, kinds, list(marks), bound)
 
     def _first_links(
         self, packed: Any, layout: Layout | None, trainable: Mapping[str, Trainable]

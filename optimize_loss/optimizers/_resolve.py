@@ -15,7 +15,14 @@ from optimize_loss.optimizers._declaration import CLASSES, deserialize, is_any
 from optimize_loss.optimizers._optimizer import Optimizer
 from optimize_loss.optimizers._tf1 import OPTIMIZER_CLS_NAMES
 from optimize_loss.optimizers._variable import different_names
-from optimize_loss.transforms import Chain, Link, ScaleByLearningRate
+from optimize_loss.transforms import (
+    Chain,
+    Link,
+    ScaleByAdamax,
+    ScaleByLearningRate,
+    ScaleByLion,
+    ScaleByMuon,
+)
 
 for _module in (_keras, _muon, _tf1, _multi):
     found = [x for x in vars(_module).values() if isinstance(x, type) and issubclass(x, Optimizer)]
@@ -103,6 +110,7 @@ def resolve(optimizer: Any, learning_rate: Any) -> dict[str, Any]:
     made = instance(optimizer, learning_rate)
     if isinstance(made, Optimizer):
         return _links(made)
+    _check_order(_links(made))
     return _with_rate(_links(made), learning_rate if made is optimizer else None)
 
 
@@ -173,6 +181,28 @@ def _links(made: Any) -> dict[str, Any]:
             )
         return dict(made.links)
     return {"rule" if isinstance(made, Link) else "optimizer": made}
+
+
+def _check_order(links: dict[str, Any]) -> None:
+    """Raise if the rate comes before a rule that gives gradients of any size the same update."""
+    rate = rule = None
+    for name, link in linked(links):
+        if has_rate(link) or not isinstance(link, Link):
+            rate, rule = name if isinstance(link, Link) else None, None
+        elif _normalizes(link):
+            rule = name
+    if rate and rule:
+        raise ValueError(
+            f"`optimizer` must have the link {rate!r} behind {rule!r}, whose updates do not depend "
+            "on the size of the gradients: before it, the rate has no effect. Write "
+            f"`chain({rule}=..., {rate}=...)`. Received: {[*links]}."
+        )
+
+
+def _normalizes(link: Any) -> bool:
+    """Return whether a rule's updates are the same for larger gradients."""
+    kinds = (ScaleByAdamax, ScaleByLion, ScaleByMuon)
+    return isinstance(link, Link) and (bool(link.squares) or isinstance(link, kinds))
 
 
 def _check_rate(links: dict[str, Any], learning_rate: Any) -> None:

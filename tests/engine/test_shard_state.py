@@ -4,6 +4,7 @@ import functools
 import json
 import re
 import tempfile
+import unittest.mock
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optimize_loss as ol
+from optimize_loss._engine import sharding
 from tests.cases import on_eight_devices
 
 T = ol.transforms
@@ -38,6 +40,8 @@ OPTIONS = {
     "optax": {"optimizer": "optax"},
     "noise": {"optimizer": "RMSprop", "gradient_noise_scale": 0.1},
 }
+# The parameters of these tests are small, and so are the arrays that they share.
+small_vectors_too = unittest.mock.patch.object(sharding, "LEAST", 1)
 EXPLICIT = ("bucket", "accumulate", "adafactor", "muon", "guarded")
 
 
@@ -108,6 +112,7 @@ def a_run(name, kind):
     return {"error": error, "own": own, "all": sum(x.size for x in slots(whole(name)).values())}
 
 
+@small_vectors_too
 def runs():
     kinds = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
     found = {f"{name}/auto": a_run(name, kinds["auto"]) for name in OPTIONS}
@@ -130,6 +135,7 @@ def test_the_trajectory_is_that_of_whole_slots(name):
     assert found()[name]["own"] <= (1.6 if "adafactor" in name else 1.06) * found()[name]["all"] / 8
 
 
+@small_vectors_too
 def ideal():
     """Return a tree all of whose dimensions can be parted, and what a device then has of it."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
@@ -160,6 +166,7 @@ def test_a_device_has_its_part_of_the_slots_and_gathers_only_parameters():
     assert result["gathers"] <= 9
 
 
+@small_vectors_too
 def with_other_axes():
     """Return the specs of slots whose parameters are spread over another axis, or over this one."""
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
@@ -186,6 +193,27 @@ def test_the_axis_comes_beside_those_of_the_parameter():
     assert specs["both"] == [["model", "data"]]
     assert specs["already"] == ["data"]
     assert specs["p/columns"] == [None, "model"]
+
+
+def of_vectors():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    sizes = {"small": 4096, "large": 8 * sharding.LEAST}
+    zeros = {name: jnp.zeros(size) for name, size in sizes.items()}
+    step = ol.optimize_loss(
+        lambda p: jnp.sum(p["small"]) + jnp.sum(p["large"]),
+        None,
+        0.1,
+        "Adam",
+        shard_state="data",
+        bucket=None,
+    )
+    state = step.init(jax.device_put(zeros, NamedSharding(mesh, P())))
+    m = state.optimizer["adam"]["m"]
+    return json.dumps({name: m[name].is_fully_replicated for name in sizes})
+
+
+def test_small_vectors_lie_whole_on_every_device():
+    assert on_eight_devices(__name__, "of_vectors") == {"small": True, "large": False}
 
 
 @pytest.mark.parametrize(
@@ -220,6 +248,7 @@ def test_a_state_of_a_step_without_it_is_refused():
         plain(spread.init(jax.device_put(params(), whole)), x)
 
 
+@small_vectors_too
 def saved():
     """Return what states restored from a file differ by a step later, and how they are spread."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,8 @@ class Shuffled:
 class Dict(Shuffled):
     """The other pair of names, and a state of other kinds."""
 
-    get_state = set_state = None
+    get_state: Any = None
+    set_state: Any = None
 
     def state_dict(self):
         return (Shuffled.get_state(self), b"\x00\xff", np.arange(3), {1: (2, [None, True])})

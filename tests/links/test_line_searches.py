@@ -122,6 +122,42 @@ def test_a_rule_that_needs_the_value_alone_works_behind_an_accumulation():
     np.testing.assert_allclose(state.params["w"], 0.5, rtol=1e-5)
 
 
+RULES: Any = {
+    "of-all": (optax.polyak_sgd(), {"b": {"optimizer": optax.sgd(0.1)}}),
+    "of-a-rule": (optax.sgd(0.1), {"w": {"optimizer": optax.polyak_sgd()}}),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_rule_that_needs_the_value_alone_works_for_some_parameters(name):
+    """Polyak's rate of the loss and of the gradients of w; of b a tenth of the gradient."""
+    optimizer, rules = RULES[name]
+    step = ol.optimize_loss(loss, optimizer=optimizer, rules=rules)
+    start = params()
+    state, _ = step(step.init(start), 1.0)
+    value, grads = jax.value_and_grad(loss)(start, 1.0)
+    rate = jnp.minimum(value / jnp.sum(grads["w"] ** 2), 1.0)
+    np.testing.assert_allclose(state.params["w"], start["w"] - rate * grads["w"], rtol=1e-5)
+    np.testing.assert_allclose(state.params["b"], 0.8, rtol=1e-6)
+
+
+def test_a_search_for_some_parameters_is_refused():
+    step = ol.optimize_loss(
+        loss, optimizer=SEARCHES["backtracking"], rules={"b": {"optimizer": optax.sgd(0.1)}}
+    )
+    with pytest.raises(TypeError, match="'value_fn'") as caught:
+        step(step.init(params()), 1.0)
+    assert any("the optimizer of all parameters" in note for note in caught.value.__notes__)
+
+
+def test_a_search_goes_with_rules_that_share_its_optimizer():
+    """A frozen parameter is none that is searched over."""
+    start, tx = params(), SEARCHES["lbfgs"]
+    wanted = by_optax(tx, {"w": start["w"]}, lambda p, x: loss({**start, **p}, x))
+    step = ol.optimize_loss(loss, optimizer=tx, rules={"b": {"freeze": True}})
+    np.testing.assert_allclose(by_steps(step, start), wanted, rtol=1e-4)
+
+
 def test_a_chain_passes_what_it_is_given():
     tx = T.chain(search=SEARCHES["backtracking"], average=T.AverageParams(0.5))
     np.testing.assert_allclose(

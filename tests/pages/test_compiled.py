@@ -12,7 +12,7 @@ TEXT = """HloModule jit_f
 
 %body (p: f32[1000]) -> f32[1000] {
   %p = f32[1000]{0} parameter(0)
-  ROOT %twice = f32[1000]{0} fusion(%p), kind=kLoop, calls=%g, backend_config={"estimated_cycles":"50"}
+  ROOT %twice = f32[1000]{0} fusion(%p), calls=%g, cost={"estimated_cycles":"50"}
 }
 
 %small (q: f32[1000]) -> f32[1000] {
@@ -22,7 +22,7 @@ TEXT = """HloModule jit_f
 ENTRY %main (a: f32[1000], b: pred[]) -> f32[1000] {
   %a = f32[1000]{0} parameter(0)
   %b = pred[] parameter(1)
-  %loop = f32[1000]{0} while(%a), condition=%small, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %loop = f32[1000]{0} while(%a), condition=%small, body=%body, c={"known_trip_count":{"n":"3"}}
   %gathered = (f32[250]{0}, f32[1000]{0}) all-gather-start(%loop), dimensions={0}
   %whole = f32[1000]{0} all-gather-done(%gathered)
   %moved = (f32[1000]{0:S(1)}, f32[1000]{0}, u32[]) copy-start(%whole)

@@ -184,7 +184,7 @@ def test_a_missing_extra_is_named(tmp_path, monkeypatch, capsys, package: str):
     assert command.main(["--tensorboard", "--out", str(tmp_path / "out")]) == 2
     (refusal,) = lines(capsys.readouterr().err)
     assert package in refusal
-    assert refusal.endswith("pip install 'optimize_loss[demo]'")
+    assert "pip install -e '.[demo]'" in refusal
     assert not (tmp_path / "out").exists()
 
 

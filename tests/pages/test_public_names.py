@@ -9,13 +9,14 @@ import textwrap
 import pytest
 
 import optimize_loss as ol
-from optimize_loss import keras, tensorboard
+from optimize_loss import keras, loggers, tensorboard
 
 ROOMS = (ol, ol.transforms, ol.optimizers, ol.schedules, ol.plot)
 PAGES = pathlib.Path(__file__).parent.parent.parent / "docs" / "api"
 # Arguments of `optimize_loss` that are at hand beside it, and what they are among the links.
 OTHER_WORDS = {"Precision": "Precision", "Spike": "SkipSpikes"}
 EXTRAS = {"keras.KerasOptimizer": keras, "tensorboard.TensorBoardWriter": tensorboard}
+EXTRAS |= {f"loggers.{name}": loggers for name in loggers.__all__}
 
 NAMES = {
     f"{room.__name__}.{name}": getattr(room, name)

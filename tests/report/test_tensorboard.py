@@ -100,9 +100,9 @@ def test_the_metrics_of_a_training_step(tmp_path):
     state = step.init({"w": jnp.array([3.0, 4.0])})
     with TensorBoardWriter(tmp_path) as writer:
         state, metrics = step(state, jnp.zeros(2))
-        writer.write(state.step, metrics)
+        writer.write(state.batches, metrics)
         state, metrics = step.many(state, jnp.zeros((2, 2)))
-        writer.write(state.step, metrics)
+        writer.write(state.batches, metrics)
     log = read(tmp_path)
     # w halves at every step, so that the loss is 25 / 4ⁿ and its gradient's norm 10 / 2ⁿ
     assert points(log, "loss") == [(1, 25.0), (2, 25 / 4), (3, 25 / 16)]
@@ -181,16 +181,14 @@ def test_traced_metrics_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("call", "error", "match"),
     [
-        (lambda w: w.write(-1, {"a": 1.0}), ValueError, "`step` must be .* at least 0"),
-        (lambda w: w.write(1.0, {"a": 1.0}), ol.InvalidType, "`step` must be an integer"),
-        (lambda w: w.write(1, {"a": np.ones(3)}), ValueError, "metrics of 3 steps"),
+        (lambda w: w.write(-1, {"a": 1.0}), ValueError, "`batch` must be .* at least 0"),
+        (lambda w: w.write(1.0, {"a": 1.0}), ol.InvalidType, "`batch` must be an integer"),
+        (lambda w: w.write(1, {"a": np.ones(3)}), ValueError, "metrics of 3 batches"),
         (lambda w: (w.close(), w.write(1, {"a": 1.0})), ValueError, "closed"),
     ],
     ids=["negative", "float", "fewer-than-stacked", "closed"],
 )
-def test_wrong_calls(
-    tmp_path, call: Callable[[TensorBoardWriter], Any], error: type[Exception], match: str
-):
+def test_wrong_calls(tmp_path, call: Callable[[Any], Any], error: type[Exception], match: str):
     with TensorBoardWriter(tmp_path) as writer, pytest.raises(error, match=match):
         call(writer)
 

@@ -65,7 +65,7 @@ def gan_params():
 def clipped(bound):
     """Keep parameters within a box: what moves them further is left out."""
 
-    def update(updates, state, params):
+    def update(updates, state, params=None):
         kept = jax.tree.map(lambda p, u: jnp.clip(p + u, -bound, bound) - p, params, updates)
         return kept, state
 
@@ -286,7 +286,7 @@ def test_an_actor_and_a_critic_that_share_a_body(loose):
             mine = {n: params[n] for n in own[name]}
             grads = jax.grad(lambda mine, p, f: f({**p, **mine}, x, r))(mine, params, loss)
             updates, states[name] = tx.update(grads, states[name], mine)
-            params = {**params, **optax.apply_updates(mine, updates)}
+            params = {**params, **jax.tree.map(jnp.add, mine, updates)}
         return params, states
 
     state = step.init(start)

@@ -1,0 +1,90 @@
+"""The means of a loss and its metrics over batches, without a step."""
+
+import collections
+import contextlib
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optimize_loss._engine.transfers import asked_for
+from optimize_loss._state.batches import Source, check_batches, check_sharding
+from optimize_loss._state.loss import Loss
+from optimize_loss._state.train_state import TrainState
+
+IN_FLIGHT = 2  # batches whose results were not fetched yet
+
+
+class Means:
+    """Weighted means of trees of numbers, summed in float64."""
+
+    def __init__(self):
+        self._weight = 0.0
+        self._sums: Any = None
+
+    def add(self, values: Any, weight: Any) -> None:
+        """Add the means over one batch."""
+        weight = float(np.asarray(weight))
+        new = jax.tree.map(lambda x: weight * np.asarray(x, np.float64), values)
+        self._weight += weight
+        self._sums = new if self._sums is None else jax.tree.map(np.add, self._sums, new)
+
+    def result(self) -> dict[str, Any]:
+        """Return the means over all.
+
+        Raises:
+          ValueError: there was nothing to evaluate.
+        """
+        if not self._weight:
+            raise ValueError(
+                "`batches` must hold a batch of some weight: it is empty, or an iterator at its "
+                "end."
+            )
+        return jax.tree.map(lambda x: np.asarray(x / self._weight)[()], self._sums)
+
+
+def evaluate(
+    loss: Loss, state: TrainState, batches: Iterable[Any], sharding: Any
+) -> dict[str, Any]:
+    """Return the means of a loss and its metrics over batches.
+
+    Raises:
+      ValueError: the loss takes what the state does not have; or there is no batch.
+    """
+    check_batches(batches)
+    for name in ("model_state", "key"):
+        if loss.takes(name) and getattr(state, name) is None:
+            raise ValueError(f"`state` must have a `{name}`, which the loss takes.")
+    means, pending = Means(), collections.deque()
+    with contextlib.closing(Source(batches, check_sharding(sharding))) as source:
+        taken = 0
+        while (call := source.gather(1)) is not None:
+            with asked_for():
+                pending.append(_of_batch(loss, state, np.int32(taken), call.parts))
+            taken += 1
+            while len(pending) > IN_FLIGHT:
+                means.add(*jax.device_get(pending.popleft()))
+        source.raise_error()
+    for result in pending:
+        means.add(*jax.device_get(result))
+    return means.result()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _of_batch(
+    loss: Loss, state: TrainState, n: jax.Array, batch: tuple[Any, ...]
+) -> tuple[dict[str, Any], Any]:
+    """Return the loss and its metrics, means over one batch, and what that weighs."""
+    key = None if state.key is None else jax.random.fold_in(state.key, n)
+    value, aux = loss(state.eval_params, batch, state.model_state, key, state.graph)
+    weight = _examples(batch) if aux.weight is None else aux.weight
+    return {"loss": value, **aux.metrics}, jnp.asarray(weight, jnp.float32)
+
+
+def _examples(batch: tuple[Any, ...]) -> int:
+    """Return the length of the first axis of the first array that has one; 1 if none has."""
+    lengths = (x.shape[0] for x in map(jnp.asarray, jax.tree.leaves(batch)) if x.ndim)
+    return next(lengths, 1)

@@ -1,0 +1,163 @@
+"""Logs of a run: hooks that write metrics to files and to trackers of experiments.
+
+    from optimize_loss.loggers import JsonLines, Mlflow, Wandb
+
+    state, metrics = step.run(state, batches, hooks=[Wandb(wandb.init(project="mine"), every=100)])
+
+Each is given the tracker's own run, so that its project, its name and its settings are the
+tracker's own business; nothing is imported here. TensorBoard's is in `optimize_loss.tensorboard`.
+"""
+
+import json
+import os
+from typing import Any
+
+import jax
+
+from optimize_loss._report.logger import Logger as Logger
+from optimize_loss._report.logger import scalars
+
+__all__ = ["Aim", "JsonLines", "Logger", "Mlflow", "Wandb"]
+
+
+class Aim(Logger):
+    """Log to a run of Aim. Histograms are skipped.
+
+    Args:
+      run: an `aim.Run`.
+      every: as for `Logger`.
+
+    Example:
+      >>> class Run:  # stands for aim.Run
+      ...     def track(self, value, name, step):
+      ...         print(step, name, value)
+      >>> Aim(Run()).write(7, {"loss": 0.5})
+      7 loss 0.5
+    """
+
+    def __init__(self, run: Any, every: int | None = 100):
+        super().__init__(every)
+        self.run = run
+
+    def write_one(self, batch: int, values: dict[str, Any]) -> None:
+        """Log one batch.
+
+        Args:
+          batch: its number.
+          values: by tag.
+        """
+        for tag, value in scalars(values).items():
+            self.run.track(value, name=tag, step=batch)
+
+
+class JsonLines(Logger):
+    """Append one line of JSON for each batch to a file: {"batch": 1, "loss": 0.5, ...}.
+
+    `pandas.read_json(path, lines=True)` reads it. A run that resumes appends to it. Histograms are
+    skipped.
+
+    Args:
+      path: of the file; its folder must exist.
+      every: as for `Logger`.
+
+    Raises:
+      OSError: the file cannot be written.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> path = pathlib.Path(tempfile.mkdtemp()) / "log.jsonl"
+      >>> with JsonLines(path) as log:
+      ...     log.write(2, {"loss": [0.5, 0.25][1]})
+      >>> print(path.read_text().strip())
+      {"batch": 2, "loss": 0.25}
+    """
+
+    def __init__(self, path: str | os.PathLike[str], every: int | None = 100):
+        super().__init__(every)
+        self._file = open(path, "a") if jax.process_index() == 0 else None  # noqa: SIM115
+
+    def write(self, batch: Any, metrics: Any) -> None:
+        """Append lines, which are in the file when this returns.
+
+        Args:
+          batch: as for `Logger.write`.
+          metrics: as there.
+        """
+        super().write(batch, metrics)
+        if self._file is not None:
+            self._file.flush()
+
+    def write_one(self, batch: int, values: dict[str, Any]) -> None:
+        """Append one line.
+
+        Args:
+          batch: its number.
+          values: by tag.
+        """
+        if self._file is not None:
+            self._file.write(json.dumps({"batch": batch, **scalars(values)}) + "\n")
+
+    def close(self) -> None:
+        """Close the file; a second call does nothing."""
+        if self._file is not None:
+            self._file.close()
+
+
+class Wandb(Logger):
+    """Log to a run of Weights & Biases, or of Trackio, which has the same method.
+
+    Histograms are skipped. Both want batches in order: put it before an `Evaluate` that logs.
+
+    Args:
+      run: what `wandb.init(...)` or `trackio.init(...)` returned.
+      every: as for `Logger`.
+
+    Example:
+      >>> class Run:  # stands for that of wandb
+      ...     def log(self, data, step):
+      ...         print(step, data)
+      >>> Wandb(Run()).write(7, {"loss": [0.5, 0.25][1]})
+      7 {'loss': 0.25}
+    """
+
+    def __init__(self, run: Any, every: int | None = 100):
+        super().__init__(every)
+        self.run = run
+
+    def write_one(self, batch: int, values: dict[str, Any]) -> None:
+        """Log one batch.
+
+        Args:
+          batch: its number.
+          values: by tag.
+        """
+        self.run.log(scalars(values), step=batch)
+
+
+class Mlflow(Logger):
+    """Log to a run of MLflow. Histograms are skipped.
+
+    Args:
+      client: `mlflow` itself, for its active run, or an object with its `log_metrics`.
+      every: as for `Logger`.
+
+    Example:
+      >>> class Client:  # stands for mlflow
+      ...     def log_metrics(self, metrics, step):
+      ...         print(step, metrics)
+      >>> Mlflow(Client()).write(7, {"loss": 0.5})
+      7 {'loss': 0.5}
+    """
+
+    def __init__(self, client: Any, every: int | None = 100):
+        super().__init__(every)
+        self.client = client
+
+    def write_one(self, batch: int, values: dict[str, Any]) -> None:
+        """Log one batch.
+
+        Args:
+          batch: its number.
+          values: by tag.
+        """
+        self.client.log_metrics(scalars(values), step=batch)

@@ -8,7 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from optimize_loss._checks import COUNT, check_integer
-from optimize_loss._engine.arrays import compute_dtype, norm, real_dtype
+from optimize_loss._engine.arrays import (
+    compute_dtype,
+    counts_below,
+    least_and_greatest,
+    norm,
+    real_dtype,
+)
 from optimize_loss._engine.link import Link, Numbers, Slots
 from optimize_loss._names import leaf_names
 
@@ -123,11 +129,13 @@ class ObserveHistograms(Link):
         values = jnp.abs(update) if jnp.iscomplexobj(update) else update
         if not values.size:
             return slots
-        low, high = jnp.min(values), jnp.max(values)
+        low, high = least_and_greatest(values)
         half = jnp.where(low == high, 0.5, 0).astype(low.dtype)
         edges = jnp.linspace(low - half, high + half, self.bins + 1)
-        inner = [jnp.sum(values < edges[i], dtype=jnp.int32) for i in range(1, self.bins)]
-        below = jnp.array([0, *inner, values.size], jnp.int32)
+        below = jnp.array([0, values.size], jnp.int32)
+        if self.bins > 1:
+            inner = counts_below(values, edges[1:-1])
+            below = jnp.concatenate([below[:1], inner, below[1:]])
         return {"counts": jnp.diff(below), "edges": edges}
 
 

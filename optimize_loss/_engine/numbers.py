@@ -122,7 +122,10 @@ def find(links: Links, name: str) -> tuple[str, str]:
     if found:
         raise ValueError(f"`{name}` is a number of several links: name one of {full}.")
     if not known:
-        raise ValueError(f"No link has a number `{name}`: those of optax are fixed when built.")
+        raise ValueError(
+            f"No link has a number `{name}`: those of optax are fixed when built. A rate that can "
+            "be set is a link of a chain, `rate=ScaleByLearningRate(...)`."
+        )
     near = nearest(name, [*full, *(number for _, number in known)])
     raise ValueError(f"No link has a number `{name}`. Nearest: {near}. All: {full}.")
 

@@ -88,10 +88,10 @@ histories["batch spread"] = metrics["loss"]
 # ## Slots spread, too
 #
 # Adam keeps two numbers for each parameter, on every device. With `shard_state`, each device keeps and updates an eighth of
-# them (ZeRO-1).
+# them (ZeRO-1). An array that small parameters share lies on every device; `bucket=None` gives those of this example their own.
 
 # %%
-sharded = ol.optimize_loss(loss, **options, shard_state="data")
+sharded = ol.optimize_loss(loss, **options, shard_state="data", bucket=None)
 states["batch and slots spread"], metrics = sharded.run(
     sharded.init(params), batches(), steps=100, sharding=spread
 )

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from optimize_loss._checks import InvalidType, TreeMismatch, check_single
-from optimize_loss._engine import numbers
+from optimize_loss._engine import numbers, spelling
 from optimize_loss._engine.device import from_host
 from optimize_loss._engine.equal import same, structural_hash
 from optimize_loss._engine.exchange import exchanged, settled
@@ -175,12 +175,12 @@ class Chain(Transformation):
           Traceback (most recent call last):
           ValueError: `max_norm` must be above 0. Received: max_norm=-1.
         """
-        return numbers.set_numbers(self._ours, state, values)
+        return numbers.set_numbers(dict(self.links), state, values)
 
     def with_own_numbers(self, state: State) -> State:
         """Return the state with all numbers as the links were built with them."""
         names = ("/".join(pair) for pair in self.all_numbers())
-        return numbers.set_numbers(self._ours, state, dict.fromkeys(names))
+        return numbers.set_numbers(dict(self.links), state, dict.fromkeys(names))
 
     @functools.cached_property
     def traced_numbers(self) -> list[str]:
@@ -189,15 +189,15 @@ class Chain(Transformation):
 
     def all_numbers(self) -> list[tuple[str, str]]:
         """Return the link and the name of every hyperparameter."""
-        return numbers.all_numbers(self._ours)
+        return spelling.all_numbers(dict(self.links))
 
-    def find(self, name: str) -> tuple[str, str]:
-        """Return the link and the number that `name`, or `link/number`, stands for.
+    def meant(self, name: str) -> list[tuple[str, str]]:
+        """Return the link and the number that `name` stands for, and those that share it.
 
         Raises:
-          ValueError: there is none, or more than one.
+          ValueError: there is none, or it is not clear which is meant.
         """
-        return numbers.find(self._ours, name)
+        return spelling.meant(dict(self.links), name)
 
     @asked_for()
     def averaged(self, state: State, params: Any) -> Any:
@@ -309,7 +309,7 @@ class Chain(Transformation):
     ) -> tuple[Any, State]:
         _check_state(self, state)
         if traced := self.traced_numbers:
-            state = numbers.set_numbers(self._ours, state, dict.fromkeys(traced))
+            state = numbers.set_numbers(dict(self.links), state, dict.fromkeys(traced))
         given = jax.tree.map(_unknown, updates) if params is None else params
         known = without_strangers(updates, given)
         taken = take_apart(known)

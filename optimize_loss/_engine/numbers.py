@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from optimize_loss._checks import Rule, nearest, received
+from optimize_loss._checks import Rule, received
 from optimize_loss._engine.device import from_host
 from optimize_loss._engine.kinds import Gate, LossScale, RateScale
 from optimize_loss._engine.link import Link, Numbers, State
+from optimize_loss._engine.selection import linked
+from optimize_loss._engine.spelling import Entries, all_numbers, meant
 from optimize_loss.schedules import Decayed, evaluate
 
 # Stands in the state where a schedule drives the number. It is finite, so that tools which look
@@ -103,51 +105,29 @@ def replaced(name: str, value: Any, field: Any, rule: Rule, number: jax.Array) -
     return jax.device_put(new, number.sharding) if number.committed else new
 
 
-def all_numbers(links: Links) -> list[tuple[str, str]]:
-    """Return the link and the name of every hyperparameter."""
-    return [(name, number) for name, link in links.items() for number in link.numbers()]
+def set_numbers(entries: Entries, state: State, values: Mapping[str, Any]) -> State:
+    """Return the state with other values, by name; None gives back that of the link.
 
-
-def find(links: Links, name: str) -> tuple[str, str]:
-    """Return the link and the number that `name`, or `link/number`, stands for.
-
-    Raises:
-      ValueError: there is none, or more than one.
+    Where two names mean one number, the one that means fewer decides.
     """
-    known = all_numbers(links)
-    found = [pair for pair in known if name in _spellings(*pair)]
-    if len(found) == 1:
-        return found[0]
-    full = ["/".join(pair) for pair in found or known]
-    if found:
-        raise ValueError(f"`{name}` is a number of several links: name one of {full}.")
-    if not known:
-        raise ValueError(f"No link has a number `{name}`: those of optax are fixed when built.")
-    near = nearest(name, [*full, *(number for _, number in known)])
-    raise ValueError(f"No link has a number `{name}`. Nearest: {near}. All: {full}.")
-
-
-def _spellings(owner: str, number: str) -> set[str]:
-    """Return by which names a number may be set; that of a pattern also without its field."""
-    pattern = number.partition("/")[2]
-    return {number, f"{owner}/{number}"} | ({f"{owner}/{pattern}"} if pattern else set())
-
-
-def set_numbers(links: Links, state: State, values: Mapping[str, Any]) -> State:
-    """Return the state with other values, by name; None gives back that of the link."""
-    state = dict(state)
-    for name, value in values.items():
-        owner, number = find(links, name)
-        link, mine = links[owner], state[owner]
-        field = link.numbers()[number]
-        if value is not None and isinstance(field, Tracer):
-            raise ValueError(
-                f"`{name}` cannot be set: the link was built with a traced value of it, which "
-                "each update takes. Build with a number, and set that in the state."
-            )
-        new = replaced(name, value, field, link.rule(number), mine[number])
-        state[owner] = {**mine, number: new}
+    state, links = dict(state), dict(linked(entries))
+    found = {name: meant(entries, name) for name in values}
+    for name in sorted(found, key=lambda name: len(found[name]), reverse=True):
+        for owner, number in found[name]:
+            new = _set(name, values[name], links[owner], number, state[owner])
+            state[owner] = {**state[owner], number: new}
     return state
+
+
+def _set(name: str, value: Any, link: Link, number: str, numbers: Numbers) -> jax.Array:
+    """Return what takes the place of a number of a link, where `name` is set to a value."""
+    field = link.numbers()[number]
+    if value is not None and isinstance(field, Tracer):
+        raise ValueError(
+            f"`{name}` cannot be set: the link was built with a traced value of it, which "
+            "each update takes. Build with a number, and set that in the state."
+        )
+    return replaced(name, value, field, link.rule(number), numbers[number])
 
 
 def traced_numbers(links: Links) -> list[str]:

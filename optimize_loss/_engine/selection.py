@@ -72,6 +72,19 @@ class ForParameters:
         return told(self.where, names, leaves)
 
 
+@dataclasses.dataclass(frozen=True)
+class Sharing(ForParameters):
+    """A link for some of the parameters, of which a number is shared with the links of others.
+
+    Where the number is set by its name alone, it is set in all of them.
+
+    Args:
+      number: its name.
+    """
+
+    number: str = ""
+
+
 def told(where: Any, names: Sequence[str], leaves: Sequence[Any]) -> list[bool]:
     """Return for each parameter whether the `where` of a `ForParameters` means it."""
     if isinstance(where, Selection):
@@ -97,6 +110,11 @@ class ByRule:
     patterns: tuple[Pattern, ...]
     chosen: tuple[int, ...]
     within: Any = None
+
+    @property
+    def has_rest(self) -> bool:
+        """Whether parameters without a rule are meant."""
+        return len(self.patterns) in self.chosen
 
     @property
     def whole(self) -> "ByRule":
@@ -142,6 +160,16 @@ def link_of(entry: Any) -> Any:
 def linked(entries: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Return the links by name, those for some parameters without telling which."""
     return ((name, link_of(entry)) for name, entry in entries.items())
+
+
+def is_of_rules(entry: Any) -> bool:
+    """Return whether a link is only for parameters that have a rule."""
+    which = where(entry)
+    while which is not None:
+        if isinstance(which, ByRule) and not which.has_rest:
+            return True
+        which = getattr(which, "within", None)
+    return False
 
 
 def where(entry: Any) -> Any:

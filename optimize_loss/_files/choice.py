@@ -136,7 +136,7 @@ def _to_undo(chain: Chain, names: Sequence[str]) -> str:
 def _shortest(chain: Chain, link: str, number: str) -> str:
     """Return the name of a number for `state.set`: without its link, if that is enough."""
     try:
-        is_enough = chain.find(number) == (link, number)
+        is_enough = chain.meant(number) == [(link, number)]
     except ValueError:
         is_enough = False
     return number if is_enough else f"{link}/{number}"

@@ -100,7 +100,7 @@ def check_rate(state: TrainState, ramp: Ramp) -> None:
 def _owner(chain: Chain, number: str) -> tuple[str, str]:
     """Return the link and the name of a number."""
     try:
-        return chain.find(number)
+        return chain.meant(number)[0]
     except ValueError as error:
         raise ValueError(
             f"`number` must be one of the state, to which `state.set({number}=...)` gives a value. "

@@ -1,4 +1,4 @@
-"""Hooks: what a run calls between its batches, and at its end."""
+"""Hooks: functions that a run calls between batches, and at its end."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
@@ -20,16 +20,17 @@ Function = Callable[[TrainState, dict[str, Any]], TrainState | None]
 
 
 class Hook:
-    """What `TrainStep.run` calls after every so many batches, and at the end of a run.
+    """A function that `TrainStep.run` calls every n batches, and at the end of a run.
 
-    Subclass it and write `__call__`; for a function, `optimize_loss.every(n, function)` makes one.
+    Subclass it and write `__call__`, or make one from a function with `optimize_loss.every(n,
+    function)`.
 
     Attributes:
-      every: how many batches there are between two calls, counted by `state.batches`: with 100, it
-        is called after the batches 100, 200, and so on. So a run that continues another one calls
-        it where that would have. None for at the end only.
-      at_end: whether it is called at the end of a run, too, unless it was just called. The end is
-        where batches or steps are, or where a hook stopped the run; not where an exception is.
+      every: the number of batches between two calls, counted by `state.batches`: with 100, it is
+        called after batches 100, 200, and so on. So a resumed run calls it at the same batches as
+        an uninterrupted one. None to call it only at the end.
+      at_end: whether it is also called at the end of a run, unless it was just called. A run ends
+        after the last batch or step, or when a hook stops it, but an exception is not an end.
 
     Example:
       >>> import optimize_loss as ol
@@ -48,10 +49,10 @@ class Hook:
     at_end: bool = True
 
     def wait(self, batches: int) -> int | None:
-        """Return after how many more batches it is to be called next, at least 1; None for never.
+        """Return the number of batches until the next call, at least 1; None for never.
 
         Args:
-          batches: how many have been taken: `state.batches`.
+          batches: the number of batches so far: `state.batches`.
         """
         return None if self.every is None else self.every - batches % self.every
 
@@ -83,12 +84,12 @@ class _Every(Hook):
 
 
 def every(n: int, function: Function, *, at_end: bool = False) -> Hook:
-    """Return a hook that calls a function of (state, metrics) after every `n` batches.
+    """Return a hook that calls a function of (state, metrics) every `n` batches.
 
     Args:
-      n: how many batches there are between two calls, at least 1, counted by `state.batches`.
-      function: as `Hook.__call__`.
-      at_end: whether to call it at the end of a run, too, unless it was just called.
+      n: the number of batches between two calls, at least 1, counted by `state.batches`.
+      function: like `Hook.__call__`.
+      at_end: whether to call it also at the end of a run, unless it was just called.
 
     Raises:
       InvalidType: an argument is of the wrong kind.
@@ -138,5 +139,22 @@ def check_hooks(name: str, hooks: Any) -> tuple[Hook, ...]:
                 f"`{name}` must be a list of hooks, such as `[ol.every(100, function)]` or "
                 f"`[ol.Checkpoints(folder, every=100)]`. "
                 f"Received: {hook!r:.200} of type {type(hook).__name__} in it."
+            )
+    return given
+
+
+def check_called(name: str, hooks: Any) -> tuple[Hook, ...]:
+    """Return the hooks of a run as a tuple.
+
+    Raises:
+      InvalidType: they are no list of hooks.
+      ValueError: a run would never call one of them.
+    """
+    given = check_hooks(name, hooks)
+    for hook in given:
+        if hook.every is None and not hook.at_end and type(hook).wait is Hook.wait:
+            raise ValueError(
+                f"`{name}` must have hooks that a run calls. Received: {type(hook).__name__} "
+                "with every=None. Give it an `every`, or put it in `then` of an `Evaluate`."
             )
     return given

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from optimize_loss._checks import InvalidType, check_choice, received
 from optimize_loss._engine.order import merged
 from optimize_loss._engine.selection import linked
+from optimize_loss._engine.spelling import at_large
 from optimize_loss.schedules import evaluate
 from optimize_loss.transforms import Chain, Link, ObserveHistograms, ObserveNorm, ObserveNorms
 
@@ -85,19 +86,21 @@ def read(chain: Chain, state: dict[str, Any], taken: Collection[str]) -> dict[st
                     f"Received: {metric!r}."
                 )
             found.setdefault(metric, {})[name] = value
-    each = (_one_or_each(metric, values) for metric, values in found.items())
+    each = (_one_or_each(chain, metric, values) for metric, values in found.items())
     return dict(itertools.chain(*each), **own)
 
 
-def _one_or_each(metric: str, values: dict[str, Any]) -> Iterable[tuple[str, Any]]:
-    """Return a metric with its value, or one for each link where several report it."""
-    if len(values) == 1:
-        return [(metric, value) for value in values.values()]
-    return [(f"{metric}/{name}", value) for name, value in values.items()]
+def _one_or_each(chain: Chain, metric: str, values: dict[str, Any]) -> Iterable[tuple[str, Any]]:
+    """Return a metric of the link that its name alone means, and one for each other link."""
+    main = at_large(dict(chain.links), [*values])
+    tags = {name: metric if [name] == main else f"{metric}/{name}" for name in values}
+    return [(tags[name], value) for name, value in values.items()]
 
 
 def rates(chain: Chain, state: dict[str, Any], step: jax.Array, given: Any) -> dict[str, Any]:
-    """Return the learning rate of this step: one for each link that has one, where several do.
+    """Return the learning rate of this step, and those of rules with an optimizer of their own.
+
+    There is one for each link that has one where it is not clear which is that of the step.
 
     Args:
       chain: the links.
@@ -108,7 +111,7 @@ def rates(chain: Chain, state: dict[str, Any], step: jax.Array, given: Any) -> d
     """
     found = chain.numbers_named("learning_rate", state, step)
     if found:
-        return dict(_one_or_each("learning_rate", found))
+        return dict(_one_or_each(chain, "learning_rate", found))
     if callable(given):
         return {"learning_rate": evaluate("learning_rate", given, step, jnp.float32)}
     return {} if given is None else {"learning_rate": jnp.asarray(given, jnp.float32)}

@@ -16,7 +16,7 @@ from optimize_loss._checks import COUNT
 from optimize_loss._engine.bucket import Layout
 from optimize_loss._engine.kinds import Gate, LossScale, RateScale
 from optimize_loss._engine.link import Link
-from optimize_loss._engine.selection import ForParameters, told
+from optimize_loss._engine.selection import ForParameters, link_of, told, where
 from optimize_loss._engine.sharding import Placement
 from optimize_loss._names import Pattern, first_index, matching
 from optimize_loss._random import name_words
@@ -48,28 +48,28 @@ class Turn(Link):
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """The parameters that a part trains, and of these those that `where` tells.
+    """The parameters that a part trains, and of these those that `within` tells.
 
     Attributes:
       variables: names or patterns; None for all.
       patterns: of the part's rules.
       frozen: whether each rule freezes its parameters.
-      where: which of these a link is for; None for all.
+      within: which of these a link is for; None for all.
     """
 
     variables: tuple[Pattern, ...] | None
     patterns: tuple[Pattern, ...]
     frozen: tuple[bool, ...]
-    where: Any = None
+    within: Any = None
 
     def takes(self, names: Sequence[str], leaves: Sequence[Any]) -> list[bool]:
         """Return for each parameter whether it is meant."""
         marks = self._are_trained(names)
-        if self.where is None:
+        if self.within is None:
             return marks
         pairs = zip(names, leaves, strict=True)
         mine = [pair for pair, mark in zip(pairs, marks, strict=True) if mark]
-        meant = iter(_told(self.where, [n for n, _ in mine], [x for _, x in mine]))
+        meant = iter(_told(self.within, [n for n, _ in mine], [x for _, x in mine]))
         return [mark and next(meant) for mark in marks]
 
     def _are_trained(self, names: Sequence[str]) -> list[bool]:
@@ -139,12 +139,13 @@ class Part:
         frozen = tuple(bool(own.get("freeze", False)) for own in rules.options)
         yield self.turn, Turn(self.every)
         for name, entry in recipe.chain.links:
-            inside, where = entry, None
-            if isinstance(entry, ForParameters):
-                inside, where = entry.link, entry.where
+            inside = link_of(entry)
             if isinstance(inside, Link) and not isinstance(inside, Gate | LossScale | RateScale):
-                trained = Trained(recipe.variables, rules.patterns, frozen, where)
-                entry = ForParameters(trained, inside, optional=True)
+                trained = Trained(recipe.variables, rules.patterns, frozen, where(entry))
+                if isinstance(entry, ForParameters):
+                    entry = dataclasses.replace(entry, where=trained, optional=True)
+                else:
+                    entry = ForParameters(trained, inside, optional=True)
             yield f"{self.prefix}{name}", entry
 
     def own(self, links: Links, layout: Layout | None) -> Links:

@@ -5,11 +5,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from optimize_loss._checks import InvalidType
+from optimize_loss._engine.equal import same
 from optimize_loss._engine.kinds import Gate
 from optimize_loss._engine.link import Stage, is_transformation
 from optimize_loss._engine.numbers import has_rate
 from optimize_loss._engine.order import arranged, head, merged, stage_of
-from optimize_loss._engine.selection import ByRule, Outside, linked, where
+from optimize_loss._engine.selection import ByRule, Outside, Sharing, linked, where
 from optimize_loss._state.rules import Rules
 from optimize_loss.optimizers._optimizer import Optimizer
 from optimize_loss.optimizers._resolve import resolve
@@ -116,7 +117,7 @@ def _groups(rules: Rules, links: Links, rate: Any) -> list[_Group]:
     wanted = [_name(rules.options[i]["optimizer"]) for i in chosen]
     names = different_names([*dict.fromkeys(taken), *wanted])[-len(wanted) :]
     for name, i in zip(names, chosen, strict=True):
-        own = {f"{name}.{n}": _only(rules, [i], x) for n, x in _resolved(rules, i, rate).items()}
+        own = {f"{name}.{n}": x for n, x in _own_links(rules, i, rate).items()}
         groups.append(_Group(f"{name}.", [i], own, ByRule(rules.patterns, (i,))))
     return groups
 
@@ -131,11 +132,26 @@ def _name(optimizer: Any) -> str:
     return optimizer.__name__ if isinstance(optimizer, type) else "rule"
 
 
+def _own_links(rules: Rules, i: int, rate: Any) -> Links:
+    """Return the links of the optimizer of a rule; one without a rate shares that of all."""
+    shared = None if _brings_rate(rules.options[i]["optimizer"]) else rate
+    links = _resolved(rules, i, shared).items()
+    return {name: _sharing(_only(rules, [i], entry), shared) for name, entry in links}
+
+
+def _sharing(entry: ForParameters, rate: Any) -> ForParameters:
+    """Return a link that shares the learning rate of all if its own is this one."""
+    number = "learning_rate"
+    if not has_rate(entry.link) or not same(entry.link.numbers()[number], rate):
+        return entry
+    return Sharing(entry.where, entry.link, entry.optional, number)
+
+
 def _resolved(rules: Rules, i: int, rate: Any) -> Links:
-    """Return the links of the optimizer of a rule; one without a rate gets that of all."""
+    """Return the links of the optimizer of a rule, made with a rate or, for None, with its own."""
     optimizer, label = rules.options[i]["optimizer"], f"rules[{rules.texts[i]!r}]['optimizer']"
     try:
-        links = resolve(optimizer, None if _brings_rate(optimizer) else rate)
+        links = resolve(optimizer, rate)
     except ValueError as error:
         error.add_note(f"This is about `{label}`.")
         raise

@@ -182,8 +182,10 @@ def test_a_schedule_is_overridden():
 
 
 def test_one_rate_of_several():
-    step = descent(
-        lambda p: p["a"] ** 2 + p["b"] ** 2, rules={"a": {"optimizer": ol.optimizers.Adam(1e-3)}}
+    adam, sgd = ol.optimizers.Adam(1e-3), ol.optimizers.SGD(1e-3)
+    step = ol.optimize_loss(
+        lambda p: p["a"] ** 2 + p["b"] ** 2,
+        optimizer=ol.optimizers.MultiOptimizer({"a": adam}, sgd),
     )
     state = step.init({"a": np.float32(1.0), "b": np.float32(1.0)})
     names = ["/".join(pair) for pair in step.chain.all_numbers() if pair[1] == "learning_rate"]

@@ -20,7 +20,7 @@ from optimize_loss._checks import (
 )
 from optimize_loss._state.hook import Hook, check_hooks, mean_of
 from optimize_loss._state.train_state import TrainState
-from optimize_loss._step.train_step import TrainStep
+from optimize_loss._step.step import Step
 
 
 class Evaluate(Hook):
@@ -31,7 +31,7 @@ class Evaluate(Hook):
       batches: what to evaluate on: an iterable that can be iterated again, such as a list or a
         loader; or a function without arguments that returns an iterable.
       every: after how many batches, at least 1; None for at the end of a run only.
-      loss: as for `TrainStep.evaluate`.
+      loss: as for `step.evaluate`.
       name: what the tags of the result begin with, before a "/".
       then: hooks that are called with the state and the result as metrics, each time, in order:
         loggers, `Checkpoints(best=...)`, `StopEarly`.
@@ -56,7 +56,7 @@ class Evaluate(Hook):
 
     def __init__(
         self,
-        step: TrainStep,
+        step: Step,
         batches: Iterable[Any] | Callable[[], Iterable[Any]],
         every: int | None,
         *,

@@ -2,8 +2,8 @@
 
     from optimize_loss.keras import KerasOptimizer
 
-It needs Keras, `pip install 'optimize_loss[keras]'`, and `KERAS_BACKEND=jax` in the environment
-before Keras is first imported.
+It needs Keras, the extra `keras`, and `KERAS_BACKEND=jax` in the environment before Keras is first
+imported.
 """
 
 import re
@@ -39,31 +39,31 @@ except ImportError as error:
 class KerasOptimizer(Shown, keras.optimizers.Optimizer):
     """Train a Keras model with any optimizer of this package, or of optax.
 
-    `model.compile(optimizer=KerasOptimizer(...))`, then `fit` as ever. Parameters have the names
-    that Keras has for them, `variable.path`, such as `sequential/dense/kernel`. The state is in
-    Keras variables, so that weights are saved and loaded with it. `learning_rate` can be set at
-    any time, by callbacks too, over a schedule or not; nothing is traced again. With a
-    `MultiOptimizer`, or a chain in which several links have a rate, each of `optimizers` has its
-    own, which callbacks set; that of an optax transformation is there, once built, if it is a
-    number in `optax.inject_hyperparams`. At the end of `fit` the model has the averages that the
-    optimizer keeps, if any.
+    Call `model.compile(optimizer=KerasOptimizer(...))`, then `fit` as usual. Parameters have their
+    Keras names, `variable.path`, such as `sequential/dense/kernel`. The state is in Keras
+    variables, so it is saved and loaded with the weights. You and callbacks can set `learning_rate`
+    at any time, even if it is a schedule; nothing is traced again. With a `MultiOptimizer`, or a
+    chain in which several links have a rate, each of `optimizers` has its own rate, which callbacks
+    can set. The rate of an optax transformation can be set once it is built, if it is a number in
+    `optax.inject_hyperparams`. At the end of `fit`, the model has the averages of the optimizer, if
+    it keeps any.
 
-    The options of the optimizer show here as Keras' do, `use_ema`, `clipnorm`, `beta_1` and so on,
-    and can be set until it is built. With `use_ema`, the average starts at the first new
-    parameters, as in Keras 3; elsewhere in this package at the initial ones, as in Keras 2.15. An
-    `AverageParams` in a chain keeps its own start.
+    The options of the optimizer, such as `use_ema`, `clipnorm` and `beta_1`, are attributes, as in
+    Keras, and can be set until it is built. With `use_ema`, the average starts at the parameters
+    after the first update, as in Keras 3; elsewhere in this package it starts at the initial
+    parameters, as in Keras 2.15. An `AverageParams` in a chain is not changed.
 
-    A whole model is saved with the optimizer's configuration, if it has one: an `Optimizer`
-    without functions in it, or a name. Import this module before you load it. With a chain or an
-    optax transformation, load it with `compile=False`.
+    A saved model includes the optimizer's configuration, if it has one: a name, or an `Optimizer`
+    without functions in it. Import this module before you load the model. With a chain or an optax
+    transformation, load it with `compile=False`.
 
     Args:
-      optimizer: what `optimize_loss` takes.
+      optimizer: as for `optimize_loss`.
       learning_rate: as for `optimize_loss`; None if `optimizer` brings its own.
       name: as for every Keras optimizer.
 
     Raises:
-      InvalidType: `optimizer` is none of these.
+      InvalidType: `optimizer` is not one of these.
       ValueError: there is no learning rate, or there are two; or Keras' backend is not JAX.
 
     Example:
@@ -216,7 +216,7 @@ class KerasOptimizer(Shown, keras.optimizers.Optimizer):
         return loss.astype(dtype) * scale.astype(dtype)
 
     def finalize_variable_values(self, var_list: Iterable[keras.Variable]) -> None:
-        """Put the averages that the optimizer keeps, if any, in the place of the parameters."""
+        """Replace the parameters by the averages that the optimizer keeps, if any."""
         if not any(isinstance(link, Averaging) for link in links_of(self._chain).values()):
             return
         averages = self._chain.averaged(self._state(), self._params())
@@ -230,7 +230,7 @@ class KerasOptimizer(Shown, keras.optimizers.Optimizer):
         var_list: Iterable[keras.Variable] | None = None,
         var_names: Iterable[str] | None = None,
     ) -> None:
-        """Leave variables out of weight decay, as the method of an `Optimizer` does."""
+        """Exclude variables from weight decay, like the method of an `Optimizer`."""
         if self.built:
             raise ValueError(
                 "`exclude_from_weight_decay` must be called before the optimizer is built."
@@ -244,7 +244,7 @@ class KerasOptimizer(Shown, keras.optimizers.Optimizer):
         inside(self._made).exclude_from_weight_decay(var_names=[*paths, *(var_names or ())])
 
     def get_config(self) -> dict[str, Any]:
-        """Return what the optimizer was made of, with its learning rate as it was then."""
+        """Return the arguments of the optimizer, with its original learning rate."""
         try:
             made = {"optimizer": serialize(self.optimizer), "learning_rate": serialize(self._given)}
         except InvalidType as error:

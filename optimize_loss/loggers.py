@@ -4,8 +4,8 @@
 
     state, metrics = step.run(state, batches, hooks=[Wandb(wandb.init(project="mine"), every=100)])
 
-Each is given the tracker's own run, so that its project, its name and its settings are the
-tracker's own business; nothing is imported here. TensorBoard's is in `optimize_loss.tensorboard`.
+Each logger takes a run of its tracker, so you set the project, name and settings with the tracker
+itself; nothing is imported here. `optimize_loss.tensorboard` has the logger for TensorBoard.
 """
 
 import json
@@ -53,11 +53,11 @@ class Aim(Logger):
 class JsonLines(Logger):
     """Append one line of JSON for each batch to a file: {"batch": 1, "loss": 0.5, ...}.
 
-    `pandas.read_json(path, lines=True)` reads it. A run that resumes appends to it. Histograms are
+    `pandas.read_json(path, lines=True)` reads it. A resumed run appends to it. Histograms are
     skipped.
 
     Args:
-      path: of the file; its folder must exist.
+      path: the path of the file; its folder must exist.
       every: as for `Logger`.
 
     Raises:
@@ -77,7 +77,7 @@ class JsonLines(Logger):
         self._file = open(path, "a") if jax.process_index() == 0 else None  # noqa: SIM115
 
     def write(self, batch: Any, metrics: Any) -> None:
-        """Append lines, which are in the file when this returns.
+        """Append lines; they are in the file when this returns.
 
         Args:
           batch: as for `Logger.write`.
@@ -106,7 +106,7 @@ class JsonLines(Logger):
 class Wandb(Logger):
     """Log to a run of Weights & Biases, or of Trackio, which has the same method.
 
-    Histograms are skipped. Both want batches in order: put it before an `Evaluate` that logs.
+    Histograms are skipped. Both expect batches in order: put it before an `Evaluate` that logs.
 
     Args:
       run: what `wandb.init(...)` or `trackio.init(...)` returned.

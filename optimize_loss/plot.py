@@ -1,7 +1,7 @@
-"""Pictures of training, each one call that returns a matplotlib figure.
+"""Pictures of training: each function returns a matplotlib figure.
 
-Nothing is shown, and no setting of matplotlib changes: `figure.savefig("loss.png")` writes a file,
-and a notebook shows the figure that a cell ends with. Needs the extra `demo`.
+Nothing is shown, and no matplotlib setting changes: `figure.savefig("loss.png")` writes a file, and
+a notebook shows a figure on the last line of a cell. It needs the extra `demo`.
 """
 
 import functools
@@ -61,7 +61,7 @@ def schedule(schedules: Any, steps: int = 1000) -> "Figure":
 
     Raises:
       ImportError: matplotlib is not installed.
-      InvalidType: `schedules` is none of these, or one does not return a number.
+      InvalidType: `schedules` is not one of these, or a schedule does not return a number.
 
     Example:
       >>> import optimize_loss as ol
@@ -111,9 +111,10 @@ def _short(function: Any) -> str:
 def metrics(metrics: Mapping[str, Any]) -> "Figure":
     """Draw the metrics of a run over its steps: losses, rates, norms, then each of the others.
 
-    An axis is logarithmic where all values are above 0 and the greatest is over 10 times the
-    least. Above 400 steps, lines are means over groups of steps, with the least and the greatest
-    of each group as a band behind. What is not one number a step, such as histograms, is left out.
+    An axis is logarithmic if all values are above 0 and the greatest is more than 10 times the
+    least. Above 400 steps, lines are means over groups of steps, and a band shows the minimum and
+    maximum of each group. Metrics that are not one number per step, such as histograms, are
+    skipped.
 
     Args:
       metrics: {tag: array of shape (steps,)}, as `step.run` and `step.many` return them.
@@ -123,8 +124,8 @@ def metrics(metrics: Mapping[str, Any]) -> "Figure":
 
     Raises:
       ImportError: matplotlib is not installed.
-      InvalidType: `metrics` is no mapping.
-      ValueError: no metric has one number a step.
+      InvalidType: `metrics` is not a mapping.
+      ValueError: no metric has one number per step.
 
     Example:
       >>> import jax.numpy as jnp, optimize_loss as ol
@@ -207,28 +208,28 @@ def _draw_steps(axes: Any, values: np.ndarray, label: str, style: Mapping[str, A
 
 
 def update_ratios(before: Any, after: Any, *, steps: int = 1) -> "Figure":
-    """Draw how much each parameter has changed, as a part of its size.
+    """Draw how much each parameter has changed, relative to its size.
 
         ratio = ‖after - before‖ / (‖before‖ · steps)
 
-    Some 0.001 a step is usual, the mark in the picture; far less hardly trains, far more is
-    unstable. A parameter that was zero has no ratio and is named without a bar, and so is one that
-    is not finite before or after, at the top. Of more than 40 parameters, those that are not
-    finite and those with the largest ratios are shown. Random keys are skipped.
+    A ratio of about 0.001 per step is usual, and is marked in the picture. With much less a
+    parameter hardly trains; much more is unstable. A parameter that was zero has no ratio, and is
+    listed without a bar. So is one that is not finite, at the top. With more than 40 parameters,
+    those that are not finite and those with the largest ratios are shown. Random keys are skipped.
 
     Args:
-      before: a tree of parameters. A step donates the state that it is given, so copy them
-        first: `jax.device_get(state.params)`.
+      before: a tree of parameters. A step donates its state, so copy them first:
+        `jax.device_get(state.params)`.
       after: the same parameters, later.
-      steps: how many updates lie between, at least 1.
+      steps: the number of updates between the two, at least 1.
 
     Returns:
       A `matplotlib.figure.Figure`.
 
     Raises:
       ImportError: matplotlib is not installed.
-      InvalidType: a leaf is no array of numbers.
-      RuntimeError: `before` was given to a step, which took its memory.
+      InvalidType: a leaf is not an array of numbers.
+      RuntimeError: `before` was donated to a step.
       TreeMismatch: the trees have different leaves, or leaves of different shapes.
       ValueError: there is no parameter.
 
@@ -275,7 +276,7 @@ def _ratios(before: Any, after: Any) -> list[_Ratio]:
     """Return the ratio of each parameter: what is not finite first, then from large to small.
 
     Raises:
-      InvalidType: a leaf is no array of numbers.
+      InvalidType: a leaf is not an array of numbers.
       RuntimeError: a step has taken the memory of a leaf.
       TreeMismatch: the trees have different leaves.
       ValueError: there are none.
@@ -322,12 +323,12 @@ def _values(which: str, name: str, leaf: Any) -> np.ndarray:
 def sweep(result: _Runs) -> "Figure":
     """Draw the loss of a sweep over each of its numbers.
 
-    A dot is a run: its mean loss over the last tenth of the steps. The line goes through the best
-    run at each value; with seeds, through the best mean over them. The best run of all has a ring,
-    and crosses at the top are runs whose loss was not finite.
+    Each dot is a run, at its mean loss over the last tenth of the steps. The line connects the best
+    runs of each value; with seeds, the best means over seeds. A ring marks the best run, and
+    crosses at the top mark runs whose loss was not finite.
 
     Args:
-      result: what `step.sweep` has returned.
+      result: from `step.sweep`.
 
     Returns:
       A `matplotlib.figure.Figure`, with a panel for each number that has several values.
@@ -402,7 +403,7 @@ def learning_rate(result: _Curve) -> "Figure":
     """Draw a learning-rate range test: the loss over the rate, with the rate that is suggested.
 
     Args:
-      result: what `step.find_learning_rate` has returned.
+      result: from `step.find_learning_rate`.
 
     Returns:
       A `matplotlib.figure.Figure`.

@@ -2,7 +2,7 @@
 
     from optimize_loss.tensorboard import TensorBoardWriter
 
-It needs tensorboardX: `pip install 'optimize_loss[tensorboard]'`.
+It needs tensorboardX, which the extra `tensorboard` installs.
 """
 
 import itertools
@@ -19,13 +19,13 @@ _COUNTER = itertools.count()
 
 
 class TensorBoardWriter(Logger):
-    """Write metrics, as a training step returns them, to one TensorBoard log.
+    """Write the metrics of a training step to a TensorBoard log.
 
     It is a hook of `TrainStep.run`, and can be called by hand: `writer.write(state.batches,
     metrics)`. A scalar becomes a point of a curve, a pair (counts, edges) a histogram. Metrics of
     `step.many`, stacked along a first axis of length k, become k points at the last k batches.
     Scalars are kept as float32. Of a histogram, TensorBoard also wants the sum and the sum of
-    squares of the entries; both are taken as if every entry lay at the centre of its bin.
+    squares of the entries; both are computed as if every entry were at the center of its bin.
     TensorBoard's tags have letters, digits and `_ . - /`; any other character becomes `_`.
 
     Where several processes train together, only the first one writes. Each writer has a file of

@@ -159,12 +159,18 @@ def _plain_sums(x: jax.Array) -> Sums:
 
 
 def _joint_sums(x: jax.Array) -> Sums:
+    return Sums(*_joint_sum([y * y for y in _scaled(x)]))
+
+
+def _joint_sum(several: Sequence[jax.Array]) -> list[jax.Array]:
+    """Return the sums of arrays of one shape and dtype, as one reduction."""
+
     def add(one: Sequence[jax.Array], other: Sequence[jax.Array]) -> list[jax.Array]:
         return [a + b for a, b in zip(one, other, strict=True)]
 
-    zero = jnp.zeros((), x.dtype)
-    squares = [y * y for y in _scaled(x)]
-    return Sums(*jax.lax.reduce(squares, [zero] * 3, add, tuple(range(x.ndim))))
+    first = several[0]
+    zeros = [jnp.zeros((), first.dtype)] * len(several)
+    return list(jax.lax.reduce(list(several), zeros, add, tuple(range(first.ndim))))
 
 
 def _scaled(x: jax.Array) -> list[jax.Array]:
@@ -173,6 +179,43 @@ def _scaled(x: jax.Array) -> list[jax.Array]:
     bound = 2.0 ** (-limit * 3 // 8)
     several = x, x * 2.0**-limit, jnp.clip(x, -bound, bound) * 2.0**limit
     return [jnp.maximum(y, -y) for y in several]  # as in `sum_of_squares`
+
+
+def least_and_greatest(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the least and the greatest entry of real numbers; NaN where one is NaN."""
+    return jax.lax.platform_dependent(x, cpu=_two_ends, tpu=_two_ends, default=_joint_ends)
+
+
+def _two_ends(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jnp.min(x), jnp.max(x)
+
+
+def _joint_ends(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def ends(one: Sequence[jax.Array], other: Sequence[jax.Array]) -> list[jax.Array]:
+        return [jnp.minimum(one[0], other[0]), jnp.maximum(one[1], other[1])]
+
+    infinite = jnp.asarray(jnp.inf, x.dtype)
+    low, high = jax.lax.reduce([x, x], [infinite, -infinite], ends, tuple(range(x.ndim)))
+    return low, high
+
+
+def counts_below(values: jax.Array, bounds: jax.Array) -> jax.Array:
+    """Return for each of the bounds, at least one, how many of the values are less, as int32.
+
+    XLA makes one loop of several sums on CPU and TPU. On GPU each would end in a kernel of its own,
+    and with a scatter into few bins all threads would wait for the same addresses.
+    """
+    return jax.lax.platform_dependent(
+        values, bounds, cpu=_several_counts, tpu=_several_counts, default=_joint_counts
+    )
+
+
+def _several_counts(values: jax.Array, bounds: jax.Array) -> jax.Array:
+    return jnp.stack([jnp.sum(values < bound, dtype=jnp.int32) for bound in bounds])
+
+
+def _joint_counts(values: jax.Array, bounds: jax.Array) -> jax.Array:
+    return jnp.stack(_joint_sum([(values < bound).astype(jnp.int32) for bound in bounds]))
 
 
 def norm_of_sums(sums: Sums) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Save a state to a file by names, and restore what of it has a place in another state."""
+"""Save a state to a file by name, and restore all entries that another state has, too."""
 
 import dataclasses
 import json
@@ -47,16 +47,16 @@ from optimize_loss._state.train_state import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class RestoreReport:
-    """What `restore` found in a file, by names of leaves such as `optimizer/adam/m/dense/kernel`.
+    """The result of `restore`: names of leaves such as `optimizer/adam/m/dense/kernel`.
 
     Attributes:
-      matched: leaves that are in both, under their names in `like`; they are as in the file, but
-        for those in `from_code`.
-      new: leaves of `like` that the file lacks; they stay as they begin.
+      matched: leaves in both, under their names in `like`; they have the values of the file, except
+        those in `from_code`.
+      new: leaves of `like` that the file lacks; they keep their initial values.
       unused: leaves of the file that `like` lacks, under their names in the file.
-      from_file: hyperparameters for which `like` had another value; they are as in the file.
-      from_code: hyperparameters for which the file has another value; they are as in `like`.
-      parts: what the file holds beside the state, by name.
+      from_file: hyperparameters that differ from `like`, with the value of the file.
+      from_code: hyperparameters that differ from the file, with the value of `like`.
+      parts: the other contents of the file, by name.
 
     Example:
       >>> from optimize_loss import RestoreReport
@@ -90,28 +90,28 @@ class RestoreReport:
 def save(path: str | os.PathLike[str], state: TrainState, *, parts: Parts | None = None) -> None:
     """Write a state to one file, from which `restore` continues bit for bit.
 
-    The file has the layout of safetensors, and keys by name: `params/<name>`,
+    The file has the layout of safetensors, and these keys: `params/<name>`,
     `optimizer/<link>/<slot>/<name>`, `optimizer/<link>/<number>`, `optimizer/step`,
     `model_state/<name>`, `key`, `first_step`, `batches`. It holds no code. Every array and the
-    header have a checksum. When `save` returns, the file is on the disk; if it fails or is killed,
-    the file that was there before is whole.
+    header have a checksum. When `save` returns, the file is on the disk. If it fails or is killed,
+    an existing file stays intact.
 
-    All arrays come to the host at once, those that are spread over devices whole. With several
-    processes all must call it; the first one writes, and the call returns in none before it has.
+    All arrays are fetched to the host at once; sharded arrays are gathered. With several processes,
+    all must call it. The first one writes, and all calls return after it has finished.
 
     Args:
-      path: of the file; its folder must exist. A file that is there is replaced.
-      state: what `TrainStep.init` or a step returned. It may be used on.
-      parts: {name: what else to keep}: an object whose state is asked for, by its method
-        `get_state` or `state_dict`, such as the iterator of a loader; a function without
-        arguments, which is called; or a value: numbers, text, bytes, arrays, lists and dicts.
+      path: the path of the file; its folder must exist. An existing file is replaced.
+      state: from `TrainStep.init` or a step. You can still use it.
+      parts: {name: part}, to save with the state. A part is an object with a method `get_state` or
+        `state_dict`, such as the iterator of a loader; a function without arguments, which is
+        called; or a value: numbers, text, bytes, arrays, lists and dicts.
 
     Raises:
-      InvalidType: `state` is no TrainState, or traced; `path` is no path; or `parts` gives what
-        cannot be kept.
-      OSError: the disk is full, or there is no right to write; or that is so in the first process.
-      RuntimeError: the memory of `state` was given to a step.
-      ValueError: two leaves have one name; or `path` is a symbolic link or a device.
+      InvalidType: `state` is not a TrainState, or is traced; `path` is not a path; or a part cannot
+        be saved.
+      OSError: the disk is full, or the path is not writable, in this process or the first one.
+      RuntimeError: `state` was donated to a step.
+      ValueError: two leaves have the same name; or `path` is a symbolic link or a device.
 
     Example:
       >>> import optimize_loss as ol, pathlib, tempfile
@@ -163,52 +163,52 @@ def restore(
     numbers: Source = "latest",
     parts: Parts | None = None,
 ) -> tuple[TrainState, RestoreReport]:
-    """Return a state with the leaves of a file, and a report of what had a place in it.
+    """Return a state with the leaves of a file, and a report.
 
-    Leaves go by their names, so that links may have come, gone or changed places since, and
-    parameters may lie otherwise in memory or on other devices. What is in the file is taken; what
-    is not stays as in `like`, except that a slot in which a parameter is copied, such as an
-    average, begins from the restored parameter. Corrections of a start, such as Adam's, go by the
-    step, so that they are not made again for a slot that is new late in training.
+    Leaves are matched by name, so you may have added, removed or reordered links since, and
+    parameters may be packed or sharded differently. Leaves in the file are restored; all others
+    stay as in `like`, except that a slot which copies a parameter, such as an average, starts from
+    the restored parameter. Bias corrections such as Adam's count the step, so they do not start
+    again for a slot that is added late in training.
 
-    Of hyperparameters, the `latest` count: where the code has changed since the file was written,
-    those of the code, and else those of the file, as `state.set` may have set them in its run. So
-    an edited learning rate has an effect, and one that was set in the run is kept. The report says
-    which came from where; there is a warning where one that was set in the run is kept, or is not.
-    A file from before this was recorded counts as set in its run. Schedules are code: of two
-    schedules that of the code is followed.
+    By default, hyperparameters have the `latest` values: those of the code if the code has changed
+    since the file was written, otherwise those of the file, which `state.set` may have set. So if
+    you edit a learning rate, the new value is used, and a value that was set during the run is
+    kept. The report lists the source of each, and there is a warning about each value that was set
+    during the run. Files that do not record this count as set during the run. Schedules are code:
+    the schedule of the code is always used.
 
-    A file from before states counted their batches has as many batches as it has updates.
+    For a file without a count of batches, the number of updates is used.
 
-    With several processes all must call it, and see the file.
+    With several processes, all must call it and have access to the file.
 
-    Moments in another `precision` are other slots, and are not converted: they are new, begin at
-    zero, and those of the file are unused.
+    Moments in another `precision` are different slots, and are not converted: they are new and
+    start at zero, and those of the file are unused.
 
     Args:
-      path: of a file that `save` wrote.
-      like: a state with the structure wanted, as `step.init(params)` returns it. It is not
-        changed, and may be used on.
-      rename: {name: new name} of parameters and of leaves of the model state, or of their first
-        parts, as in `{"encoder": "body/encoder"}`; the first that fits counts, and each must fit.
-        Or a function of the name. Slots follow their parameters.
+      path: the path of a file that `save` wrote.
+      like: a state with the structure wanted, as `step.init(params)` returns it. It is not changed,
+        and you can still use it.
+      rename: {name: new name} for parameters and leaves of the model state, or for their first
+        parts, as in `{"encoder": "body/encoder"}`. The first match is used, and every key must
+        match. Or a function of the name. Slots follow their parameters.
       strict: whether anything new or unused is an error.
-      numbers: which hyperparameters the state has: those of the `file`, those of the `code`, which
-        are those of `like`, or the `latest` ones.
-      parts: as for `save`: an object with `set_state` or `load_state_dict` is given the state that
-        it had. The values of all parts are in the report.
+      numbers: the source of hyperparameters: the `file`, the `code`, which is `like`, or the
+        `latest` of both.
+      parts: as for `save`: the state of an object with `set_state` or `load_state_dict` is
+        restored. The values of all parts are in the report.
 
     Returns:
-      The state, with every leaf where that of `like` is, and the report.
+      The state, with the sharding of `like`, and the report.
 
     Raises:
       CheckpointCorrupt: the file is damaged, cut short or of another kind.
       CheckpointMismatch: a shape, a dtype or the kind of a random key differs; nothing is cast.
-        Or no parameter has a place. With `strict`, something is new or unused.
+        Or the file has no parameter of `like`. With `strict`, something is new or unused.
       CheckpointVersion: the file was written by a newer version.
       InvalidType: an argument is of the wrong kind.
       OSError: the file cannot be read.
-      ValueError: `rename` does not fit.
+      ValueError: `rename` does not match.
 
     Example:
       An average of the parameters is added to a run:

@@ -1,4 +1,4 @@
-"""A folder of checkpoints: the newest few, and the newest that is whole."""
+"""A folder of checkpoints, which keeps the newest files, and restores the newest intact one."""
 
 import contextlib
 import json
@@ -34,29 +34,30 @@ _NAME = re.compile(r"step_(0|[1-9]\d*)\.safetensors")
 
 
 class Checkpoints(Hook):
-    """Keep the newest checkpoints of a run in a folder, and continue from the newest whole one.
+    """Keep the newest checkpoints of a run in a folder, and resume from the newest intact one.
 
-    The files are `step_<n>.safetensors`, n the global step; where it does not advance, the number
-    of updates. No other file is touched, and none of such a name whose header is not whole or that
-    something else wrote is deleted. It is a hook of `TrainStep.run`, which saves after every so
-    many batches and at the end of the run: `step.run(state, batches, hooks=[checkpoints])`.
+    The files are `step_<n>.safetensors`, where n is the global step, or the number of updates if
+    the global step does not advance. No other file is touched. A file with such a name is not
+    deleted if its header is damaged, or if another program wrote it. As a hook of `TrainStep.run`,
+    it saves every n batches and at the end of the run: `step.run(state, batches,
+    hooks=[checkpoints])`.
 
     Args:
-      folder: where the files are; made if it is not there.
-      keep: how many of the newest files stay, at least 1.
-      every: as a hook, after how many batches it saves, at least 1: where `state.batches` is a
-        multiple of this. None for at the end of a run only.
-      at_end: whether it saves at the end of a run, too.
-      parts: what to keep beside the state, as for `optimize_loss.save`: {"data": iterator} keeps
-        the position in the data, and `resume` gives it back. Where a hook is called, a run has
-        pulled no batch that it has not taken; so the position is that of the state.
-      best: where given, the tag of a metric: as a hook, it saves only where this is better than in
-        its newest file; the mean, of several batches. So the newest file is the best one.
-      mode: whether the least metric is the best, `min`, or the greatest, `max`.
+      folder: the folder of the files; created if it does not exist.
+      keep: how many of the newest files to keep, at least 1.
+      every: as a hook, it saves when `state.batches` is a multiple of this, at least 1. None to
+        save only at the end of a run.
+      at_end: whether to save also at the end of a run.
+      parts: what else to save, as for `optimize_loss.save`: {"data": iterator} saves the position
+        in the data, and `resume` restores it. When a hook is called, the run has used every batch
+        that it has read, so the position matches the state.
+      best: if given, the tag of a metric: as a hook, it saves only if this metric is better than in
+        its newest file; of several batches, the mean is used. So the newest file is the best one.
+      mode: whether a lower metric is better, `min`, or a higher one, `max`.
 
     Raises:
       InvalidType: an argument is of the wrong kind.
-      OSError: the folder cannot be made.
+      OSError: the folder cannot be created.
       ValueError: an argument is out of range.
 
     Example:
@@ -104,12 +105,12 @@ class Checkpoints(Hook):
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """The steps of which there is a file, in order; it may be damaged."""
+        """The steps with a file, in order; a file may be damaged."""
         found = ((_NAME.fullmatch(entry.name), entry) for entry in os.scandir(self.folder))
         return tuple(sorted(int(m[1]) for m, x in found if m and x.is_file(follow_symlinks=False)))
 
     def path(self, step: int) -> pathlib.Path:
-        """Return where the file of a step is, or would be.
+        """Return the path of the file of a step, whether or not it exists.
 
         Args:
           step: the global step.
@@ -119,12 +120,12 @@ class Checkpoints(Hook):
     def save(self, state: TrainState, metric: float | None = None) -> pathlib.Path:
         """Write a file for this step, then delete all but the newest ones.
 
-        The file just written stays. There is a warning if files of later steps do, as `newest`
-        would return those.
+        The new file is always kept. There is a warning if there are files of later steps, because
+        `newest` would return one of those.
 
         Args:
           state: what to write; its step is in the name of the file.
-          metric: the value by which the best file is chosen; None where none is.
+          metric: the value that decides which file is best; None if `best` is not used.
 
         Returns:
           The path of the file, which is on the disk.
@@ -162,12 +163,12 @@ class Checkpoints(Hook):
         strict: bool = False,
         numbers: Source = "latest",
     ) -> TrainState:
-        """Return the state of the newest whole file, or `state` if there is none.
+        """Return the state of the newest intact file, or `state` if there is no file.
 
-        `parts` are given back what they were.
+        The `parts` are restored, too.
 
         Args:
-          state: where a new run begins, as `step.init(params)`.
+          state: the start of a new run, such as `step.init(params)`.
           rename: as for `optimize_loss.restore`.
           strict: as there.
           numbers: as there.
@@ -186,10 +187,10 @@ class Checkpoints(Hook):
         strict: bool = False,
         numbers: Source = "latest",
     ) -> tuple[TrainState, RestoreReport] | None:
-        """Restore the newest whole file; None if the folder has none at all.
+        """Restore the newest intact file; None if the folder has no file.
 
-        A damaged file is passed over with a warning that names it. Warnings about hyperparameters
-        are those of `optimize_loss.restore`. With several processes all must see the same folder.
+        A damaged file is skipped with a warning that names it. Warnings about hyperparameters are
+        those of `optimize_loss.restore`. With several processes, all must see the same folder.
 
         Args:
           like: as for `optimize_loss.restore`.
@@ -198,7 +199,7 @@ class Checkpoints(Hook):
           numbers: as there.
 
         Raises:
-          CheckpointCorrupt: there are files, and all are damaged; with `strict`, the newest is.
+          CheckpointCorrupt: all files are damaged; or, with `strict`, the newest one is.
           As `optimize_loss.restore`.
         """
         steps = self.steps
@@ -250,7 +251,7 @@ class Checkpoints(Hook):
             self.save(state, value)
 
     def _least(self) -> float:
-        """Return the metric of the newest whole file; the worst of all if there is none."""
+        """Return the metric of the newest intact file; the worst possible one without a file."""
         for step in reversed(self.steps):
             with contextlib.suppress(CheckpointCorrupt, OSError), Reader(self.path(step)) as file:
                 return json.loads(file.metadata.get("metric", f"{self._sign}e999"))

@@ -37,7 +37,7 @@ def check_state(argument: str, state: Any) -> TrainState:
 
     Raises:
       InvalidType: it is something else, or traced.
-      RuntimeError: its memory was given to a step.
+      RuntimeError: it was donated to a step.
     """
     if not isinstance(state, TrainState):
         raise InvalidType(
@@ -89,7 +89,7 @@ def outline(state: TrainState) -> dict[str, Any]:
 def on_host(state: TrainState) -> dict[str, np.ndarray]:
     """Return all leaves by name as numpy arrays, fetched at once; of random keys, their data.
 
-    What is spread over devices comes whole, in every process: all of them must call it.
+    Sharded arrays are gathered in every process, so all of them must call it.
     """
     data = jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, state)
     whole = jax.tree.map(_gathered, data)
@@ -196,20 +196,19 @@ def _placed(array: Any, like: jax.Array) -> jax.Array:
 
 
 def to_state_dict(state: TrainState) -> dict[str, Any]:
-    """Return a state as nested dicts of arrays by name, whatever shares an array inside of it.
+    """Return a state as nested dicts of arrays by name, even if parameters share arrays in it.
 
-    The keys are `params`, `optimizer`, `model_state`, `key`, `first_step` and `batches`; below
-    them, those of the user's trees. Of typed random keys the dict has the data, under the name of
-    their kind. Orbax and other tools that save trees of arrays can keep it. What they give back is
-    readable, and `from_state_dict` makes a state of it.
+    The keys are `params`, `optimizer`, `model_state`, `key`, `first_step` and `batches`; below them
+    are the keys of the user's trees. Typed random keys are stored as their data, under the name of
+    their kind. Orbax and other tools that save trees of arrays can save the dict, and
+    `from_state_dict` turns it back into a state.
 
     Args:
-      state: what `TrainStep.init` or a step returned; of shapes, too, as `jax.eval_shape` makes
-        them. The dict may have arrays of the state: save it, or copy them, before the state is
-        given to a step.
+      state: from `TrainStep.init` or a step; or its shapes, from `jax.eval_shape`. The dict may
+        share arrays with the state: save it, or copy it, before the next step donates the state.
 
     Raises:
-      InvalidType: `state` is no TrainState.
+      InvalidType: `state` is not a TrainState.
       ValueError: two leaves have one name.
 
     Example:
@@ -240,22 +239,22 @@ def to_state_dict(state: TrainState) -> dict[str, Any]:
 
 
 def from_state_dict(like: TrainState, tree: Mapping[str, Any]) -> TrainState:
-    """Return the state of which `to_state_dict` made these dicts.
+    """Return the state from which `to_state_dict` made these dicts.
 
     Args:
-      like: a state with the structure wanted, as `step.init(params)` returns it. It is not
-        changed, and may be used on.
-      tree: nested dicts of jax or numpy arrays; they are copied. `ol.to_state_dict(like)` has
-        the form that a tool may want to be told.
+      like: a state with the structure wanted, as `step.init(params)` returns it. It is not changed,
+        and you can still use it.
+      tree: nested dicts of jax or numpy arrays; they are copied. If a tool needs the expected
+        structure, pass it `ol.to_state_dict(like)`.
 
     Returns:
-      The state, with every leaf where that of `like` is.
+      The state, with the sharding of `like`.
 
     Raises:
       CheckpointMismatch: a name, a shape, a dtype or the kind of a random key differs; nothing is
         cast.
-      InvalidType: `like` is no TrainState, or traced; or `tree` is no dict.
-      RuntimeError: the memory of `like` was given to a step.
+      InvalidType: `like` is not a TrainState, or is traced; or `tree` is not a dict.
+      RuntimeError: `like` was donated to a step.
 
     Example:
       >>> import optimize_loss as ol
@@ -306,7 +305,7 @@ def _check_kind(name: str, like: Any, leaf: Any) -> None:
 
 
 def register_with_flax() -> None:
-    """Tell flax how to serialize a state, if flax is there: it is not imported for this."""
+    """Register the state with `flax.serialization` if flax has been imported."""
     serialization = sys.modules.get("flax.serialization")
     register = getattr(serialization, "register_serialization_state", None)
     if serialization and register and not serialization.is_serializable(TrainState):

@@ -32,19 +32,19 @@ from optimize_loss.transforms._multiply import MultiplyLayers, MultiplySteps
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """What a step will do; `print` shows it as a table.
+    """A description of a step; `print` shows it as a table.
 
     Attributes:
-      rows: what holds for each parameter.
-      links: in the order in which gradients pass them, the name of each and what it is.
-      warnings: what looks like a mistake.
+      rows: one `Row` for each parameter.
+      links: the name and description of each link, in the order in which gradients pass.
+      warnings: likely mistakes.
       parameters: the number of entries of all parameters.
-      trained: of those that are trained.
-      param_bytes: of all parameters.
-      state_bytes: of the optimizer's state, with its numbers.
-      total_bytes: of all arrays in the `TrainState`.
-      device_bytes: of their parts on one device, where `shard_state` spreads the optimizer's state
-        over several; else None. All other bytes are those of complete arrays.
+      trained: the number of entries of trained parameters.
+      param_bytes: the bytes of all parameters.
+      state_bytes: the bytes of the optimizer's state, including its numbers.
+      total_bytes: the bytes of all arrays in the `TrainState`.
+      device_bytes: the bytes on one device if `shard_state` shards the optimizer's state; otherwise
+        None. All other figures are bytes of complete arrays.
     """
 
     rows: tuple[Row, ...]

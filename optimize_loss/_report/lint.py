@@ -1,4 +1,4 @@
-"""What in the options of a step looks like a mistake, although it is allowed."""
+"""Warnings about options of a step that are allowed, but are likely mistakes."""
 
 import dataclasses
 import functools
@@ -45,24 +45,26 @@ Links = Sequence[tuple[str, Any, bool]]  # the name of each, the link, and wheth
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """What holds for one parameter.
+    """One parameter in an `Explanation`.
 
     Attributes:
       name: of the parameter.
       shape: of the parameter.
       dtype: name of its dtype.
       trained: whether it gets gradients.
-      rule: the pattern of its rule; None without one.
-      links: the names of the links that it passes through; none if it is not trained.
-      moved_by: of these, those that make its update: with memory for it, or else with the rate.
-      learning_rate: the rate at the first step, without the multiplier; None if it is not known,
-        as that of an optax transformation, or not trained.
-      schedule: of the rate, if it goes by one.
-      multiplier: of the rate: a number, or one for each layer.
-      weight_decay: per unit of the rate for decay that goes by it; 0 for none.
+      rule: the pattern of its rule; None without a rule.
+      links: the names of the links that it passes through; empty if it is not trained.
+      moved_by: the links among these that make its update: those with slots for it, or otherwise
+        the rate.
+      learning_rate: the rate at the first step, without the multiplier; None if it is not known, as
+        for an optax transformation, or if the parameter is not trained.
+      schedule: the schedule of the rate, if any.
+      multiplier: the learning rate multiplier: a number, or one number per layer.
+      weight_decay: the weight decay, per unit of the rate if it is multiplied by the rate; 0 for no
+        decay.
       param_bytes: of the parameter.
       state_bytes: of its slots.
-      place: the array that it shares with others, or how it is sharded; "" for an array of its own.
+      place: the array that it shares with others, or its sharding; "" if it has its own array.
     """
 
     name: str

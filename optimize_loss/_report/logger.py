@@ -1,4 +1,4 @@
-"""Metrics as numbers by batch, for logs of all kinds."""
+"""Metrics as numbers by batch, for all kinds of logs."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -14,16 +14,16 @@ from optimize_loss._state.train_state import TrainState
 
 
 class Logger(Hook):
-    """Write the metrics of each batch to a log: a hook of `TrainStep.run`, or by hand.
+    """Write the metrics of each batch to a log: as a hook of `TrainStep.run`, or by hand.
 
-    Subclasses write `write_one`. Where several processes train together, only the first one writes.
+    Subclasses define `write_one`. If several processes train together, only the first one writes.
 
     Args:
-      every: as a hook, after how many batches it writes what has come since, at least 1; None for
-        at the end of a run only.
+      every: as a hook, the number of batches between two writes, at least 1; None to write only at
+        the end of a run.
 
     Raises:
-      InvalidType: `every` is no integer.
+      InvalidType: `every` is not an integer.
       ValueError: `every` is below 1.
 
     Example:
@@ -46,8 +46,8 @@ class Logger(Hook):
         """Write the metrics of one batch.
 
         Args:
-          batch: its number, from 1.
-          values: {tag: number}, and histograms as pairs (counts, edges) of arrays.
+          batch: the number of the batch, from 1.
+          values: {tag: value}: numbers, or histograms as pairs (counts, edges) of arrays.
         """
         raise NotImplementedError
 
@@ -56,14 +56,14 @@ class Logger(Hook):
 
         Args:
           batch: the number of the batch, an integer of at least 0; after a step, that is
-            `state.batches`. For stacked metrics it is that of the last batch: they are those of
-            the batches from batch - k + 1 to batch.
+            `state.batches`. For stacked metrics it is the number of the last batch: they belong to
+            batches batch - k + 1 to batch.
           metrics: {tag: value}. Each value is a real scalar, or a pair (counts, edges) of shapes
-            (bins,) and (bins + 1,); or each has, before that, one axis of length k.
+            (bins,) and (bins + 1,); or each has a leading axis of length k.
 
         Raises:
-          InvalidType: a value is none of these, or is stacked where the first one is not; then
-            nothing is written. Or `batch` is no integer.
+          InvalidType: a value is not one of these, or only some values are stacked; then nothing is
+            written. Or `batch` is not an integer.
           ValueError: `batch` is negative, or too small for k batches.
         """
         last = check_integer("batch", batch, STEP)
@@ -91,7 +91,7 @@ class Logger(Hook):
         self.write(state.batches, metrics)
 
     def close(self) -> None:
-        """Bring all to where it belongs; a second call does nothing."""
+        """Write everything that is pending; a second call does nothing."""
 
     def __enter__(self) -> "Logger":
         return self

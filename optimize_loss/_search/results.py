@@ -1,4 +1,4 @@
-"""What searches over hyperparameters have found."""
+"""Results of searches over hyperparameters."""
 
 import dataclasses
 from typing import TYPE_CHECKING, Any
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LearningRateTest:
-    """What a learning-rate range test has found; made by `TrainStep.find_learning_rate`.
+    """The result of a learning-rate range test; made by `TrainStep.find_learning_rate`.
 
     Attributes:
       rates: the rate of each step taken, equally spaced in the logarithm. Shape (steps,).
       losses: the loss at each step, before its update. Shape (steps,).
       smoothed: the running mean of the losses, without bias. Shape (steps,).
       suggestion: the rate at which the smoothed loss falls most steeply over the logarithm of the
-        rate, before its minimum; None if it falls nowhere.
+        rate, before its minimum; None if it never falls.
       diverged: whether the test ended because the loss rose or was not finite.
       still_falling: whether the smoothed loss falls most steeply at the highest rate tried. A
         better rate may then be above: the suggestion is only the best of those tried.
-      number: which number was raised; the rates are its values.
+      number: the name of the number that was raised; the rates are its values.
 
     Example:
       >>> import optimize_loss as ol
@@ -87,10 +87,10 @@ class Sweep:
 
     @property
     def best(self) -> int:
-        """The number of the run whose `final` loss is least; one that is not finite never is.
+        """The index of the run with the least `final` loss; runs that are not finite do not count.
 
         Raises:
-          NonFiniteError: no run has a finite one.
+          NonFiniteError: no run has a finite loss.
         """
         finite = np.where(np.isfinite(self.final), self.final, np.inf)
         if np.isinf(finite).all():
@@ -101,14 +101,14 @@ class Sweep:
         return int(finite.argmin())
 
     def state(self, point: int | None = None) -> TrainState:
-        """Return the state of one run, to go on with; of the best one, unless told which.
+        """Return the final state of one run, by default of the best one.
 
         Args:
-          point: the number of the run, in `points`; below 0 from the end.
+          point: the index of the run in `points`; negative numbers count from the end.
 
         Raises:
           IndexError: there is no such run.
-          NonFiniteError: the best one is wanted, and no run has a finite loss.
+          NonFiniteError: `point` is not given, and no run has a finite loss.
         """
         point = self.best if point is None else point
         if point not in range(-len(self.points), len(self.points)):

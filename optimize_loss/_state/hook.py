@@ -1,4 +1,4 @@
-"""Hooks: what a run calls between its batches, and at its end."""
+"""Hooks: functions that a run calls between batches, and at its end."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
@@ -20,16 +20,17 @@ Function = Callable[[TrainState, dict[str, Any]], TrainState | None]
 
 
 class Hook:
-    """What `TrainStep.run` calls after every so many batches, and at the end of a run.
+    """A function that `TrainStep.run` calls every n batches, and at the end of a run.
 
-    Subclass it and write `__call__`; for a function, `optimize_loss.every(n, function)` makes one.
+    Subclass it and write `__call__`, or make one from a function with `optimize_loss.every(n,
+    function)`.
 
     Attributes:
-      every: how many batches there are between two calls, counted by `state.batches`: with 100, it
-        is called after the batches 100, 200, and so on. So a run that continues another one calls
-        it where that would have. None for at the end only.
-      at_end: whether it is called at the end of a run, too, unless it was just called. The end is
-        where batches or steps are, or where a hook stopped the run; not where an exception is.
+      every: the number of batches between two calls, counted by `state.batches`: with 100, it is
+        called after batches 100, 200, and so on. So a resumed run calls it at the same batches as
+        an uninterrupted one. None to call it only at the end.
+      at_end: whether it is also called at the end of a run, unless it was just called. A run ends
+        after the last batch or step, or when a hook stops it, but an exception is not an end.
 
     Example:
       >>> import optimize_loss as ol
@@ -48,10 +49,10 @@ class Hook:
     at_end: bool = True
 
     def wait(self, batches: int) -> int | None:
-        """Return after how many more batches it is to be called next, at least 1; None for never.
+        """Return the number of batches until the next call, at least 1; None for never.
 
         Args:
-          batches: how many have been taken: `state.batches`.
+          batches: the number of batches so far: `state.batches`.
         """
         return None if self.every is None else self.every - batches % self.every
 
@@ -83,12 +84,12 @@ class _Every(Hook):
 
 
 def every(n: int, function: Function, *, at_end: bool = False) -> Hook:
-    """Return a hook that calls a function of (state, metrics) after every `n` batches.
+    """Return a hook that calls a function of (state, metrics) every `n` batches.
 
     Args:
-      n: how many batches there are between two calls, at least 1, counted by `state.batches`.
-      function: as `Hook.__call__`.
-      at_end: whether to call it at the end of a run, too, unless it was just called.
+      n: the number of batches between two calls, at least 1, counted by `state.batches`.
+      function: like `Hook.__call__`.
+      at_end: whether to call it also at the end of a run, unless it was just called.
 
     Raises:
       InvalidType: an argument is of the wrong kind.

@@ -54,7 +54,7 @@ def like_model_state(source: str, new: Any, old: Any) -> Any:
       old: the model state before.
 
     Raises:
-      InvalidType: a leaf is no array and no number.
+      InvalidType: a leaf is neither an array nor a number.
       TreeMismatch: structure, shape or dtype differ.
     """
     try:
@@ -84,15 +84,15 @@ def _like(source: str, name: str, old: jax.Array, new: Any) -> jax.Array:
 
 
 class Aux(NamedTuple):
-    """What a loss may return beside its value: `return loss, Aux(metrics=...)`.
+    """Extra results of a loss: `return loss, Aux(metrics=...)`.
 
     Attributes:
-      metrics: {name: array}, reported beside the step's own metrics.
+      metrics: {name: array}, reported together with the step's own metrics.
       model_state: the new model state, with the structure, shapes and dtypes of the old one; None
         keeps the old one.
-      weight: how much there was in the batch over which the loss is a mean, such as its number of
-        tokens, at least 0: a scalar, for `Accumulate(reduce="weighted")`. Of devices whose
-        gradients are summed in the step it is the mean.
+      weight: the size of the batch over which the loss is a mean, such as its number of tokens, at
+        least 0: a scalar, for `Accumulate(reduce="weighted")`. If the step sums gradients over
+        devices, their mean is used.
 
     Example:
       >>> import optimize_loss as ol

@@ -78,22 +78,22 @@ def _averaging_slots(chain: Chain, state: dict[str, Any]) -> Iterator[Any]:
 class TrainState:
     """Parameters, optimizer state and all else that a step changes; made by `TrainStep.init`.
 
-    A frozen pytree: `step(state, batch)` takes one and returns the next, and gives the memory of
-    the old one to the new one.
+    An immutable pytree: `step(state, batch)` takes a state and returns the next one, which takes
+    over its memory.
 
     Attributes:
       packed_params: the parameters as a step takes them: the small ones in one array.
-      packed_optimizer: the chain's state in the same form: its numbers in few arrays, too.
-      model_state: what the loss keeps besides parameters, such as running statistics; or None.
+      packed_optimizer: the chain's state in the same form, with its numbers in few arrays.
+      model_state: the state of the model besides parameters, such as running statistics; or None.
       key: the random key from which the key of each step is derived; or None.
       first_step: the global step before the first update, an int32.
-      batches: how many batches steps have taken, an int32. It counts those that a guard skipped
-        and those that accumulation gathers; `step` does not.
+      batches: the number of batches, an int32. It includes skipped batches and every batch of an
+        accumulated update; `step` does not.
       chain: the links whose state `optimizer` is. Structure, not data.
       increment_step: whether updates advance the global step. Structure, not data.
-      layout: how the parameters are packed; None where they are as the user has them.
-      placement: where parameters and slots lie after a step; None where XLA may choose.
-      graph: how parameters and model state make up a module of flax nnx; None without one.
+      layout: how the parameters are packed; None if they are not.
+      placement: the sharding of parameters and slots after a step; None if XLA may choose.
+      graph: how to make a flax nnx module from parameters and model state; None without a module.
 
     Example:
       >>> import optimize_loss as ol
@@ -123,12 +123,13 @@ class TrainState:
 
     @property
     def model(self) -> Any:
-        """The module of flax nnx that `init` was given, as it is now; its arrays are the state's.
+        """The flax nnx module that was passed to `init`, with its current values.
 
-        A step takes their memory: copy it, or ask the next state for it.
+        It shares its arrays with the state, which a step donates: copy it, or get it from the next
+        state.
 
         Raises:
-          InvalidType: `init` was given no module.
+          InvalidType: `init` was not called with a module.
         """
         if self.graph is None:
             raise InvalidType(
@@ -139,7 +140,7 @@ class TrainState:
 
     @property
     def outline(self) -> Any:
-        """The tree of parameters as shapes, dtypes and places: the device is not waited for."""
+        """The tree of parameters as shapes, dtypes and shardings; does not wait for the device."""
         if not all(map(has_values, jax.tree.leaves(self.packed_params))):
             return self.params
         shapes = jax.tree.map(_outlined, self.packed_params)
@@ -156,7 +157,7 @@ class TrainState:
 
     @functools.cached_property
     def links(self) -> dict[str, Any]:
-        """The chain's state with slots as a step takes them: what the chain is given."""
+        """The chain's state with slots in the form that a step takes."""
         packed = self.packed_optimizer
         return packed if self.layout is None else self.layout.split_numbers(packed)
 
@@ -184,11 +185,11 @@ class TrainState:
     def with_trees(self, params: Any = None, optimizer: Any = None) -> "TrainState":
         """Return the state with other parameters, or another state of the chain, in these trees.
 
-        Their arrays are copied, because a step donates the state that it is given.
+        Their arrays are copied, because a step donates its state.
 
         Args:
-          params: as the property of that name shows them; None for those that stay.
-          optimizer: the same of the chain's state.
+          params: in the form of the property of that name; None to keep them.
+          optimizer: the same for the chain's state.
 
         Raises:
           TreeMismatch: a tree has other leaves, or one of another shape or dtype.
@@ -247,13 +248,13 @@ class TrainState:
 
     @property
     def eval_params(self) -> Any:
-        """The parameters to evaluate: the average, or the slow ones, where a link keeps such.
+        """The parameters to evaluate: the average or the slow parameters, if a link keeps them.
 
-        What `ema`, `lookahead` and schedule-free optimizers have users keep; all else is as in
-        `params`. Of stacked states, take them with `jax.vmap(lambda state: state.eval_params)`.
+        The result of `ema`, `lookahead` or a schedule-free optimizer; all other parameters are as
+        in `params`. For stacked states, use `jax.vmap(lambda state: state.eval_params)`.
 
         Raises:
-          InvalidType: these are several states, stacked, and a link averages.
+          InvalidType: this is a stack of several states, and a link averages.
 
         Example:
           >>> import jax.numpy as jnp, optimize_loss as ol
@@ -281,15 +282,14 @@ class TrainState:
 
     @property
     def offender(self) -> str | None:
-        """Why the last batch was left out by `skip`: a parameter's name, or what else it was.
+        """Why `skip` skipped the last batch: the name of a parameter, or another cause.
 
-        The name is that of the first parameter whose gradient was not finite; "the loss" stands
-        for a loss alone, "the norm of all gradients" for a spike, "a schedule" for one with a
-        value that its number cannot have. None if there was no such batch.
-        Waits for the device.
+        It names the first parameter whose gradient was not finite. "the loss" means that only the
+        loss was not finite, "the norm of all gradients" means a spike, and "a schedule" means that
+        a schedule had an invalid value. None if no batch was skipped. It waits for the device.
 
         Raises:
-          InvalidType: these are several states, stacked, or one that is being traced.
+          InvalidType: this is a stack of several states, or it is traced.
         """
         names = leaf_names(self.outline)
         codes = [self.links[name]["offender"] for name, _ in guards_of(self.chain.links)]
@@ -306,24 +306,24 @@ class TrainState:
     def set(self, *, step: Any = None, batches: Any = None, **values: Any) -> "TrainState":
         """Return the state with another step or other hyperparameters; nothing is traced again.
 
-        Traced values make a sweep: `jax.vmap(lambda rate: state.set(learning_rate=rate))(rates)`
-        is a state for each rate, to step with `jax.vmap(step)`. Where a `learning_rate_decay_fn`
-        decays the rate, it is the rate before decay that is set.
+        Use traced values for a sweep: `jax.vmap(lambda rate: state.set(learning_rate=rate))(rates)`
+        has a state for each rate, to step with `jax.vmap(step)`. With a `learning_rate_decay_fn`,
+        this sets the rate before decay.
 
         Args:
-          step: the global step that schedules see, an integer of at least 0. What goes by the
-            number of updates made, such as noise and Adam's correction, goes on.
-          batches: how many batches count as taken, an integer of at least 0: 0 for a run of its
-            own that begins with this state.
+          step: the global step that schedules see, an integer of at least 0. Noise and Adam's
+            correction still count the updates made.
+          batches: the number of batches, an integer of at least 0: 0 to start a new run from this
+            state.
           **values: hyperparameters by name, or by `link/number` where several links have that
-            name: Python, numpy or jax scalars. None gives back what was built in, such as a
-            schedule. A name alone is that of the step: a number of an optimizer that a rule has
-            for itself needs its link, as `AdamW.rate/learning_rate`.
+            name: Python, numpy or jax scalars. None restores the value in the code, such as a
+            schedule. A name alone refers to the step; a number of a rule's own optimizer needs its
+            link, as in `AdamW.rate/learning_rate`.
 
         Raises:
-          InvalidType: a value is no scalar number.
-          ValueError: no link has such a number, or it is not clear which is meant; or its rule
-            does not hold.
+          InvalidType: a value is not a scalar number.
+          ValueError: no link has such a number, or the name is ambiguous; or the value is out of
+            range.
 
         Example:
           >>> import optimize_loss as ol
@@ -343,10 +343,10 @@ class TrainState:
         return step - self.packed_optimizer["step"] if self.increment_step else step
 
     def copy(self) -> "TrainState":
-        """Return a copy in memory of its own, which no step takes with this one.
+        """Return a copy that does not share memory with this state.
 
-        A step, `many` and `run` donate the state that they are given: its memory goes to the new
-        state. So a state that is to be kept, in a hook or beside a run, must be copied.
+        A step, `many` and `run` donate their state: the new state takes over its memory. So copy a
+        state that you want to keep, for example in a hook.
 
         Example:
           >>> import optimize_loss as ol
@@ -361,22 +361,22 @@ class TrainState:
 
     @asked_for()
     def reset(self, *patterns: Pattern) -> "TrainState":
-        """Return the state in which some parameters have slots as before the first update.
+        """Return the state with the initial slots for some parameters.
 
-        They are what the links make for the parameters as they are now: means start again at zero,
-        averages at the parameter. The step, hyperparameters and memories for the whole tree, such
-        as a running mean of the norm, stay. So Adam's correction of the start, which goes by the
-        step, is not made again: late in training its first update after this is
-        (1-β₁) / √(1-β₂), mostly 3.2, times the rate. What `Accumulate` has gathered for these
-        parameters since the last update is lost. Nothing is traced again.
+        The links initialize them for the current parameters: means start again at zero, averages at
+        the parameter. The step, the hyperparameters and totals over the tree, such as a running
+        mean of the norm, do not change. Adam's bias correction counts the step, so it does not
+        start again: late in training, the first update after a reset is (1-β₁) / √(1-β₂) times the
+        rate, which is 3.2 with the defaults. The sum in `Accumulate` for these parameters is lost.
+        Nothing is traced again.
 
         Args:
           *patterns: names or patterns of the parameters.
 
         Raises:
-          InvalidType: something given is no pattern.
-          ValueError: a pattern matches no parameter, or none of those matched has slots although
-            others have: they are not trained.
+          InvalidType: an argument is not a pattern.
+          ValueError: a pattern matches no parameter, or only parameters without slots, which are
+            not trained, while others have slots.
 
         Example:
           >>> import optimize_loss as ol

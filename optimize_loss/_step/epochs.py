@@ -1,4 +1,4 @@
-"""A data set several times over, with a position that can be saved."""
+"""Epochs over a data set, with a position that can be saved."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -10,16 +10,16 @@ class Epochs:
     """The batches of a data set, epoch after epoch: an iterator whose position can be saved.
 
     Args:
-      batches: a function of the number of the epoch, from 0, that returns the batches of it, as for
-        a shuffle with a seed of its own; or an iterable that can be iterated again.
-      count: how many epochs, at least 1; None for no end.
+      batches: a function of the epoch number, from 0, that returns its batches, for example
+        shuffled with the epoch as seed; or an iterable that can be iterated again.
+      count: the number of epochs, at least 1; None to repeat forever.
 
     Attributes:
-      epoch: the number of the epoch of the last batch, from 0.
-      batch: how many batches of that epoch were given.
+      epoch: the epoch of the last batch, from 0.
+      batch: how many batches of that epoch have been read.
 
     Raises:
-      InvalidType: `batches` is neither, or an iterator.
+      InvalidType: `batches` is neither of these, or is an iterator.
       ValueError: `count` is below 1.
 
     Example:
@@ -72,7 +72,7 @@ class Epochs:
         return {"epoch": self.epoch, "batch": self.batch}
 
     def set_state(self, state: dict[str, int]) -> None:
-        """Go to a position: the batches of its epoch that come before are read, and dropped.
+        """Go to a position: earlier batches of its epoch are read and dropped.
 
         Args:
           state: what `get_state` returned.

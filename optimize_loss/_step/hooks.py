@@ -24,21 +24,22 @@ from optimize_loss._step.step import Step
 
 
 class Evaluate(Hook):
-    """Evaluate a state after every so many batches, and tell others of the result.
+    """Evaluate a state every n batches, and pass the result to other hooks.
 
     Args:
-      step: whose `evaluate` is called.
+      step: the step whose `evaluate` is called.
       batches: what to evaluate on: an iterable that can be iterated again, such as a list or a
         loader; or a function without arguments that returns an iterable.
-      every: after how many batches, at least 1; None for at the end of a run only.
+      every: the number of batches between two evaluations, at least 1; None to evaluate only at the
+        end of a run.
       loss: as for `step.evaluate`.
-      name: what the tags of the result begin with, before a "/".
-      then: hooks that are called with the state and the result as metrics, each time, in order:
+      name: the prefix of the tags of the result, before a "/".
+      then: hooks that are called each time, in order, with the state and the result as metrics:
         loggers, `Checkpoints(best=...)`, `StopEarly`.
-      at_end: whether to evaluate at the end of a run, too.
+      at_end: whether to evaluate also at the end of a run.
 
     Attributes:
-      latest: the last result; empty before there is one.
+      latest: the last result; empty before the first evaluation.
 
     Raises:
       InvalidType: an argument is of the wrong kind, or `batches` is an iterator.
@@ -102,16 +103,16 @@ class Evaluate(Hook):
 
 
 class StopEarly(Hook):
-    """End a run where a metric has not become better for a while.
+    """End a run when a metric has stopped improving.
 
-    It can be a part of a checkpoint, so that a run that resumes has not forgotten.
+    It can be a part of a checkpoint, so that a resumed run continues its count.
 
     Args:
-      metric: its tag; of several batches, the mean counts.
-      patience: how many calls in a row may bring nothing better, at least 1.
+      metric: the tag of the metric; of several batches, the mean is used.
+      patience: how many calls in a row may pass without an improvement, at least 1.
       mode: whether less is better, `min`, or more, `max`.
-      change: by how much it must be better to count, at least 0.
-      every: after how many batches it looks at the metrics of a run; None in `then` of `Evaluate`,
+      change: the least improvement that counts, at least 0.
+      every: how often it reads the metrics of a run, in batches; None in `then` of `Evaluate`,
         which calls it each time.
 
     Raises:
@@ -148,11 +149,11 @@ class StopEarly(Hook):
         self._best, self._waited = math.inf, 0
 
     def get_state(self) -> dict[str, Any]:
-        """Return what it has seen, for a checkpoint."""
+        """Return the best value and the count, for a checkpoint."""
         return {"best": self._best, "waited": self._waited}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go on from what it had seen.
+        """Continue from a saved best value and count.
 
         Args:
           state: what `get_state` returned.
@@ -184,12 +185,12 @@ class StopEarly(Hook):
 class Profile(Hook):
     """Record what happens between two batches of a run, for TensorBoard, XProf or Perfetto.
 
-    The operations carry the names of the links. Begin after the first batches, which compile.
+    The operations carry the names of the links. Start after the first batches, which compile.
 
     Args:
-      folder: where the profile goes.
-      start: after how many batches it begins, at least 1, counted by `state.batches`.
-      stop: after how many it ends, above `start`.
+      folder: the folder to write the profile to.
+      start: the batch after which it starts, at least 1, counted by `state.batches`.
+      stop: the batch after which it ends, above `start`.
 
     Raises:
       InvalidType: an argument is of the wrong kind.

@@ -32,7 +32,7 @@ from optimize_loss._step.run import Run, check_plan
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Step(abc.ABC):
-    """Programs from a state and a batch to the next state, and what one does with them.
+    """A step: its compiled programs, its loop and its searches.
 
     Subclasses say how a state begins, and how one step is taken while being traced.
     """
@@ -72,7 +72,7 @@ class Step(abc.ABC):
     def explain(
         self, params: Any, *, steps: int | None = None, model_state: Any = None
     ) -> Explanation:
-        """Return what this step will do with each parameter, before anything is allocated."""
+        """Describe what this step will do with each parameter, before anything is allocated."""
 
     def __call__(self, state: TrainState, *batch: Any) -> tuple[TrainState, dict[str, Any]]:
         """Take one step; compiled once for each shape and dtype of batch.
@@ -88,32 +88,32 @@ class Step(abc.ABC):
           that of the parameters before the update.
 
         Raises:
-          RuntimeError: this state was given to a step before.
+          RuntimeError: this state was donated to an earlier step.
           NonFiniteError: `skip` has left out too many batches in a row before this state, and the
             device has finished it; one that it has not is not waited for.
         """
         return self._dispatch(False, state, batch)
 
     def many(self, state: TrainState, *batches: Any) -> tuple[TrainState, dict[str, Any]]:
-        """Take k steps in one call, without returning to Python between them.
+        """Take k steps in one call, without returning to Python in between.
 
         Compiled once for each k.
 
         Args:
           state: as for a single step.
           *batches: as for a single step, with k batches stacked along the first axis of every
-            array, k at least 1. A list or tuple is one part, whose arrays are stacked.
+            array, k at least 1. A list or tuple is one argument of the loss, whose arrays are
+            stacked.
 
         Returns:
           The state after k steps, and the metrics of each, stacked along a first axis.
 
         Raises:
-          ValueError: the arrays differ in the length of their first axis, or have none; or this
-            step has taken a single batch with as many axes before, so that these are one batch.
-          InvalidType: what is given is no array; or the loss fails with a list that is a part.
-          NonFiniteError: as for a single step, by what came last before this state. A row of
-            batches that `skip` left out, and that ended within a call, is in the metric
-            `skipped_in_a_row` only, whose maximum tells.
+          ValueError: the arrays differ in the length of their first axis, or are scalars; or this
+            step has already taken a single batch with as many axes, so these look like one batch.
+          InvalidType: a leaf is not an array; or the loss fails with a list that is one argument.
+          NonFiniteError: as for a single step, if the skips continue up to this state. Skips in a
+            row that end within a call show only in the maximum of the metric `skipped_in_a_row`.
         """
         check_stacked(batches, self._ranks)
         return self._many(state, *batches)
@@ -134,52 +134,54 @@ class Step(abc.ABC):
         sharding: Any = None,
         progress: bool = False,
     ) -> tuple[TrainState, dict[str, Any]]:
-        """Take a step for each batch of an iterable, while the device stays busy.
+        """Take a step for each batch of an iterable, and keep the device busy.
 
-        The results are those of single steps, and of `many` for calls of several steps. Batches
-        are pulled, stacked and sent to the device while it computes, up to a call before they are
-        needed but never more than `steps`. What comes from the host is copied when it is pulled.
+        The results are those of single steps, or of `many` for several steps per call. Batches are
+        read, stacked and sent to the device while it computes, up to one call in advance but never
+        more than `steps`. Batches on the host are copied when they are read.
 
-        What the iterable, a hook or a step raises is passed on; the state reached is then the
-        error's attribute `state`. There is a warning if `batches` ends before `steps`.
+        If the iterable, a hook or a step raises, the exception carries the last good state as
+        `error.state`. There is a warning if `batches` ends before `steps`.
 
-        So is what the handler of a signal raises, such as KeyboardInterrupt: between two calls, so
-        that the state is at hand. Batches that were pulled for the next call are then lost. While
-        a batch or a hook takes longer than a tenth of a second, it is raised in there. A second
-        Ctrl-C is raised at once, and may lose the state. All this holds in the main thread, for
-        handlers that are written in Python; Python does not raise elsewhere.
+        The same holds if a signal handler raises, for example KeyboardInterrupt. It is raised
+        between two calls, when the state is available. Batches that were read for the next call are
+        then lost. If a batch or a hook takes longer than a tenth of a second, it is raised there. A
+        second Ctrl-C is raised immediately, and may lose the state. All this applies to the main
+        thread and to handlers written in Python; Python does not raise elsewhere.
 
         Args:
-          state: from `init` or from the step before; its memory is taken, as by a single step.
-          batches: an iterable. A tuple or list in it is `*batch` of a single step, anything else
-            is a batch of one part. Leaves that are not jax arrays become numpy arrays, such as
+          state: from `init` or from the step before; it is donated, as in a single step.
+          batches: an iterable. A tuple or list in it is `*batch` of a single step; anything else is
+            a batch with one argument. Leaves that are not jax arrays become numpy arrays, such as
             torch's and TensorFlow's tensors.
           steps: how many steps to take, at least 1; None to take them until `batches` ends.
           steps_per_call: the most steps in one call of the device, at least 1. A call has fewer
-            where a hook is due, where shapes change and at the end; each number of steps is
+            steps if a hook is due, if shapes change, and at the end. Each number of steps is
             compiled once.
           hooks: a list of hooks, such as `ol.every(100, function)` or `ol.Checkpoints(folder,
             every=100)`. Each is called with the state and the metrics since it was last called,
-            in this order where several are due. It returns None, or the state to go on with, such
+            in this order if several are due. It returns None, or the state to continue with, such
             as `state.set(learning_rate=1e-4)`, or raises `ol.StopRun` to end the run. Its state is
             donated to the next step: keep `state.copy()`.
-          prefetch: the most calls in flight, at least 1. Before one more, the loop waits for the
-            metrics of the oldest.
-          sharding: where the arrays of a batch go, a NamedSharding or a device: one for all, or a
-            tuple with one, or a tree of them, for each part. Stacked batches get an axis before.
-          progress: whether to show a bar of steps and the loss, with tqdm.
+          prefetch: the most calls in flight, at least 1. Before it starts another one, the loop
+            waits for the metrics of the oldest.
+          sharding: a NamedSharding or a device for the arrays of a batch: one for all, or a tuple
+            with one, or a tree of them, for each argument. Stacked batches get a leading axis.
+          progress: whether to show a progress bar with the loss, using tqdm.
 
         Returns:
           The state after the last step, and the metrics of all, stacked along a first axis as
-          numpy arrays. A metric whose shape differs between steps is a list, an entry a step.
+          numpy arrays. A metric whose shape differs between steps is a list with one entry per
+          step.
 
         Raises:
           ImportError: tqdm is not installed, for `progress`.
-          InvalidType: an argument is of the wrong kind, or a hook returned something else.
+          InvalidType: an argument is of the wrong kind, or a hook returned something other than
+            None or a state.
           ValueError: an argument is out of range, or `batches` is empty.
-          RuntimeError: this state was given to a step before.
-          NonFiniteError: `skip` has left out too many batches in a row; raised with the metrics
-            that tell, after as many calls as are in flight.
+          RuntimeError: this state was donated to an earlier step.
+          NonFiniteError: `skip` has skipped too many batches in a row; raised when their metrics
+            arrive, up to `prefetch` calls later.
 
         Example:
           >>> import optimize_loss as ol
@@ -202,25 +204,26 @@ class Step(abc.ABC):
     ) -> dict[str, Any]:
         """Return the means of the loss and its metrics over batches, without a step.
 
-        They are those of `state.eval_params`: of the average, where the state keeps one. One
-        program is compiled for each shape of batch, and run for each batch. A batch counts by the
-        length of the first axis of its first array, or by the `weight` in the `Aux` of the loss,
-        where it has one; sums are in float64. The state is as it was, and its memory stays its own.
+        The loss is computed at `state.eval_params`, the averaged parameters if the state keeps an
+        average. One program is compiled per shape of batch. Batches are weighted by the length of
+        the first axis of their first array, or by the `weight` in the `Aux` of the loss, if it has
+        one. Sums are in float64. The state is not changed and not donated.
 
         Args:
           state: from `init` or from a step.
-          batches: an iterable, as for `run`; all of it is read.
+          batches: an iterable, as for `run`; it is read to the end.
           loss: a function of `(params, *batch)` as for `optimize_loss`, whose `Aux(metrics=...)`
-            has metrics of your own, such as an accuracy; None for the loss of this step.
+            has your own metrics, such as an accuracy; None for the loss of this step.
           sharding: as for `run`.
 
         Returns:
-          {tag: mean}: `loss`, and each metric of the loss. Those of a step of several, for each of
-          them, have its name before them, as in `critic/loss`.
+          {tag: mean}: `loss`, and each metric of the loss. A `JointStep` returns those of all its
+          losses, with the tags of a step, as `critic/loss`.
 
         Raises:
           InvalidType: an argument is of the wrong kind.
-          ValueError: `batches` is empty; or the loss takes what the state does not have.
+          ValueError: `batches` is empty; or the loss takes a model state or key that the state does
+            not have.
 
         Example:
           >>> import jax.numpy as jnp, optimize_loss as ol
@@ -245,41 +248,39 @@ class Step(abc.ABC):
         divergence: float = 4.0,
         number: str = "learning_rate",
     ) -> LearningRateTest:
-        """Try rates from low to high, one a step, and return how the loss went.
+        """Try rates from low to high, one per step, and return the losses.
 
             rateᵢ = lowest · (highest / lowest)^(i / (steps - 1))
 
         The test ends early when the loss is not finite, or when the smoothed loss is above
-        `divergence` times the least that it was: least + (divergence - 1) · |least|, which also
-        holds for losses below 0. A batch that `skip` leaves out as not finite ends it, too. The
-        caller's state is as it was, and its memory stays its own. One program is compiled for each
-        `steps` and shape of batches. A schedule of the rate is overridden; with `accumulate`, a
-        step is one micro-batch.
+        `divergence` times its minimum so far: least + (divergence - 1) · |least|, which also holds
+        for losses below 0. A batch that `skip` skips as not finite also ends it. The caller's state
+        is not changed and not donated. One program is compiled per `steps` and shape of batches. A
+        schedule of the rate is overridden; with `accumulate`, a step is one micro-batch.
 
         Args:
-          state: from `init` or from a step; where training is to begin.
+          state: from `init` or from a step: the start of training.
           batches: an iterable, as for `run`: write [batch] for a single one. At most `steps` of
-            them are kept on the device at once; they come again in turn if there are fewer.
+            them are kept on the device at once. If there are fewer, they are repeated.
           lowest: the first rate, above 0.
           highest: the last rate, above `lowest`.
           steps: how many rates, at least 3.
-          smoothing: the weight of what was before in the running mean of the loss, in [0, 1).
-          divergence: how many times the least smoothed loss is too much, above 1.
-          number: which number of the state is raised, as `state.set` names it; such as
-            "AdamW.rate/learning_rate" for that of a rule with an optimizer of its own, or
-            "weight_decay".
+          smoothing: the weight of earlier losses in the running mean, in [0, 1).
+          divergence: the test ends at this multiple of the least smoothed loss, above 1.
+          number: the number of the state to raise, as `state.set` names it, such as
+            "AdamW.rate/learning_rate" for the rate of a rule's own optimizer, or "weight_decay".
 
         Returns:
           A `LearningRateTest`. Its `suggestion` is the rate at which the smoothed loss falls most
-          steeply over the logarithm of the rate, before its minimum; its slope is that between
-          points about 1 / (1 - smoothing) steps apart. As a mean of what was before, the smoothed
-          loss lags behind by about smoothing / (1 - smoothing) steps. Where that is at the highest
-          rate, the result is `still_falling`, and there is a warning: a better one may be above.
+          steeply over the logarithm of the rate, before its minimum; the slope is measured between
+          points about 1 / (1 - smoothing) steps apart. The smoothed loss lags by about smoothing /
+          (1 - smoothing) steps. If the loss falls most steeply at the highest rate, the result is
+          `still_falling`, and there is a warning: a better rate may be above.
 
         Raises:
           InvalidType: an argument is of the wrong kind, or `state` is traced.
-          ValueError: an argument is out of range; `batches` is empty, or they are not alike; the
-            rate is no number of the state, as that of an optax transformation; or a
+          ValueError: an argument is out of range; `batches` is empty, or the batches differ in
+            shape; the rate is not a number of the state, like that of an optax transformation; or a
             `learning_rate_decay_fn` or `plateau` would change it.
           NonFiniteError: the loss is not finite before the first update.
 
@@ -295,9 +296,9 @@ class Step(abc.ABC):
           (True, 0.0)
 
         References:
-          L. N. Smith, "Cyclical Learning Rates for Training Neural Networks", 2017, section 3.3,
-          https://arxiv.org/abs/1506.01186; with exponential spacing, smoothing and the bound of
-          four times the least as fastai's `Learner.lr_find` has them.
+          L. N. Smith, "Cyclical Learning Rates for Training Neural Networks", 2017,
+          https://arxiv.org/abs/1506.01186; with the exponential spacing, the smoothing and the
+          bound of four times the minimum of fastai's `Learner.lr_find`.
         """
         self._check_state(state)
         ramp = Ramp(lowest, highest, steps, smoothing, divergence, number)
@@ -312,34 +313,35 @@ class Step(abc.ABC):
         grid: bool = True,
         **numbers: Any,
     ) -> Sweep:
-        """Take the same steps from many states at once, which differ in numbers or seeds.
+        """Take the same steps from many states at once, with different numbers or seeds.
 
-        One program, compiled once for each number of runs and steps, takes all runs side by side:
-        `jax.vmap` over the states around the scan of `many`. The result is that of separate runs,
-        but for the order of sums. The caller's state is as it was, and its memory stays its own;
-        the runs need memory for as many states.
+        One program does all runs side by side: `jax.vmap` over the states around the scan of
+        `many`. It is compiled once per number of runs and steps. The results are those of separate
+        runs, up to the order of sums. The caller's state is not changed and not donated. The runs
+        need memory for as many states.
 
         Args:
-          state: from `init` or from a step; where all runs begin. With `init`, one that has made
-            no step: its model state, counters and statistics are those of all runs.
+          state: from `init` or from a step: the start of all runs. With `init`, it must not have
+            made a step: all runs use its model state, counters and statistics.
           *batches: as for `many`, stacked along the first axis; the same for all runs.
-          seeds: how many, for 0, 1, …; or a list of integers in [0, 2**32). A run of seed s has
-            the random key and the noise that it would have under `optimize_loss(seed=s)`.
-          init: where given, a function of a random key that returns parameters: a run of seed s
+          seeds: the number of seeds, for 0, 1, …; or a list of integers in [0, 2**32). A run of
+            seed s has the random key and the noise that it would have under
+            `optimize_loss(seed=s)`.
+          init: if given, a function of a random key that returns parameters: a run of seed s
             begins with `init(jax.random.key(s))`, and with slots as before the first update.
-          grid: whether several lists are combined to all points, the last one changing fastest;
-            otherwise the first values of all are a point, then the second, and so on.
-          **numbers: lists of values, by the names that `state.set` knows, such as
+          grid: whether to run all combinations of several lists, the last one changing fastest;
+            otherwise the first values of all lists are one run, then the second values, and so on.
+          **numbers: lists of values, by the names of `state.set`, such as
             `learning_rate=[0.01, 0.1]` or `**{"adam/beta_1": [0.8, 0.9]}`.
 
         Returns:
           A `Sweep`.
 
         Raises:
-          InvalidType: a list is none, a value is no number, or `state` is traced.
-          ValueError: there is no list, or an empty one; a name or a value is not one that
-            `state.set` takes; seeds would change nothing; `state` has made a step, with `init`; or
-            `batches` are not as for `many`.
+          InvalidType: an argument is not a list, a value is not a number, or `state` is traced.
+          ValueError: there is no list, or a list is empty; `state.set` does not accept a name or a
+            value; seeds would change nothing; `state` has made a step, with `init`; or `batches`
+            are not as for `many`.
           TreeMismatch: what `init` returns has other leaves, shapes or dtypes than the parameters.
 
         Example:
@@ -406,9 +408,9 @@ class Step(abc.ABC):
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def lower(self, state: TrainState, *batch: Any) -> jax.stages.Lowered:
-        """Return the program of a single step before compilation, to look at or to compile.
+        """Return the program of a single step before compilation, to inspect or to compile.
 
-        The compiled program is called like the step, and donates the state as well:
+        Call the compiled program like the step; it also donates the state:
 
             compiled = step.lower(state, x).compile()
             state, metrics = compiled(state, x)

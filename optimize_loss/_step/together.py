@@ -36,26 +36,27 @@ from optimize_loss.transforms import Chain
 
 
 def together(*, every: Mapping[str, int] | None = None, **steps: TrainStep) -> "JointStep":
-    """Join several losses, each with its own optimizer, to one step over one tree of parameters.
+    """Join several losses, each with its own optimizer, into one step over one tree of parameters.
 
-    In each step all of them get the same batch, and run one after the other, in the order given:
-    each sees the parameters and the model state that those before have left. Each trains the
-    parameters that its `variables` and `rules` say.
+    All steps get the same batch, and run in the given order: each one sees the parameters and the
+    model state after the steps before it. Each one trains the parameters that its `variables` and
+    `rules` select.
 
     Args:
-      every: {name: n}: the step of this name has its turn in every n-th step only, n at least 1:
-        in the steps n, 2n, … from 1 on. All others have one in each. So `every={"actor": 5}` is
-        five updates of the critic, each on its own batch, to one of the actor, on the fifth. In a
-        step that is not its turn nothing of it changes, and its metrics are NaN, or 0 where they
-        are integers. `state.set(**{"actor.turn/every": 2})` sets it.
-      **steps: what `optimize_loss` returned, by name, in order. The name stands before those of
-        its metrics, as in `critic/loss`, and of its links, as in `critic.adam`.
+      every: {name: n}: the step of this name runs only in every n-th step, n at least 1: in the
+        steps n, 2n, … counted from 1. All others run in every step. So `every={"actor": 5}` makes
+        one update of the actor for five updates of the critic, on the fifth batch. When a step does
+        not run, it changes nothing, and its metrics are NaN, or 0 if they are integers.
+        `state.set(**{"actor.turn/every": 2})` sets n.
+      **steps: the steps that `optimize_loss` returned, by name, in order. The name is a prefix of
+        the names of its metrics, as in `critic/loss`, and of its links, as in `critic.adam`.
 
     Returns:
-      A `JointStep`: one compiled program, which is used as a `TrainStep` is.
+      A `JointStep`: one compiled program, used like a `TrainStep`.
 
     Raises:
-      InvalidType: there are no steps, one is no `TrainStep`, or `every` maps no names to integers.
+      InvalidType: there are no steps, one is not a `TrainStep`, or `every` does not map names to
+        integers.
       ValueError: `every` names no step or is out of range; a name is empty or has "/" or "." in
         it; or steps differ in `global_step` or `precision`.
 
@@ -76,7 +77,7 @@ def together(*, every: Mapping[str, int] | None = None, **steps: TrainStep) -> "
       {'u': Array(2., dtype=float32), 'v': Array(-1., dtype=float32)} 1
     """
     if not steps:
-        raise InvalidType("Steps are given by name: `together(critic=step_d, actor=step_g)`.")
+        raise InvalidType("Give steps by name: `together(critic=step_d, actor=step_g)`.")
     for name, step in steps.items():
         if not isinstance(step, TrainStep):
             raise InvalidType(
@@ -116,14 +117,14 @@ def _precision(step: TrainStep) -> Any:
 class JointStep(Step):
     """Several training steps as one: `state, metrics = step(state, batch)`. `together` makes it.
 
-    It is used as a `TrainStep` is. Its state is a `TrainState`, with one tree of parameters, the
-    links of all steps, and one global step, which advances where a step has made an update that
-    has not `increment_global_step=False`. Corrections such as Adam's go by the updates of each.
-    `sweep` and `find_learning_rate` look at the loss of the first step.
+    Use it like a `TrainStep`. Its state is a `TrainState`, with one tree of parameters, the links
+    of all steps, and one global step. The global step advances when any step without
+    `increment_global_step=False` makes an update. Corrections such as Adam's count the updates of
+    their own step. `sweep` and `find_learning_rate` use the loss of the first step.
 
     Attributes:
       steps: by name, in the order in which they run.
-      every: for those that do not run in each step, how many steps come to a turn.
+      every: for each step that does not run every time, the number n of `together`.
 
     Example:
       >>> import optimize_loss as ol
@@ -142,16 +143,16 @@ class JointStep(Step):
         """Return the state before the first step.
 
         Args:
-          params: the parameters of all losses, a tree of arrays and numbers, or of modules of
-            flax nnx, as for `TrainStep.init`. They are copied.
-          model_state: the first model state, which all losses that take one share.
-          key: a random key, from which losses that take one have different ones; made from the
-            `seed` of the first of these if not given.
+          params: the parameters of all losses: a tree of arrays and numbers, or of flax nnx
+            modules, as for `TrainStep.init`. They are copied.
+          model_state: the first model state, shared by all losses that take one.
+          key: a random key, from which each loss that takes one gets its own key; by default made
+            from the `seed` of the first such loss.
 
         Raises:
-          InvalidType: a leaf of `params` is no array and no number.
-          ValueError: as `TrainStep.init`; or two steps train a parameter, and one does not say by
-            `variables` that it does.
+          InvalidType: a leaf of `params` is neither an array nor a number.
+          ValueError: as `TrainStep.init`; or two steps train the same parameter, and one of them
+            does not name it in `variables`.
         """
         if isinstance(params, TrainState):
             raise InvalidType("`params` must be a tree of arrays. Received: a TrainState.")
@@ -191,11 +192,11 @@ class JointStep(Step):
     def explain(
         self, params: Any, *, steps: int | None = None, model_state: Any = None
     ) -> Explanation:
-        """Return what this step will do with each parameter, before anything is allocated.
+        """Describe what this step will do with each parameter, before anything is allocated.
 
         Args:
-          params: as for `init`; `jax.ShapeDtypeStruct`s, too.
-          steps: of the run that is planned, at least 1; None if that is open.
+          params: as for `init`; or `jax.ShapeDtypeStruct`s.
+          steps: the number of steps of the planned run, at least 1; None if it is not known.
           model_state: as for `init`; it counts in `total_bytes`.
 
         Raises:

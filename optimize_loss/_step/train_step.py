@@ -41,22 +41,24 @@ class TrainStep(Recipe, Step):
 
     Attributes:
       loss: the loss, a function of `(params, *batch)`.
-      chain: what happens to its gradients.
-      variables: patterns of the parameters to train; None for all.
+      chain: the links that process its gradients.
+      variables: patterns of the parameters to train; None for all parameters.
       update_ops: functions of the model state, or of it and the batch, run before the loss.
-      summaries: names of what to report.
-      name: prefix of the names of metrics; "" for none.
+      summaries: the names of the metrics to report.
+      name: the prefix of the names of metrics; "" for no prefix.
       first_step: the global step before the first update.
       increment_step: whether updates advance the global step.
       colocate_gradients: whether to keep each gradient where its parameter is.
-      seed: of the random key, for losses that take one.
-      learning_rate: the rate that the optimizer was made with; None if it brings its own.
-      bucket: the most entries of a parameter that shares an array with others; None for none.
-      shard_state: the mesh axis over which slots are spread; None where they lie as parameters do.
-      rules: what some parameters have for themselves.
+      seed: the seed of the random key, for losses that take one.
+      learning_rate: the rate given to `optimize_loss`; None if the optimizer brings its own.
+      bucket: the most entries of a parameter that shares an array with others; None if no
+        parameters do.
+      shard_state: the mesh axis over which slots are sharded; None if they have the sharding of
+        their parameters.
+      rules: the options of some parameters, by pattern.
 
     Example:
-      Half of the way to x, as the gradient is 2 (w - x):
+      The gradient is 2 (w - x), so the step goes half of the way to x:
 
       >>> import optimize_loss as ol
       >>> step = ol.optimize_loss(
@@ -71,19 +73,19 @@ class TrainStep(Recipe, Step):
         """Return the state before the first step.
 
         Args:
-          params: the parameters, a tree of arrays and numbers; or a module of flax nnx, or a tree
-            of modules, for a loss of `(model, *batch)`: each `nnx.Param` of it is trained, and all
-            else is the model state, such as running statistics and streams of random numbers.
-            They are copied, as a step takes the memory of the state that it is given.
+          params: the parameters, a tree of arrays and numbers; or a flax nnx module, or a tree of
+            modules, for a loss of `(model, *batch)`: each `nnx.Param` is trained, and everything
+            else is the model state, such as running statistics and random number streams. They are
+            copied, because a step donates its state.
           model_state: the first model state, for losses and update ops that take one.
           key: a random key, for losses that take one; made from `seed` if not given.
 
         Raises:
-          InvalidType: a leaf of `params` is no array and no number; or is state, not a parameter,
-            such as running statistics.
+          InvalidType: a leaf of `params` is neither an array nor a number; or is state, such as
+            running statistics.
           ValueError: a pattern matches no parameter; there is nothing to train; a parameter to
-            train is in the memory of the host; or `model_state` or `key` is missing or given in
-            vain.
+            train is in host memory; or `model_state` or `key` is missing, or is given although the
+            loss does not take it.
         """
         if isinstance(params, TrainState):
             raise InvalidType("`params` must be a tree of arrays. Received: a TrainState.")
@@ -121,18 +123,17 @@ class TrainStep(Recipe, Step):
     def explain(
         self, params: Any, *, steps: int | None = None, model_state: Any = None
     ) -> Explanation:
-        """Return what this step will do with each parameter, before anything is allocated.
+        """Describe what this step will do with each parameter, before anything is allocated.
 
-        Printed, it is a table: the rule of each parameter, its rate and decay at the first step,
-        the bytes of its state, and the array that it shares with others, or its sharding; then the
-        links in order, the bytes in all, and warnings of what looks like a mistake: parameters of
-        at most one axis that are decayed, 16-bit parameters that small updates do not move, a
-        schedule that begins at 0 or ends before the run, clipping behind the rule, and options
-        without effect.
+        `print` shows a table: the rule of each parameter, its rate and decay at the first step, the
+        bytes of its state, and the array that it shares with others, or its sharding. Below are the
+        links in order, the total bytes, and warnings of likely mistakes: decayed parameters with at
+        most one axis, 16-bit parameters that small updates do not move, a schedule that begins at 0
+        or ends before the run, clipping after the rule, and options without effect.
 
         Args:
-          params: as for `init`; `jax.ShapeDtypeStruct`s, too.
-          steps: of the run that is planned, at least 1; None if that is open.
+          params: as for `init`; or `jax.ShapeDtypeStruct`s.
+          steps: the number of steps of the planned run, at least 1; None if it is not known.
           model_state: as for `init`; it counts in `total_bytes`.
 
         Raises:

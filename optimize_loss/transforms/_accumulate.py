@@ -20,32 +20,32 @@ NO_LOSS = float(np.finfo(np.float32).max)
 
 @dataclasses.dataclass(frozen=True)
 class Accumulate(Gate):
-    """Let the links behind run once in `every` calls, on the mean of the gradients since.
+    """Run the later links once in `every` calls, on the mean of the gradients since.
 
         s ← s + g,   and in every `every`-th call:  u = s / every;  the next one begins with s ← g
         reduce="sum":       u = s
         reduce="weighted":  s ← s + w · g,  W ← W + w,  u = s / W
 
-    In all other calls parameters, the slots of the links behind and the count of updates stay as
-    they are: schedules, Adam's correction and averages go by updates. The sum is kept in float32
-    or wider. Which parameters have no gradient must be the same in all calls of one update: what
-    was gathered for one that has none in the last call is lost.
+    In all other calls, parameters, the slots of later links and the count of updates do not change:
+    schedules, averages and Adam's correction count updates. The sum is kept in float32 or wider.
+    The same parameters must have a gradient in all calls of one update: the sum of a parameter
+    without a gradient in the last call is lost.
 
-    Weighted, the mean over batches of different sizes is that over one large batch: w is how much
-    there was in the batch over which its loss is a mean, such as its number of tokens. A loss for
-    `optimize_loss` returns it in `Aux(weight=...)`; elsewhere it is passed to `update`. What comes
-    with a weight of 0 is not looked at, even if it is NaN: guards and loss scales let it through,
-    and no running mean changes. Where all weights of an update are 0, so is u.
+    With "weighted", the mean over batches of different sizes equals that over one large batch: w is
+    the size of the batch over which its loss is a mean, such as its number of tokens. A loss for
+    `optimize_loss` returns it in `Aux(weight=...)`; elsewhere it is passed to `update`. A batch
+    with weight 0 is ignored, even if it is NaN: guards and loss scales let it through, and no
+    running mean changes. If all weights of an update are 0, u is 0.
 
-    Links behind that go by the loss, such as `ReduceOnPlateau`, see that of the update: the same
-    mean or sum of the losses since. An update whose weights are all 0 does not count for them;
-    optax transformations see the loss of the update before, and NaN if there was none.
+    Later links that read the loss, such as `ReduceOnPlateau`, see the loss of the update: the same
+    mean or sum of the losses since. They ignore an update whose weights are all 0; optax
+    transformations then see the loss of the update before, or NaN if there was none.
 
     Args:
       every: how many gradients make one update, an integer of at least 1.
       reduce: "mean", "sum" or "weighted".
-      of_loss: whether to keep the loss of the update. `chain` lets each `Accumulate` do so that
-        has a link behind it which may need the loss.
+      of_loss: whether to keep the loss of the update. `chain` sets it if a later link may need the
+        loss.
 
     Example:
       >>> import optimize_loss as ol
@@ -58,7 +58,7 @@ class Accumulate(Gate):
 
     References:
       Keras 3, `gradient_accumulation_steps`, and `optax.MultiSteps`. In Keras, schedules and
-      averages go by calls.
+      averages count calls.
     """
 
     every: Count
@@ -157,13 +157,13 @@ class Accumulate(Gate):
 class SumOverAxis(TreeLink):
     """Sum each gradient over a mapped axis of devices, as `jax.lax.psum` does.
 
-    For use inside `jax.shard_map`, `jax.pmap` or `jax.vmap` with that axis. What JAX has summed
-    already, as it does under `jax.shard_map(check_vma=True)` for parameters that all devices
-    share, is not summed again. Gradients of a loss that is a mean over the local batch must be
-    divided by the number of devices, or the loss be.
+    For use inside `jax.shard_map`, `jax.pmap` or `jax.vmap` with that axis. Gradients that JAX has
+    already summed, as it does under `jax.shard_map(check_vma=True)` for replicated parameters, are
+    not summed again. Gradients of a loss that is a mean over the local batch must be divided by the
+    number of devices, or the loss be.
 
     Args:
-      axis_name: name of the axis, or names of several.
+      axis_name: the name of the axis, or a tuple of names.
 
     Example:
       >>> import jax, jax.numpy as jnp, optimize_loss as ol

@@ -23,17 +23,17 @@ class StepByAdafactor(Link):
         p ← p - max(ε₂, rms(p)) · ρ · x / max(1, rms(x) / clip_threshold)
 
     rms is the root mean square of all entries. A matrix of n by m keeps n + m numbers, the slots
-    `row` and `column`, and no V; a vector and a scalar keep V, the slot `v`. Slots without use are
-    empty. Of more than two axes, those before the last two count as many matrices. As b is 0 at
-    first, no correction is needed. A zero gradient gives a zero step. The update is the step: no
+    `row` and `column`, and no V; a vector and a scalar keep V, the slot `v`. Unused slots are
+    empty. Parameters with more than two axes are treated as stacks of matrices. At first b is 0, so
+    no correction is needed. A zero gradient gives a zero step. The update is the step: no
     `ScaleByLearningRate` follows.
 
     Args:
       learning_rate: at least 0, relative to rms(p); a number or a schedule.
       beta_2_decay: at most 0; 0 forgets all gradients but the newest.
       epsilon_1: ε₁, above 0, in the unit of the gradients squared.
-      epsilon_2: ε₂, above 0, in the unit of the parameters: what rms(p) is at least.
-      clip_threshold: what rms(x) is at most, above 0.
+      epsilon_2: ε₂, above 0, in the unit of the parameters: the lower bound of rms(p).
+      clip_threshold: the upper bound of rms(x), above 0.
       relative_step: whether the rate, a schedule's too, is at most 1/√t; else ρ = learning_rate.
 
     Example:

@@ -17,9 +17,9 @@ class ScaleByAdam(Link):
         m ← m + (1-β₁)(g - m),   v ← v + (1-β₂)(g² - v),   t = 1, 2, …
         u = √(1-β₂ᵗ) / (1-β₁ᵗ) · m / (√v + ε)
 
-    ε is added to the root that is not corrected ("ε-hat"), as TensorFlow and Keras do: it counts
-    1/√(1-β₂ᵗ) times what it counts in the paper's algorithm 1 and in optax. With `amsgrad` the
-    denominator uses the largest v so far, itself not corrected. Complex gradients: |g|² for g².
+    ε is added to the root that is not corrected ("ε-hat"), as in TensorFlow and Keras: its effect
+    is 1/√(1-β₂ᵗ) times that in the paper's algorithm 1 and in optax. With `amsgrad` the denominator
+    uses the largest v so far, itself not corrected. Complex gradients: |g|² for g².
 
     Args:
       beta_1: β₁, in [0, 1).

@@ -18,11 +18,11 @@ class ScaleByAdamax(Link):
         update = m / ((1-β₁ᵗ) (u + ε))
 
     Gradients are not squared, so small ones do not underflow and large ones do not overflow. An
-    entry whose gradients are all 0 is not moved. Complex gradients: their absolute value.
+    entry whose gradients are all 0 does not move. Complex gradients: their absolute value.
 
     Args:
       beta_1: β₁, in [0, 1).
-      beta_2: β₂, in [0, 1); the share of the largest size that is left a step later.
+      beta_2: β₂, in [0, 1); the factor by which the largest size decays per step.
       epsilon: ε, above 0, in the unit of the gradients.
 
     Example:
@@ -38,8 +38,8 @@ class ScaleByAdamax(Link):
     References:
       D. Kingma, J. Ba, "Adam: A Method for Stochastic Optimization", 2015,
       https://arxiv.org/abs/1412.6980, algorithm 2, which has no ε; matches Keras 2.15 and 3
-      `Adamax`. optax adds its ε to |g| before the maximum, where it fades: with an ε that counts
-      beside the gradients the two differ.
+      `Adamax`. optax adds its ε to |g| before the maximum, where it decays: the two differ if ε is
+      not negligible compared with the gradients.
     """
 
     beta_1: Decay = 0.9

@@ -15,19 +15,20 @@ from optimize_loss._engine.link import Count, Decay, FullDecay, Link, Numbers, S
 
 @dataclasses.dataclass(frozen=True)
 class AverageParams(Averaging):
-    """Keep an exponential moving average of the parameters. Stands last in a chain.
+    """Keep an exponential moving average of the parameters. It comes last in a chain.
 
         a ← a + (1-β)(p - a),   p the parameter after this update, as it is stored
 
     The average is the slot `average`, in float32 or wider, and starts as a copy of the parameter.
-    With `bias_free` it is the mean of p₁ … pₜ with weights βᵗ⁻ⁱ, so the start does not count: the
-    weight of the newest is (1-β) / (1-βᵗ) in place of (1-β), and 1/t where a schedule gives 1.
+    With `bias_free` it is the mean of p₁ … pₜ with weights βᵗ⁻ⁱ, so the initial parameters are
+    excluded: the weight of the newest is (1-β) / (1-βᵗ) in place of (1-β), and 1/t where a schedule
+    gives 1.
 
     Args:
-      decay: β, in [0, 1]; below 1 if `bias_free`, but for a schedule. At 1 the average stays as
-        it starts.
-      overwrite_every: where given, every so many updates the parameter becomes the average.
-      bias_free: whether to leave the initial parameters out of the average.
+      decay: β, in [0, 1]; below 1 if `bias_free`, unless it is a schedule. At 1 the average never
+        changes.
+      overwrite_every: if given, the parameter becomes the average after every so many updates.
+      bias_free: whether to exclude the initial parameters from the average.
 
     Example:
       >>> import jax.numpy as jnp, optimize_loss as ol
@@ -85,7 +86,7 @@ class AverageParams(Averaging):
     def after(
         self, param: jax.Array, moved: jax.Array, slots: Slots, k: Numbers
     ) -> tuple[jax.Array, Slots]:
-        """Update one average, and overwrite the parameter with it when its time has come."""
+        """Update one average, and overwrite the parameter with it when it is due."""
         old = param.astype(moved.dtype)
         new = (old + moved).astype(param.dtype).astype(moved.dtype)  # as it is stored
         average = slots["average"] + (new - slots["average"]) * k["weight"]
@@ -100,11 +101,11 @@ class AverageLoss(Link):
 
         mean ← mean + (1-β)(loss - mean),   starting at 0, not corrected
 
-    Behind an `Accumulate` the losses are those of the updates, of all their batches.
+    After an `Accumulate` it averages the losses of complete updates.
 
     Args:
       decay: β, in [0, 1).
-      metric: as which `optimize_loss` reports it; None for not at all.
+      metric: the name under which `optimize_loss` reports it; None for no report.
 
     Example:
       >>> import optimize_loss as ol

@@ -68,7 +68,7 @@ class ClipByValue(Link):
 
 @dataclasses.dataclass(frozen=True)
 class ClipByNorm(Link):
-    """Shrink the gradient of each parameter by itself until its L2 norm is at most `max_norm`.
+    """Shrink the gradient of each parameter until its L2 norm is at most `max_norm`.
 
         g ← g · min(1, max_norm / ‖g‖)
 
@@ -105,10 +105,10 @@ class ClipByGlobalNorm(Link):
 
         n = √Σᵢ‖gᵢ‖²,   gᵢ ← gᵢ · min(1, max_norm / n)
 
-    The direction of the whole gradient is kept. Norms are taken in float32 (float64 for float64)
-    and do not overflow: float16 gradients of norm 600 are clipped to the right values. If the
-    norm is infinite or NaN, every gradient becomes NaN, as in TensorFlow from 1.14 on and in
-    Keras. Zero gradients stay zero, with finite derivatives.
+    The direction of the joint gradient is kept. Norms are taken in float32 (float64 for float64)
+    and do not overflow: float16 gradients of norm 600 are clipped to the right values. If the norm
+    is infinite or NaN, every gradient becomes NaN, as in TensorFlow from 1.14 on and in Keras. Zero
+    gradients stay zero, with finite derivatives.
 
     Args:
       max_norm: the largest joint norm, above 0.
@@ -151,14 +151,14 @@ class ClipByAdaptiveNorm(Link):
         gᵢ ← gᵢ · (1 if n < max_norm else exp(μ) / n)
 
     n is the joint norm; μ and s, the running means of the log-norm and of its square, start at 0
-    and already contain this step. A gradient that is too large goes back to the running mean, not
+    and already contain this step. A gradient that is too large is shrunk to the running mean, not
     to the bound. Because μ starts at 0, early norms above 1 are clipped hard; with
     `decay=ol.schedules.WarmUpDecay(0.95)` the mean follows the first steps instead.
 
     Args:
       std_factor: how many standard deviations of the log-norm count as usual, at least 0.
       decay: β, in [0, 1).
-      static_max_norm: where given, the norm is also kept to at most this.
+      static_max_norm: if given, a fixed upper bound of the norm.
       epsilon: ε, above 0; the smallest norm and the smallest variance.
       report_summary: whether `optimize_loss` reports max_norm among its metrics.
 
@@ -225,13 +225,13 @@ class NamedParam(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ClipByFunction:
-    """Let a function of `[(gradient, parameter), …]` change the gradients.
+    """Change the gradients with a function of `[(gradient, parameter), …]`.
 
-    The parameters are pairs (name, value). The function sees the whole tree, so it splits the
+    The parameters are pairs (name, value). The function sees the complete tree, so it splits the
     fused pass in two.
 
     Args:
-      function: takes a list of pairs and returns a list of as many, in the same order.
+      function: takes a list of pairs and returns a list of equal length, in the same order.
 
     Example:
       >>> import jax.numpy as jnp, optimize_loss as ol

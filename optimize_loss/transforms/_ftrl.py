@@ -35,7 +35,7 @@ class StepByFtrl(Link):
       l1_regularization_strength: l1, at least 0; keeps parameters at exactly 0.
       l2_regularization_strength: l2, at least 0.
       l2_shrinkage_regularization_strength: l2_shrinkage, at least 0: a penalty on the parameters
-        that does not enter n.
+        that does not affect n.
       beta: at least 0, as in the paper.
 
     Example:

@@ -1,4 +1,4 @@
-"""Leave out a batch whose loss or gradients are not finite, or unusually large."""
+"""Skip a batch whose loss or gradients are not finite, or unusually large."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ Most = Annotated[int, dataclasses.replace(AT_LEAST_1, initial=True)]
 
 @dataclasses.dataclass(frozen=True)
 class Guard(Gate):
-    """What the guards have in common: what they count, and that they stand before other gates.
+    """The base of the guards: their counts, and their place before other gates.
 
     Subclasses have a field `most`: how many skips in a row are an error, or None.
     """
@@ -31,11 +31,11 @@ class Guard(Gate):
     elementwise = True
 
     def memory(self) -> dict[str, float]:
-        """Return how many batches were left out, in all and last in a row, and who was to blame."""
+        """Return the numbers of skipped batches, in total and last in a row, and the offender."""
         return {"skipped": 0, "skipped_in_a_row": 0, "offender": 0}
 
     def report(self, name: str, parts: Mapping[str, Any]) -> dict[str, Any]:
-        """Return how many batches were left out, in all and last in a row."""
+        """Return the numbers of skipped batches, in total and last in a row."""
         return {count: parts[count] for count in ("skipped", "skipped_in_a_row")}
 
     def is_sound(self, health: Health) -> jax.Array:
@@ -62,25 +62,25 @@ class Guard(Gate):
 
 @dataclasses.dataclass(frozen=True)
 class SkipNonFinite(Guard):
-    """Let the links behind run only if the loss and all gradients are finite.
+    """Run the later links only if the loss and all gradients are finite.
 
         loss or ‖g‖ not finite:  parameters, slots, counts stay;  skipped ← skipped + 1
 
-    Stands at the head of a chain, before loss scales and `Accumulate`: then nothing in the state
-    but its own counts tells that the batch came. `optimize_loss(skip="nonfinite")` puts it there,
-    and lets the model state, too, stay as it was. A gradient that is infinite while a dynamic
-    loss scale above 1 stands behind goes to that, which shrinks and skips it; the loss counts in
-    any case. Without `value=loss` in `update`, gradients alone are judged. A step in which some
-    schedule has a value that its number cannot have, such as a negative rate, is left out as well.
+    It comes first in a chain, before loss scales and `Accumulate`: then a skipped batch changes
+    nothing in the state but its own counts. `optimize_loss(skip="nonfinite")` puts it there, and
+    also keeps the model state. If a dynamic loss scale above 1 comes later, it handles infinite
+    gradients, by shrinking and skipping; the loss is checked in any case. Without `value=loss` in
+    `update`, only gradients are checked. A step is also skipped if a schedule has an invalid value,
+    such as a negative rate.
 
-    The state keeps `skipped`, the number so far, `skipped_in_a_row`, and `offender`, a mark of the
-    first parameter, by name, whose gradient was not finite in the last batch left out.
+    The state keeps `skipped`, the number so far, `skipped_in_a_row`, and `offender`, which marks
+    the first parameter, by name, whose gradient was not finite in the last skipped batch.
 
     Args:
-      most: so many left out in a row are a `NonFiniteError` of `optimize_loss`; at least 1, or
-        None for no error. `step.run` sees every row. A state shows only the last: one that ended
-        within a call of `step.many` is in the metric `skipped_in_a_row` alone, which is for the
-        caller to look at. States that step together, under `jax.vmap`, only count.
+      most: so many skips in a row raise a `NonFiniteError` in `optimize_loss`; at least 1, or None
+        for no error. `step.run` sees every skip. A state shows only the last skips in a row:
+        earlier ones within a call of `step.many` show only in the metric `skipped_in_a_row`. States
+        that are stepped together under `jax.vmap` count, but never raise.
 
     Example:
       >>> import jax.numpy as jnp, optimize_loss as ol
@@ -107,27 +107,28 @@ class SkipNonFinite(Guard):
 
 @dataclasses.dataclass(frozen=True)
 class SkipSpikes(Guard):
-    """Let the links behind run only if all is finite and the gradients are not unusually large.
+    """Run the later links only if all is finite and the gradients are not unusually large.
 
         ℓ = log(n + ε),  n the joint norm of the gradients;  t batches were let through before
         spike:  t ≥ warmup_steps  and  ℓ > μ + k_sigma · max(σ, min_sigma),  σ² = s - μ²
         else:   β' = min(β, t / (t+1)),  μ ← μ + (1-β')(ℓ - μ),  s ← s + (1-β')(ℓ² - s)
 
     The running means of the log-norm and of its square are those of `ClipByAdaptiveNorm`, here
-    over batches that were let through: a spike is judged by what came before it, and leaves no
-    trace in them. What is not finite is left out as by `SkipNonFinite`, which see for the rest.
+    over batches that were let through: a spike is compared with earlier batches, and does not
+    change the means. Batches that are not finite are skipped as by `SkipNonFinite`; see there for
+    the rest.
 
     Args:
       k_sigma: how many standard deviations of the log-norm count as usual, at least 0.
       decay: β, in [0, 1).
-      warmup_steps: batches to let through before the first is judged, at least 0.
+      warmup_steps: the number of batches to let through before the first check, at least 0.
       min_sigma: the least standard deviation of the log-norm, at least 0. At 0.1, with a
         `k_sigma` of 6, a norm below 1.8 times the usual one is never a spike.
       epsilon: ε, above 0; added to the norm.
-      most: so many left out in a row are a `NonFiniteError` of `optimize_loss`; at least 1, or
-        None for no error. `step.run` sees every row. A state shows only the last: one that ended
-        within a call of `step.many` is in the metric `skipped_in_a_row` alone, which is for the
-        caller to look at. States that step together, under `jax.vmap`, only count.
+      most: so many skips in a row raise a `NonFiniteError` in `optimize_loss`; at least 1, or None
+        for no error. `step.run` sees every skip. A state shows only the last skips in a row:
+        earlier ones within a call of `step.many` show only in the metric `skipped_in_a_row`. States
+        that are stepped together under `jax.vmap` count, but never raise.
 
     Example:
       A norm of 50 after two of 5 is 10 times the usual one; log 10 is 2.3, above 6 · 0.1:
@@ -142,8 +143,8 @@ class SkipSpikes(Guard):
       [0. 0.] 1
 
     References:
-      `tf.contrib.layers.adaptive_clipping_fn`, whose means contain the batch that they judge: a
-      β of 0.95 then lets nothing be more than 4.4 σ.
+      `tf.contrib.layers.adaptive_clipping_fn`, whose means include the batch that they check: with
+      β = 0.95, no batch can then exceed 4.4 σ.
     """
 
     k_sigma: NotNegative = 6.0
@@ -217,7 +218,7 @@ def was_open(links: Sequence[tuple[str, Any]], old: Any, new: Any) -> jax.Array 
 
 
 def kept(is_open: jax.Array | None, old: Any, new: Any) -> Any:
-    """Return the new tree of arrays, or the old one where the batch was left out."""
+    """Return the new tree of arrays, or the old one if the batch was skipped."""
     if is_open is None:
         return new
     return jax.tree.map(lambda a, b: jnp.where(is_open, a, b), new, old)

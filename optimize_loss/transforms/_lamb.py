@@ -28,8 +28,8 @@ class ScaleByLamb(Link):
         update = r · u,   r = ‖p‖ / ‖u‖, or 1 where ‖p‖ or ‖u‖ is 0
 
     So the learning rate is the relative change of a parameter: 0.01 moves each by 1% of its norm.
-    Norms are L2, of a whole parameter, and do not overflow. Where u has a NaN, r is 1. Weight
-    decay stands outside r, as a link of its own. Complex numbers: |g|² for g².
+    Norms are L2 norms of complete parameters, and do not overflow. If u has a NaN, r is 1. Weight
+    decay is a separate link, outside r. Complex numbers: |g|² for g².
 
     Args:
       beta_1: β₁, in [0, 1).

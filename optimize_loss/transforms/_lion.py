@@ -15,10 +15,10 @@ class ScaleByLion(Link):
 
         u = sign(β₁ m + (1-β₁) g),   m ← β₂ m + (1-β₂) g
 
-    The newest gradient counts more in u than in what is kept of it, where β₁ < β₂. As all entries
-    have size 1, rates are 3 to 10 times smaller than Adam's. Where the mean is 0, so is the
-    update. NaN and infinity give NaN. Complex entries keep their phase, z / |z|, and so move by the
-    same amount too.
+    If β₁ < β₂, the newest gradient has a larger weight in u than in m. All entries have size 1, so
+    rates are typically 3 to 10 times smaller than Adam's. Where the mean is 0, the update is 0. NaN
+    and infinity give NaN. Complex entries keep their phase, z / |z|, and so also move by the same
+    amount.
 
     Args:
       beta_1: β₁, in [0, 1); 0 takes the sign of the gradient alone.
@@ -38,7 +38,7 @@ class ScaleByLion(Link):
       X. Chen et al., "Symbolic Discovery of Optimization Algorithms", 2023,
       https://arxiv.org/abs/2302.06675, algorithm 2, whose weight decay is `AddWeightDecay` between
       this link and the rate; matches `optax.scale_by_lion` and Keras 2.15 and 3 `Lion`, which
-      refuse β₁ = 0 and take β₁ = 1.
+      reject β₁ = 0 and accept β₁ = 1.
     """
 
     beta_1: Decay = 0.9

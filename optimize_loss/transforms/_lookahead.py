@@ -18,10 +18,10 @@ class Lookahead(Averaging):
         φ ← φ + slow_rate · (p - φ)  and  p ← φ,   in every `every`-th update,  p after the update
 
     The slow parameters φ are the slot `slow`, in float32 or wider, and start as a copy of the
-    parameters. They are what to evaluate and to keep: `averaged` returns them. For any rule:
-    stands behind it and its rate. The rule's own memory goes on. Parameters of 16 bits or fewer
-    begin near φ and not at it; then φ moves by its share of how far they went from there, and one
-    more slot has where that was.
+    parameters. They are what to evaluate and to keep: `averaged` returns them. It works with any
+    rule, and comes after the rule and its rate. The rule keeps its own memory. Parameters of 16
+    bits or fewer restart near φ, not exactly at it; one more slot keeps that point, and φ moves by
+    its share of the distance from there.
 
     Args:
       every: how many updates of the fast parameters come before one of the slow ones; at least 1.
@@ -70,7 +70,7 @@ class Lookahead(Averaging):
     def after(
         self, param: jax.Array, moved: jax.Array, slots: Slots, k: Numbers
     ) -> tuple[jax.Array, Slots]:
-        """Let one slow parameter follow, and go back to it, when its time has come."""
+        """Update one slow parameter, and go back to it, when it is due."""
         old, slow = param.astype(moved.dtype), slots["slow"]
         # Of few bits: by how far the fast parameter went from what φ was rounded to.
         start = slots.get("start", slow)

@@ -12,15 +12,15 @@ from optimize_loss._engine.link import Count, Numbers, Positive, PositiveStart
 
 @dataclasses.dataclass(frozen=True)
 class DivideByLossScale(LossScale):
-    """Divide every gradient by the factor that the loss was multiplied with.
+    """Divide every gradient by the factor that the loss was multiplied by.
 
         g ← g / loss_scale
 
-    `optimize_loss` multiplies the loss before it takes the gradients, wherever its optimizer has
-    this link; elsewhere the caller does.
+    If its optimizer has this link, `optimize_loss` multiplies the loss before it takes the
+    gradients; elsewhere the caller must.
 
     Args:
-      loss_scale: above 0. Above 1 it lifts small float16 gradients over the smallest number.
+      loss_scale: above 0. Above 1 it prevents the underflow of small float16 gradients.
 
     Example:
       >>> import optimize_loss as ol
@@ -49,11 +49,11 @@ class DivideByLossScale(LossScale):
 class DivideByDynamicLossScale(Gate, LossScale):
     """Divide by a scale that halves when a gradient is not finite, and skip that update.
 
-        not all g finite:  scale ← max(scale / 2, 1), and the links behind do not run
-        all g finite:      g ← g / scale; after `growth_steps` such calls in a row scale ← 2 · scale
+        not all g finite:  scale ← max(scale / 2, 1), and later links do not run all g finite:
+        g ← g / scale; after `growth_steps` such calls in a row scale ← 2 · scale
 
-    The scale doubles to at most 2¹²⁶, whose reciprocal float32 still has. Parameters, slots and the
-    count of updates stay as they are when an update is skipped.
+    The scale grows to at most 2¹²⁶, whose reciprocal is a normal float32. When an update is
+    skipped, parameters, slots and the count of updates do not change.
 
     Args:
       initial_scale: the scale before the first call, above 0.

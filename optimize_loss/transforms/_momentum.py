@@ -16,10 +16,10 @@ class ScaleByMomentum(Link):
 
     The sum is not divided by its weight: a constant update grows by 1 / (1 - momentum).
     Before `ScaleByLearningRate` this is TensorFlow 1's rule, whose accumulator holds gradients;
-    after it, Keras', whose velocity holds steps. They differ when the rate changes.
+    after it, Keras', whose velocity holds steps. The two differ when the rate changes.
 
     Args:
-      momentum: share of the sum that is kept each step, in [0, 1].
+      momentum: the share of the sum that is kept at each step, in [0, 1].
       nesterov: whether to look ahead by one step.
 
     Example:

@@ -1,4 +1,4 @@
-"""Multiply gradients, or what parameters move by."""
+"""Multiply gradients, or complete updates of parameters."""
 
 import dataclasses
 import functools
@@ -29,12 +29,12 @@ class MultiplyGradients(Link):
 
         g ← g · multipliers[first pattern that matches the name], or g where none does
 
-    Each multiplier is a hyperparameter of its own: `state.set(**{"multiply/dense/*": 0.5})`.
-    Under a rule that normalises gradients, such as Adam, a constant multiplier changes little.
+    Each multiplier is a separate hyperparameter: `state.set(**{"multiply/dense/*": 0.5})`. Under a
+    rule that normalises gradients, such as Adam, a constant multiplier changes little.
 
     Args:
-      multipliers: {name or pattern: number}. A pattern that decides for no parameter raises
-        a `ValueError`. A trailing `:0` is ignored.
+      multipliers: {name or pattern: number}. A pattern that decides for no parameter is a
+        `ValueError`. A trailing `:0` is ignored.
 
     Example:
       >>> import jax.numpy as jnp, optimize_loss as ol
@@ -68,7 +68,7 @@ class MultiplyGradients(Link):
 
 @dataclasses.dataclass(frozen=True)
 class MultiplySteps(Link):
-    """Multiply all that a step moves a parameter by: the update, and decay that went before.
+    """Multiply the complete update of a parameter, including decoupled decay.
 
     p_new - p ← multiplier · (p_new - p)
     """
@@ -80,7 +80,7 @@ class MultiplySteps(Link):
     def after(
         self, param: jax.Array, moved: jax.Array, slots: Slots, k: Numbers
     ) -> tuple[jax.Array, Slots]:
-        """Multiply what one parameter moves by."""
+        """Multiply the update of one parameter."""
         return moved * k["multiplier"], slots
 
 
@@ -108,5 +108,5 @@ class MultiplyLayers(Link):
     def after(
         self, param: jax.Array, moved: jax.Array, slots: Slots, k: Numbers
     ) -> tuple[jax.Array, Slots]:
-        """Multiply what each layer moves by."""
+        """Multiply the update of each layer."""
         return moved * k["multipliers"].reshape(-1, *[1] * (moved.ndim - 1)), slots

@@ -16,7 +16,7 @@ from optimize_loss._engine.link import Finite, Fraction, Link, NotNegative, Numb
 
 @dataclasses.dataclass(frozen=True)
 class ScaleByMuon(Link):
-    """Replace a matrix of momentum by the nearest matrix that turns and does not stretch.
+    """Replace a momentum matrix by the nearest orthogonal matrix.
 
         a ← momentum · a + g,   u = a      (or g + momentum · a with `nesterov`)
         X = u / (‖u‖ + 1e-7),   then ns_steps times:  A = X Xᵀ
@@ -29,19 +29,19 @@ class ScaleByMuon(Link):
     `rms_rate`, as Adam's have: its rate and its weight decay fit. A zero matrix stays zero. Complex
     matrices: the conjugate transpose for Xᵀ.
 
-    For matrices alone: `ForParameters` gives the other parameters another rule. X is float32 or
-    wider, and its products have the precision that `jax.default_matmul_precision` sets. On a CPU
-    that is all of float32; GPUs and TPUs round the factors to fewer bits unless it is "highest".
-    The authors compute all of X in bfloat16.
+    It is only for matrices: `ForParameters` gives the other parameters another rule. X is float32
+    or wider, and its products have the precision that `jax.default_matmul_precision` sets. On a CPU
+    that is full float32; GPUs and TPUs round the factors to fewer bits unless it is "highest". The
+    authors compute all of X in bfloat16.
 
     Args:
-      momentum: share of the sum that is kept each step, in [0, 1].
+      momentum: the share of the sum that is kept at each step, in [0, 1].
       nesterov: whether to look ahead by one step.
       ns_steps: number of rounds, at least 1.
       linear: coefficient of X.
       cubic: coefficient of X Xᵀ X.
       quintic: coefficient of X Xᵀ X Xᵀ X.
-      rms_rate: root mean square of an update of full rank, at least 0; None for X itself.
+      rms_rate: the root mean square of an update of full rank, at least 0; None for X itself.
 
     Example:
       The singular values 3 and 4, which are 0.6 and 0.8 in X, after one round of s ← 3/2 s - s³/2:
@@ -57,8 +57,8 @@ class ScaleByMuon(Link):
       K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024,
       https://kellerjordan.github.io/posts/muon/; J. Liu et al., "Muon is Scalable for LLM
       Training", 2025, https://arxiv.org/abs/2502.16982, section 2.2, for `rms_rate`. Matches what
-      Keras 3 `Muon` does with a matrix. `optax.contrib.muon` divides a by its weight, and scales
-      otherwise.
+      Keras 3 `Muon` does with a matrix. `optax.contrib.muon` divides a by its weight, and scales X
+      differently.
     """
 
     momentum: Fraction = 0.95
@@ -78,7 +78,7 @@ class ScaleByMuon(Link):
         """Return the sum.
 
         Raises:
-          ValueError: the parameter is no matrix.
+          ValueError: the parameter is not a matrix.
         """
         if param.ndim != 2:
             raise ValueError(

@@ -18,9 +18,9 @@ class ScaleByNadam(Link):
         m̂ = μₜ₊₁ · m / (1 - P μₜ₊₁) + (1-μₜ) · g / (1 - P)
         update = m̂ / (√(v / (1-β₂ᵗ)) + ε)
 
-    P, the product of all μ so far, starts at 1 and is multiplied once a step, whatever the number
-    of parameters. It is kept because β₁ may have changed on the way. Complex gradients: |g|² for
-    g².
+    P, the product of all μ so far, starts at 1 and is multiplied once a step, regardless of the
+    number of parameters. It is stored because β₁ may change during training. Complex gradients:
+    |g|² for g².
 
     Args:
       beta_1: β₁, in [0, 1).

@@ -13,20 +13,20 @@ from optimize_loss._random import normal, stream
 
 @dataclasses.dataclass(frozen=True)
 class AddNoise(Link):
-    """Add independent normal noise to every entry of the gradients.
+    """Add independent Gaussian noise to every entry of the gradients.
 
         g ← g + scale · x,   x ~ N(0, 1), redrawn until |x| ≤ 2 if `truncated`
 
-    The noise of a parameter is a function of the seed, its name and the number of updates made:
-    adding, removing or sharding another parameter leaves it bit for bit the same, and a run that
-    is resumed sees the noise that it would have seen. Nothing random is kept in the state.
+    The noise of a parameter is a function of the seed, its name and the number of updates: it does
+    not change if another parameter is added, removed or sharded, and a resumed run has the same
+    noise as an uninterrupted one. The state holds no random key.
 
     Args:
-      scale: standard deviation of the normal distribution before truncation, at least 0, in the
-        unit of the gradients; truncated noise has 0.8796 · scale, and at most 2 · scale in size.
-        To anneal the noise, give a schedule.
-      seed: an integer in [0, 2**32); other seeds, other noise.
-      truncated: redraw beyond two standard deviations, as contrib does.
+      scale: the standard deviation of the Gaussian before truncation, at least 0, in the unit of
+        the gradients. Truncated noise has the standard deviation 0.8796 · scale, and absolute
+        values of at most 2 · scale. To anneal the noise, give a schedule.
+      seed: an integer in [0, 2**32).
+      truncated: whether to redraw samples beyond two standard deviations, as contrib does.
 
     Example:
       >>> import jax.numpy as jnp, optimize_loss as ol

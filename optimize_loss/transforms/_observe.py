@@ -1,4 +1,4 @@
-"""Look at the updates as they pass, and keep what was seen in the state."""
+"""Observe the updates at a place in the chain, and keep statistics in the state."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -8,7 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from optimize_loss._checks import COUNT, check_integer
-from optimize_loss._engine.arrays import compute_dtype, norm, real_dtype
+from optimize_loss._engine.arrays import (
+    compute_dtype,
+    counts_below,
+    least_and_greatest,
+    norm,
+    real_dtype,
+)
 from optimize_loss._engine.link import Link, Numbers, Slots
 from optimize_loss._names import leaf_names
 
@@ -20,7 +26,7 @@ class ObserveNorm(Link):
     A norm that a neighbouring link needs as well is computed once.
 
     Args:
-      metric: as which `optimize_loss` reports it; None for not at all.
+      metric: the name under which `optimize_loss` reports it; None for no report.
 
     Example:
       >>> import jax.numpy as jnp, optimize_loss as ol
@@ -54,8 +60,8 @@ class ObserveNorms(Link):
     """Keep the L2 norm of each parameter's update at this place in the chain, as the slot `norm`.
 
     Args:
-      metric: as which `optimize_loss` reports each, with "/" and the parameter's name behind; None
-        for not at all.
+      metric: the name under which `optimize_loss` reports each norm, followed by "/" and the
+        parameter's name; None for no report.
 
     Example:
       >>> import jax.numpy as jnp, optimize_loss as ol
@@ -85,13 +91,13 @@ class ObserveHistograms(Link):
     """Keep a histogram of each parameter's update: the slots `counts` and `edges`.
 
     `edges`, of shape (bins + 1,), are equally spaced from the least to the greatest entry of this
-    step; `counts`, of shape (bins,), are floats that sum to the number of entries. Complex
-    entries count by their absolute value.
+    step; `counts`, of shape (bins,), are floats that sum to the number of entries. For complex
+    entries the absolute values are counted.
 
     Args:
-      bins: how many, at least 1.
-      metric: as which `optimize_loss` reports each, a pair of counts and edges, with "/" and the
-        parameter's name behind; None for not at all.
+      bins: the number of bins, at least 1.
+      metric: the name under which `optimize_loss` reports each pair of counts and edges, followed
+        by "/" and the parameter's name; None for no report.
 
     Example:
       >>> import jax.numpy as jnp, optimize_loss as ol
@@ -123,11 +129,13 @@ class ObserveHistograms(Link):
         values = jnp.abs(update) if jnp.iscomplexobj(update) else update
         if not values.size:
             return slots
-        low, high = jnp.min(values), jnp.max(values)
+        low, high = least_and_greatest(values)
         half = jnp.where(low == high, 0.5, 0).astype(low.dtype)
         edges = jnp.linspace(low - half, high + half, self.bins + 1)
-        inner = [jnp.sum(values < edges[i], dtype=jnp.int32) for i in range(1, self.bins)]
-        below = jnp.array([0, *inner, values.size], jnp.int32)
+        below = jnp.array([0, values.size], jnp.int32)
+        if self.bins > 1:
+            inner = counts_below(values, edges[1:-1])
+            below = jnp.concatenate([below[:1], inner, below[1:]])
         return {"counts": jnp.diff(below), "edges": edges}
 
 

@@ -1,4 +1,4 @@
-"""Lower the learning rate where the loss no longer falls."""
+"""Lower the learning rate when the loss stops falling."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -21,18 +21,18 @@ class ReduceOnPlateau(RateScale):
         after more than `patience` means without, outside of a cooldown:  scale ← multiplier · scale
 
     `scale` starts at 1, is kept in the state, and multiplies the `learning_rate` of all links,
-    whatever that is: a number, a schedule, or the part of a rule. The loss of an update counts
-    from the next one on; behind an `Accumulate` it is that of all batches of the update. A mean
-    over several updates, `every`, is less noisy. A loss that is not finite is no improvement.
+    whether it is a number, a schedule, or the rate of a rule. The loss of an update affects the
+    next update; after an `Accumulate` it is the loss of all batches of the update. A mean over
+    several updates, `every`, is less noisy. A loss that is not finite is not an improvement.
 
     Args:
       multiplier: in [0, 1].
-      patience: how many means in a row may be no improvement, an integer of at least 0.
-      threshold: the least improvement, at least 0: a share of the best, or a difference.
-      cooldown: for how many means after a reduction none is counted, an integer of at least 0.
+      patience: how many means in a row may pass without an improvement, an integer of at least 0.
+      threshold: the least improvement, at least 0: relative to the best mean, or absolute.
+      cooldown: how many means after a reduction are ignored, an integer of at least 0.
       min_scale: the least `scale`, in [0, 1].
-      every: of how many losses each mean is, an integer of at least 1.
-      relative: whether the threshold is a share of the size of the best, whatever its sign.
+      every: the number of losses in each mean, an integer of at least 1.
+      relative: whether the threshold is relative to the absolute value of the best mean.
 
     Example:
       The second loss is no better than the first, so the third update has half the rate:
@@ -48,7 +48,8 @@ class ReduceOnPlateau(RateScale):
 
     References:
       `torch.optim.lr_scheduler.ReduceLROnPlateau`, whose relative threshold, best · (1 - t), and
-      that of `optax.contrib.reduce_on_plateau` ask a negative loss for less than no improvement.
+      that of `optax.contrib.reduce_on_plateau` accept a worse loss as an improvement if the loss is
+      negative.
     """
 
     multiplier: Fraction = 0.1
@@ -70,14 +71,14 @@ class ReduceOnPlateau(RateScale):
         return memory["scale"]
 
     def memory(self) -> dict[str, float]:
-        """Return the scale, the best mean, the sum for the next one, and what is counted."""
+        """Return the scale, the best mean, the sum for the next mean, and the counts."""
         counts = {"means": 0, "without": 0, "cooling": 0, "gathered": 0}
         return {"scale": 1.0, "best": 0.0, "sum": 0.0, **counts}
 
     def scalars(
         self, numbers: Numbers, memory: Numbers, total: Any, step: jax.Array
     ) -> tuple[Numbers, Numbers]:
-        """Add one loss to the mean, and judge it when it is complete."""
+        """Add one loss to the mean, and compare the mean when it is complete."""
         gathered = memory["gathered"] + 1
         summed = memory["sum"] + total
         judged = gathered >= numbers["every"]

@@ -1,4 +1,4 @@
-"""Rules that meet an L1 and an L2 penalty exactly, and so reach parameters of exactly 0."""
+"""Rules with exact proximal steps for L1 and L2 penalties, which set parameters to exactly 0."""
 
 import dataclasses
 from typing import Any
@@ -117,7 +117,7 @@ class StepByDualAveraging(Link):
         G ← G + g,   n ← n + g²,   t = 1, 2, …
         p ← -learning_rate · sign(G) · max(|G| - l1 · t, 0) / (l2 · t · learning_rate + √n)
 
-    The parameter's earlier value has no influence. The update is the difference to it: no
+    The earlier value of the parameter has no influence. The update is the difference to it: no
     `ScaleByLearningRate` follows. For real parameters.
 
     Args:

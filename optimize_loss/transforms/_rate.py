@@ -13,8 +13,8 @@ class ScaleByLearningRate(Link):
 
         u ← -learning_rate · u
 
-    Where it stands matters for rules with momentum: after them, the rate is outside the
-    accumulator, as in TensorFlow 1; before them, inside, as in Keras.
+    Its place matters for rules with momentum: after them, the rate is outside the accumulator, as
+    in TensorFlow 1; before them, it is inside, as in Keras.
 
     Args:
       learning_rate: at least 0; a number or a schedule.

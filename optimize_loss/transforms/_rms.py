@@ -17,13 +17,13 @@ class ScaleByRMS(Link):
         s ← s + (1-ρ)(g² - s),   u = g / √(s + ε)
         centered:  a ← a + (1-ρ)(g - a),   u = g / √(max(s - |a|², 0) + ε)
 
-    ε stands under the root. For RMSprop with momentum follow it with `ScaleByLearningRate` and
-    then `ScaleByMomentum`: TensorFlow and Keras both keep the rate inside the momentum.
+    ε is under the root. For RMSprop with momentum, follow it with `ScaleByLearningRate` and then
+    `ScaleByMomentum`: TensorFlow and Keras both keep the rate inside the momentum.
 
     Args:
       decay: ρ, in [0, 1).
       epsilon: ε, above 0, in the unit of the gradients squared.
-      centered: whether to divide by the standard deviation and not by the root mean square.
+      centered: whether to divide by the standard deviation instead of the root mean square.
       initial_accumulator_value: s before the first step, at least 0: 1 in TensorFlow 1, 0 in
         Keras.
 

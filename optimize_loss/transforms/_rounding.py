@@ -18,16 +18,15 @@ from optimize_loss._random import quick_bits
 
 @dataclasses.dataclass(frozen=True)
 class RoundParams(Link):
-    """Round the updated parameter to one of its two neighbours, the nearer the more often.
+    """Round the updated parameter stochastically to one of its two neighbors.
 
         p + u between a and b:  b with probability (p + u - a) / (b - a), else a
 
-    For floats of 16 bits and fewer; other parameters pass. Rounded to nearest, updates of less than
-    half a unit in the last place, 0.2 % of a bfloat16, are lost; so the mean of what they lead to
-    is right. The random bits are a function of the seed, the parameter's name, the number of
-    updates made and the index of the entry. Stands behind all that changes the update; with
-    `update`, what is returned is the difference to the rounded sum. NaN and infinity stay what
-    they are.
+    It rounds floats of 16 bits and fewer; other parameters pass unchanged. Rounding to nearest
+    loses updates of less than half a unit in the last place, 0.2 % of a bfloat16; stochastic
+    rounding is right on average. The random bits are a function of the seed, the parameter's name,
+    the number of updates and the index of the entry. It comes after everything that changes the
+    update; `update` returns the difference to the rounded sum. NaN and infinity do not change.
 
     Args:
       seed: an integer in [0, 2**32).
@@ -59,7 +58,7 @@ class RoundParams(Link):
     def after(
         self, param: jax.Array, moved: jax.Array, slots: Slots, k: Numbers
     ) -> tuple[jax.Array, Slots]:
-        """Lead to a neighbour; as it is where the parameter is not finite."""
+        """Move to a neighbor; unchanged if the parameter is not finite."""
         if not can_be_rounded("", param):
             return moved, slots
         old, bits = param.astype(moved.dtype), quick_bits(k["draw"], moved.shape)
@@ -75,17 +74,17 @@ def can_be_rounded(name: str, param: Any) -> bool:
 def with_precision(links: Chain, precision: Any, *, seed: int = 0) -> Chain:
     """Return a chain that keeps its moments, and 16-bit parameters, as `precision` says.
 
-    With `Precision(params="stochastic")`, which names of formats stand for, it has one more link,
-    `round_params`, before those that average parameters.
+    With `Precision(params="stochastic")`, the default, it has one more link, `round_params`, before
+    the links that average parameters.
 
     Args:
       links: a chain.
-      precision: "bfloat16", "float8" or a `Precision`; None or "float32" for none.
-      seed: of the random bits, unless the precision has its own.
+      precision: "bfloat16", "float8" or a `Precision`; None or "float32" changes nothing.
+      seed: the seed of the random bits, unless the precision has its own.
 
     Raises:
       InvalidType: an argument is of the wrong kind.
-      ValueError: `precision` is unknown; or the chain has one.
+      ValueError: `precision` is unknown; or the chain already has one.
 
     Example:
       >>> import jax, jax.numpy as jnp, optimize_loss as ol

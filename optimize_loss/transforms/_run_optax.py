@@ -16,8 +16,8 @@ from optimize_loss._engine.link import Numbers, TreeLink
 class RunOptax(TreeLink):
     """Run an optax transformation over the parameters that a link is for, as a dict by name.
 
-    It sees them in float32 or wider, and zeros for a gradient that is None. Extra arguments do not
-    reach it, but for the loss of `RunOptaxWithLoss`.
+    It sees them in float32 or wider, and zeros for a gradient that is None. It receives no extra
+    arguments, except the loss in `RunOptaxWithLoss`.
 
     Args:
       transformation: an object with optax's `init` and `update`.
@@ -37,7 +37,7 @@ class RunOptax(TreeLink):
         params: Mapping[str, jax.Array],
         k: Numbers,
     ) -> tuple[Mapping[str, jax.Array], Mapping[str, Any]]:
-        """Return what the transformation makes of the updates."""
+        """Return the updates of the transformation."""
         given = {name: updates.get(name, jnp.zeros_like(p)) for name, p in params.items()}
         update = optax.with_extra_args_support(self.transformation).update
         new: Any
@@ -56,7 +56,7 @@ class RunOptax(TreeLink):
 
 @dataclasses.dataclass(frozen=True)
 class RunOptaxWithLoss(RunOptax):
-    """Run an optax transformation that takes extra arguments: it is given the loss as `value`."""
+    """Run an optax transformation that takes extra arguments: it receives the loss as `value`."""
 
     needs = "loss"
 

@@ -1,4 +1,4 @@
-"""Schedule-free Adam: averaging in place of a rate that decays."""
+"""Schedule-free Adam: averaging instead of a decaying rate."""
 
 import dataclasses
 from typing import Annotated, Any
@@ -14,26 +14,26 @@ from optimize_loss._engine.link import Decay, NotNegative, Numbers, Positive, Sl
 
 @dataclasses.dataclass(frozen=True)
 class StepByScheduleFree(Averaging):
-    """Let Adam move z, and take gradients between z and the mean x of all z so far.
+    """Update z by Adam, and take gradients between z and the mean x of all z so far.
 
         v ← v + (1-β₂)(|g|² - v),   t = 1, 2, …
         z ← z - learning_rate · min(t / warmup_steps, 1) · g / (√(v / (1-β₂ᵗ)) + ε)
         x ← x + (z - x) / t
         p ← (1-β₁) z + β₁ x
 
-    z starts as a copy of p, and so does x. β₁ takes the place of momentum; the mean, that of a
-    rate which decays. While p is what is trained, x is what to evaluate and to keep: `averaged`
-    returns it. It is not stored, but follows from p and z, so what else changes p, such as weight
-    decay, changes x. The update is the difference to p: no `ScaleByLearningRate` follows. Where p
-    has 16 bits or fewer, x cannot follow from it: two more slots are x, and p as it was left.
+    z starts as a copy of p, and so does x. β₁ replaces momentum, and the mean replaces a decaying
+    rate. Train p, but evaluate and keep x: `averaged` returns it. x is not stored, but computed
+    from p and z, so anything else that changes p, such as weight decay, also changes x. The update
+    is the difference to p: no `ScaleByLearningRate` follows. If p has 16 bits or fewer, x cannot be
+    computed from it: two more slots hold x, and p after the last update.
 
     Args:
       learning_rate: at least 0; a number or a schedule.
-      beta_1: β₁, in (0, 1); a number and no schedule, since x follows from p and β₁.
+      beta_1: β₁, in (0, 1); a number, not a schedule, because x is computed from p and β₁.
       beta_2: β₂, in [0, 1).
       epsilon: ε, above 0, in the unit of the gradients.
-      warmup_steps: updates in which the rate rises, at least 0; in the first of n it is 1/n of
-        `learning_rate`, from the nth on all of it.
+      warmup_steps: the number n of updates in which the rate rises, at least 0; in the first it is
+        `learning_rate` / n, from the nth on `learning_rate`.
 
     Example:
       The first step has the size of the rate, in z, x and p alike:
@@ -49,7 +49,8 @@ class StepByScheduleFree(Averaging):
       A. Defazio et al., "The Road Less Scheduled", 2024, https://arxiv.org/abs/2405.15682,
       algorithm 1, except that there, as in `optax.contrib.schedule_free_adamw`, the mean has the
       squares of the rates as weights: a difference only where the rate changes. Matches Keras 3
-      `ScheduleFreeAdamW` on JAX; on TensorFlow, Keras 3.15.1 takes the new z for the old.
+      `ScheduleFreeAdamW` on JAX; on TensorFlow, Keras 3.15.1 uses the new z in place of the old
+      one.
     """
 
     learning_rate: NotNegative = 0.0025

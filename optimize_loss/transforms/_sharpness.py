@@ -1,4 +1,4 @@
-"""Take gradients where the loss is worst nearby."""
+"""Take gradients at a nearby point where the loss is larger."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from optimize_loss._engine.link import Link, NotNegative
 
 @dataclasses.dataclass(frozen=True)
 class Sharpness(Link):
-    """Hold the radius of `optimize_loss(sam=...)`, which takes the gradients; updates pass.
+    """Hold the radius of `optimize_loss(sam=...)`; updates pass unchanged.
 
     Args:
       rho: ρ, at least 0, in the unit of the parameters.
@@ -24,7 +24,7 @@ class Sharpness(Link):
 
 
 def climbed(params: Sequence[Any], grads: Sequence[Any], rho: jax.Array) -> list[Any]:
-    """Return the parameters from which a step of length ρ up the gradient leads.
+    """Return the parameters after a step of length ρ along the gradient.
 
         p + ρ · g / ‖g‖,   ‖g‖ over all parameters;  p where all gradients are 0
 

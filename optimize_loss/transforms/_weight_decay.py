@@ -1,4 +1,4 @@
-"""Pull parameters towards zero."""
+"""Decay parameters towards zero."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -57,8 +57,8 @@ class AddWeightDecay(_WeightDecay):
 
     Args:
       weight_decay: at least 0; per unit of the learning rate when decoupled.
-      exclude: names or patterns of parameters that are not decayed. A pattern that matches
-        no parameter raises a `ValueError`.
+      exclude: names or patterns of parameters that are not decayed. A pattern that matches no
+        parameter is a `ValueError`.
 
     Example:
       >>> import jax.numpy as jnp, optimize_loss as ol
@@ -71,7 +71,7 @@ class AddWeightDecay(_WeightDecay):
     References:
       I. Loshchilov, F. Hutter, "Decoupled Weight Decay Regularization", 2019,
       https://arxiv.org/abs/1711.05101, algorithm 1, lines 6 and 12; here, as in Keras and optax,
-      the decay is multiplied by the whole learning rate.
+      the decay is multiplied by the learning rate, not only by the schedule multiplier ηₜ.
     """
 
     elementwise = True
@@ -85,19 +85,19 @@ class AddWeightDecay(_WeightDecay):
 
 @dataclasses.dataclass(frozen=True)
 class ShrinkParams(_WeightDecay):
-    """Shrink each parameter before the links behind see it; stands before the rule.
+    """Shrink each parameter before later links see it. It comes before the rule.
 
         p ← p - learning_rate · weight_decay · p
 
-    The learning rate is that of the one link that has one. Behind a rule that does not read the
-    parameter, such as Adam, this is decoupled decay whatever the rule does with its rate; a rule
-    that does, such as `StepByFtrl`, sees the parameter already decayed. Where none reads it, the
-    decay is added to the update, and the new parameter is rounded once.
+    The learning rate is that of the only link that has one. With a rule that does not read the
+    parameter, such as Adam, this is decoupled decay; a rule that reads it, such as `StepByFtrl`,
+    sees the decayed parameter. If no link reads the parameter, the decay is added to the update,
+    and the new parameter is rounded once.
 
     Args:
       weight_decay: at least 0; per unit of the learning rate.
-      exclude: names or patterns of parameters that are not decayed. A pattern that matches
-        no parameter raises a `ValueError`.
+      exclude: names or patterns of parameters that are not decayed. A pattern that matches no
+        parameter is a `ValueError`.
 
     Example:
       >>> import jax.numpy as jnp, optimize_loss as ol

@@ -453,9 +453,4 @@ class Step(abc.ABC):
             )
         if (form := Form.of(state, self._needed)) != self._form:
             raise TreeMismatch(self._form.difference(form))
-        step = state.packed_optimizer["step"]
-        if isinstance(step, jax.Array) and not isinstance(step, Tracer) and step.is_deleted():
-            raise RuntimeError(
-                "This state was donated: a step gives its memory to the state that it returns. "
-                "Use that one, as in `state, metrics = step(state, batch)`."
-            )
+        state.check_alive()

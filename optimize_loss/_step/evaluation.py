@@ -69,9 +69,7 @@ def evaluate(
       ValueError: a loss takes what the state does not have; or there is no batch.
     """
     check_batches(batches)
-    for name in ("model_state", "key"):
-        if any(own.loss.takes(name) for own in losses) and getattr(state, name) is None:
-            raise ValueError(f"`state` must have a `{name}`, which the loss takes.")
+    _check_has(state, losses)
     run = functools.partial(_of_batch, tuple(own.loss for own in losses), state)
     keys = [own.key for own in losses]
     means, pending = [Means() for _ in losses], collections.deque()
@@ -88,6 +86,13 @@ def evaluate(
         _add(means, results)
     named = zip(losses, means, strict=True)
     return {own.prefix + tag: x for own, mean in named for tag, x in mean.result().items()}
+
+
+def _check_has(state: TrainState, losses: Sequence[Evaluated]) -> None:
+    """Raise if a loss takes what the state does not have."""
+    for name in ("model_state", "key"):
+        if getattr(state, name) is None and any(own.loss.takes(name) for own in losses):
+            raise ValueError(f"`state` must have a `{name}`, which the loss takes.")
 
 
 def _add(means: Sequence[Means], results: Any) -> None:

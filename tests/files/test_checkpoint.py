@@ -207,11 +207,11 @@ def test_the_warning_has_the_call_that_gives_back_what_was_built_in(path):
     changed = {"multiply/dense/bias": 3.0, "rate/learning_rate": 0.2, "epsilon": 1e-3}
     fresh = step.init(params())
     ol.save(path, fresh.set(**changed))
-    with pytest.warns(UserWarning, match="multiply/dense/bias") as seen:
+    with pytest.warns(UserWarning, match="multipliers/dense/bias") as seen:
         state, report = ol.restore(path, fresh)
     assert len(report.from_file) == 3
     call = str(seen[0].message).split("`")[-2]
-    assert "'epsilon': None, 'multiply/dense/bias': None, 'rate/learning_rate': None" in call
+    assert "'epsilon': None, 'multipliers/dense/bias': None, 'rate/learning_rate': None" in call
     assert_equal(eval(call, {"state": state}), fresh)
 
 

@@ -274,7 +274,7 @@ def _check_lowered(links: Links) -> None:
     """Raise if a link has a rate that a plateau cannot lower."""
     if optaxes := [name for name, link in linked(links) if isinstance(link, RunOptax)]:
         raise ValueError(
-            "`plateau` must be left out where a rule has an optax transformation for its "
+            "`plateau` must be omitted if a rule has an optax transformation as its "
             f"`optimizer`, whose rate it cannot lower. Received: {optaxes}."
         )
 

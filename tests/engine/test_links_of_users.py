@@ -58,7 +58,7 @@ BEHIND = {
 
 @pytest.mark.parametrize("behind", BEHIND.values(), ids=BEHIND)
 def test_an_average_stands_in_the_last_segment(behind):
-    with pytest.raises(ValueError, match="The link 'ema' must stand last"):
+    with pytest.raises(ValueError, match="The link 'ema' must come last"):
         T.chain(**RATE, ema=T.ForParameters("w", T.AverageParams(0.5)), **behind)
 
 

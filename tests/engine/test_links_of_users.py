@@ -144,7 +144,7 @@ def test_a_running_mean_of_norms_does_not_see_empty_batches():
 
 
 def test_batches_are_weighed_once():
-    with pytest.raises(ValueError, match="The link 'b' weighs batches"):
+    with pytest.raises(ValueError, match="The link 'b' weights batches"):
         T.chain(a=T.Accumulate(2), b=T.Accumulate(2, "weighted"), **RATE)
 
 

@@ -37,8 +37,8 @@ CONTEXT, WIDTH, HEADS, LAYERS, BATCH = 64, 64, 4, 2, 16
 # %% [markdown]
 # ## Data
 #
-# Every tenth topic is held out, the others are for training. Tables are removed. A batch is cut from random places. Its order is a function of the
-# epoch, so a run that resumes sees the batches that it would have seen.
+# Every tenth topic is held out, the others are for training. Tables are removed. A batch is cut from random places, which are a
+# function of the epoch. So a run that resumes sees the batches that it would have seen.
 
 # %%
 tables = re.compile(r"^ *[|+].*\n", flags=re.MULTILINE)
@@ -135,7 +135,7 @@ def loss(params, text):
 # ## A step, and what it will do
 #
 # Muon moves the matrices inside of the layers. All else, here by name the embedding and the head, goes to Adam, which is built in.
-# `explain` shows which is which, before anything runs.
+# Norms and the bias are not decayed. `explain` shows which is which, before anything runs.
 
 # %%
 STEPS = 600
@@ -148,6 +148,7 @@ def build(learning_rate):
             learning_rate, exclude_layers=["embed", "head"], weight_decay=0.01
         ),
         clip_gradients=1.0,
+        rules={"**/norm|head/bias": dict(weight_decay=0.0)},
         skip="nonfinite",
         ema=0.98,
     )

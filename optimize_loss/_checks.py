@@ -229,8 +229,14 @@ def check_takes(rule: str, function: Callable[..., Any], *args: Any, **keywords:
         signature.bind(*args, **keywords)
     except TypeError as error:
         raise InvalidType(
-            f"{rule} Received: {function!r} with signature {signature}, but {error}."
+            f"{rule} Received: {function!r} with signature {_without_types(signature)}, "
+            f"but {error}."
         ) from error
+
+
+def _without_types(signature: inspect.Signature) -> inspect.Signature:
+    plain = [x.replace(annotation=x.empty) for x in signature.parameters.values()]
+    return signature.replace(parameters=plain, return_annotation=signature.empty)
 
 
 def check_flags(**flags: Any) -> None:

@@ -194,9 +194,20 @@ def any_matches(argument: str, patterns: Iterable[Pattern], names: Sequence[str]
 def _matches_nothing(argument: str, pattern: Pattern, names: Sequence[str]) -> ValueError:
     text = pattern_text(pattern)
     near = ", ".join(map(repr, nearest(text, names))) or "there are no parameters"
+    question = "" if (meant := _meant(pattern, names)) is None else f" Did you mean {meant!r}?"
     return ValueError(
         f"`{argument}` has a pattern that matches no parameter: {text!r}. Nearest names: {near}."
+        f"{question}"
     )
+
+
+def _meant(pattern: Pattern, names: Sequence[str]) -> str | None:
+    """Return a pattern that matches: one for a part of a path, with dots, or an expression."""
+    if not isinstance(pattern, str) or not pattern.strip("*./"):
+        return None
+    text = pattern.replace(".*", "*").replace(".", "/").strip("/")
+    others = (text, f"**/{text}", f"{text}/**", f"**/{text}/**")
+    return next((other for other in others if any(matching(other, names))), None)
 
 
 def first_matches(

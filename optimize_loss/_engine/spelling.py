@@ -54,7 +54,10 @@ def _unclear(name: str, found: Sequence[Pair], known: Sequence[Pair]) -> ValueEr
     if found:
         return ValueError(f"`{name}` is a number of several links: name one of {full}.")
     if not known:
-        return ValueError(f"No link has a number `{name}`: those of optax are fixed when built.")
+        return ValueError(
+            f"No link has a number `{name}`: those of optax are fixed when built. A rate that can "
+            "be set is a link of a chain, `rate=ScaleByLearningRate(...)`."
+        )
     near = nearest(name, [*full, *(number for _, number in known)])
     return ValueError(f"No link has a number `{name}`. Nearest: {near}. All: {full}.")
 

@@ -72,10 +72,10 @@ def find_trainable(
     each = zip(jax.tree.leaves(params), chosen, kept, strict=True)
     marks = [c is not None and not k and _is_float(leaf) for leaf, c, k in each]
     if not any(marks):
+        limits = ["`variables` names"] * bool(variables) + ["`rules` do not freeze"] * any(kept)
         raise ValueError(
             "There are no variables to optimize: `params` has no float parameter"
-            + (" that `variables` names" if variables else "")
-            + (" and `rules` do not freeze." if any(kept) else ".")
+            + (f" that {' and '.join(limits)}." if limits else ".")
             + f" Parameters: {names}; integers are not trained, so write 1.0 for 1."
         )
     return Trainable(params, tuple(marks))

@@ -141,3 +141,20 @@ def check_hooks(name: str, hooks: Any) -> tuple[Hook, ...]:
                 f"Received: {hook!r:.200} of type {type(hook).__name__} in it."
             )
     return given
+
+
+def check_called(name: str, hooks: Any) -> tuple[Hook, ...]:
+    """Return the hooks of a run as a tuple.
+
+    Raises:
+      InvalidType: they are no list of hooks.
+      ValueError: a run would never call one of them.
+    """
+    given = check_hooks(name, hooks)
+    for hook in given:
+        if hook.every is None and not hook.at_end and type(hook).wait is Hook.wait:
+            raise ValueError(
+                f"`{name}` must have hooks that a run calls. Received: {type(hook).__name__} "
+                "with every=None. Give it an `every`, or put it in `then` of an `Evaluate`."
+            )
+    return given

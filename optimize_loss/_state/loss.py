@@ -173,6 +173,8 @@ class Loss:
         given = {"model_state": fresh(model_state), "key": key}
         keywords = {name: value for name, value in given.items() if self.takes(name)}
         parts = f"{len(batch)} part" + ("" if len(batch) == 1 else "s")
+        if len(batch) == 1 and isinstance(batch[0], tuple | list):
+            parts += f", a {type(batch[0]).__name__} (`step(state, *batch)` passes what is in it)"
         check_takes(
             f"`loss` must take (params, *batch), where this batch has {parts}; `model_state` and "
             "`key` are keyword-only, after a `*`.",

@@ -119,6 +119,7 @@ class TrainState:
     @functools.cached_property
     def params(self) -> Any:
         """The user's tree of parameters."""
+        self.check_alive()
         return self.packed_params if self.layout is None else self.layout.unpack(self.packed_params)
 
     @property
@@ -152,6 +153,7 @@ class TrainState:
 
         The slots of a link are trees like the parameters, with None for what is not trained.
         """
+        self.check_alive()
         packed = self.packed_optimizer
         return packed if self.layout is None else self.layout.unpack_state(packed)
 
@@ -202,6 +204,19 @@ class TrainState:
             optimizer = copied_like("`optimizer` at", optimizer, self.optimizer)
         return self._in_place(self.repacked(params, optimizer))
 
+    def check_alive(self) -> None:
+        """Raise if a step has taken the memory of this state.
+
+        Raises:
+          RuntimeError: it has.
+        """
+        step = self.packed_optimizer["step"]
+        if has_values(step) and step.is_deleted():
+            raise RuntimeError(
+                "This state was donated: a step gives its memory to the state that it returns. "
+                "Use that one, as in `state, metrics = step(state, batch)`, or keep `state.copy()`."
+            )
+
     def _in_place(self, new: "TrainState") -> "TrainState":
         """Return another state of this structure with its arrays spread as they are here."""
         return jax.tree.map(spread_like, new, self)
@@ -242,6 +257,7 @@ class TrainState:
     @property
     def step(self) -> jax.Array:
         """The global step, an int32: what schedules see."""
+        self.check_alive()
         if not self.increment_step:
             return self.first_step
         return _sum(self.first_step, self.packed_optimizer["step"])
@@ -332,6 +348,7 @@ class TrainState:
           >>> print(state.optimizer["rate"]["learning_rate"], state.step)
           0.01 7
         """
+        self.check_alive()
         first_step = self.first_step if step is None else self._first_step_of(step)
         taken = self.batches if batches is None else _count("batches", batches, self.batches)
         new = self.with_links(self.chain.set(self.links, **values))
@@ -357,6 +374,7 @@ class TrainState:
           >>> print(kept.params["w"], state.params["w"])
           4.0 3.0
         """
+        self.check_alive()
         return jax.tree.map(copy, self)
 
     @asked_for()

@@ -1,10 +1,10 @@
-"""The means of a loss and its metrics over batches, without a step."""
+"""The means of losses and their metrics over batches, without a step."""
 
 import collections
 import contextlib
 import functools
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,42 +46,77 @@ class Means:
         return jax.tree.map(lambda x: np.asarray(x / self._weight)[()], self._sums)
 
 
+class Evaluated(NamedTuple):
+    """A loss to evaluate.
+
+    Attributes:
+      prefix: stands before the names of its means.
+      loss: the loss.
+      key: from which it has a random key for each batch; None for none.
+    """
+
+    prefix: str
+    loss: Loss
+    key: Any
+
+
 def evaluate(
-    loss: Loss, state: TrainState, batches: Iterable[Any], sharding: Any
+    losses: Sequence[Evaluated], state: TrainState, batches: Iterable[Any], sharding: Any
 ) -> dict[str, Any]:
-    """Return the means of a loss and its metrics over batches.
+    """Return the means of losses and their metrics over batches.
 
     Raises:
-      ValueError: the loss takes what the state does not have; or there is no batch.
+      ValueError: a loss takes what the state does not have; or there is no batch.
     """
     check_batches(batches)
-    for name in ("model_state", "key"):
-        if loss.takes(name) and getattr(state, name) is None:
-            raise ValueError(f"`state` must have a `{name}`, which the loss takes.")
-    means, pending = Means(), collections.deque()
+    _check_has(state, losses)
+    run = functools.partial(_of_batch, tuple(own.loss for own in losses), state)
+    keys = [own.key for own in losses]
+    means, pending = [Means() for _ in losses], collections.deque()
     with contextlib.closing(Source(batches, check_sharding(sharding))) as source:
         taken = 0
         while (call := source.gather(1)) is not None:
             with asked_for():
-                pending.append(_of_batch(loss, state, np.int32(taken), call.parts))
+                pending.append(run(keys, np.int32(taken), call.parts))
             taken += 1
             while len(pending) > IN_FLIGHT:
-                means.add(*jax.device_get(pending.popleft()))
+                _add(means, pending.popleft())
         source.raise_error()
-    for result in pending:
-        means.add(*jax.device_get(result))
-    return means.result()
+    for results in pending:
+        _add(means, results)
+    named = zip(losses, means, strict=True)
+    return {own.prefix + tag: x for own, mean in named for tag, x in mean.result().items()}
+
+
+def _check_has(state: TrainState, losses: Sequence[Evaluated]) -> None:
+    """Raise if a loss takes what the state does not have."""
+    for name in ("model_state", "key"):
+        if getattr(state, name) is None and any(own.loss.takes(name) for own in losses):
+            raise ValueError(f"`state` must have a `{name}`, which the loss takes.")
+
+
+def _add(means: Sequence[Means], results: Any) -> None:
+    """Add what the losses are over one batch."""
+    for mean, of_batch in zip(means, jax.device_get(results), strict=True):
+        mean.add(*of_batch)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _of_batch(
-    loss: Loss, state: TrainState, n: jax.Array, batch: tuple[Any, ...]
-) -> tuple[dict[str, Any], Any]:
-    """Return the loss and its metrics, means over one batch, and what that weighs."""
-    key = None if state.key is None else jax.random.fold_in(state.key, n)
-    value, aux = loss(state.eval_params, batch, state.model_state, key, state.graph)
-    weight = _examples(batch) if aux.weight is None else aux.weight
-    return {"loss": value, **aux.metrics}, jnp.asarray(weight, jnp.float32)
+    losses: tuple[Loss, ...],
+    state: TrainState,
+    keys: list[Any],
+    n: jax.Array,
+    batch: tuple[Any, ...],
+) -> list[tuple[dict[str, Any], Any]]:
+    """Return for each loss itself and its metrics, means over one batch, and what that weighs."""
+    params, results = state.eval_params, []
+    for loss, key in zip(losses, keys, strict=True):
+        key = None if key is None else jax.random.fold_in(key, n)
+        value, aux = loss(params, batch, state.model_state, key, state.graph)
+        weight = _examples(batch) if aux.weight is None else aux.weight
+        results.append(({"loss": value, **aux.metrics}, jnp.asarray(weight, jnp.float32)))
+    return results
 
 
 def _examples(batch: tuple[Any, ...]) -> int:

@@ -20,7 +20,7 @@ from optimize_loss._checks import (
 )
 from optimize_loss._state.hook import Hook, check_hooks, mean_of
 from optimize_loss._state.train_state import TrainState
-from optimize_loss._step.train_step import TrainStep
+from optimize_loss._step.step import Step
 
 
 class Evaluate(Hook):
@@ -32,7 +32,7 @@ class Evaluate(Hook):
         loader; or a function without arguments that returns an iterable.
       every: the number of batches between two evaluations, at least 1; None to evaluate only at the
         end of a run.
-      loss: as for `TrainStep.evaluate`.
+      loss: as for `step.evaluate`.
       name: the prefix of the tags of the result, before a "/".
       then: hooks that are called each time, in order, with the state and the result as metrics:
         loggers, `Checkpoints(best=...)`, `StopEarly`.
@@ -57,7 +57,7 @@ class Evaluate(Hook):
 
     def __init__(
         self,
-        step: TrainStep,
+        step: Step,
         batches: Iterable[Any] | Callable[[], Iterable[Any]],
         every: int | None,
         *,

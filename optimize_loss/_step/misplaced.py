@@ -19,15 +19,26 @@ _OTHER_NAMES = {
     "max_grad_norm": "clip_gradients",
     "max_norm": "clip_gradients",
     "gradient_accumulation_steps": "accumulate",
+    "accumulation_steps": "accumulate",
+    "grad_accum": "accumulate",
     "loss_scale_factor": "loss_scale",
     "noise_scale": "gradient_noise_scale",
     "use_ema": "ema",
     "ema_momentum": "ema",
+    "ema_decay": "ema",
+    "mask": "rules",
+    "callbacks": "hooks",
+    "num_steps": "steps",
+    "max_steps": "steps",
     "eps": "epsilon",
     "betas": "beta_1",
     "schedule": "learning_rate",
     "scheduler": "learning_rate",
     "lr_scheduler": "learning_rate",
+}
+_ADVICE = {
+    "has_aux": " A loss may return `(value, ol.Aux(metrics=…, model_state=…))`.",
+    "epochs": " Write `step.run(state, ol.Epochs(data, count=…))`.",
 }
 _KNOWN_BEST = ("RMSprop", "SGD", "AdamW", "Adam")  # the last one most
 
@@ -62,6 +73,8 @@ def checked_names(
 
 def _advice(wrong: str, places: Mapping[str, str], known: Sequence[str]) -> str:
     """Return what to write in place of an argument that `optimize_loss` does not have."""
+    if wrong in _ADVICE:
+        return f"`optimize_loss` has no argument `{wrong}`.{_ADVICE[wrong]}"
     meant: str | None = _OTHER_NAMES.get(wrong, wrong)
     if meant not in places:
         meant = likely(wrong, places)

@@ -22,7 +22,7 @@ from optimize_loss._checks import (
 )
 from optimize_loss._engine.transfers import asked_for
 from optimize_loss._state.batches import Call, Source, check_batches, check_sharding
-from optimize_loss._state.hook import Hook, check_hooks
+from optimize_loss._state.hook import Hook, check_called
 from optimize_loss._state.skips import check_metric
 from optimize_loss._state.train_state import TrainState
 from optimize_loss._step.signals import Signals, signals
@@ -144,13 +144,13 @@ def check_plan(
 
     Raises:
       InvalidType: one is of the wrong kind.
-      ValueError: one is out of range.
+      ValueError: one is out of range, or a hook would never be called.
     """
     check_flags(progress=progress)
     return Plan(
         steps=None if steps is None else check_integer("steps", steps, AT_LEAST_1),
         steps_per_call=check_integer("steps_per_call", steps_per_call, AT_LEAST_1),
-        hooks=check_hooks("hooks", () if hooks is None else hooks),
+        hooks=check_called("hooks", () if hooks is None else hooks),
         prefetch=check_integer("prefetch", prefetch, AT_LEAST_1),
         sharding=check_sharding(sharding),
         progress=progress,

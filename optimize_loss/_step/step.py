@@ -19,12 +19,14 @@ from optimize_loss._search.sweep import check_grid
 from optimize_loss._state.batches import as_arrays, check_stacked, is_foreign, ranks, refusal
 from optimize_loss._state.form import Form
 from optimize_loss._state.hook import Hook
+from optimize_loss._state.loss import Loss
 from optimize_loss._state.skips import check_ready
 from optimize_loss._state.spread import check_spread
 from optimize_loss._state.train_state import TrainState
 from optimize_loss._step.advance import (
     advance_many,
 )
+from optimize_loss._step.evaluation import Evaluated, evaluate
 from optimize_loss._step.run import Run, check_plan
 
 
@@ -53,6 +55,10 @@ class Step(abc.ABC):
     @abc.abstractmethod
     def _advance(self, shardings: Any, state: TrainState, batch: Any) -> Any:
         """Return the next state and the metrics, while being traced."""
+
+    @abc.abstractmethod
+    def _evaluated(self, state: TrainState) -> tuple[Evaluated, ...]:
+        """Return the losses, with what their metrics are called by in an evaluation."""
 
     @abc.abstractmethod
     def _shardings(self, state: TrainState) -> tuple[Any, ...] | None:
@@ -187,6 +193,48 @@ class Step(abc.ABC):
         self._check_state(state)
         plan = check_plan(steps, steps_per_call, hooks, prefetch, sharding, progress)
         return Run(self, self._many, self._prefixes, plan, state).over(batches)
+
+    def evaluate(
+        self,
+        state: TrainState,
+        batches: Iterable[Any],
+        *,
+        loss: Callable[..., Any] | None = None,
+        sharding: Any = None,
+    ) -> dict[str, Any]:
+        """Return the means of the loss and its metrics over batches, without a step.
+
+        The loss is computed at `state.eval_params`, the averaged parameters if the state keeps an
+        average. One program is compiled per shape of batch. Batches are weighted by the length of
+        the first axis of their first array, or by the `weight` in the `Aux` of the loss, if it has
+        one. Sums are in float64. The state is not changed and not donated.
+
+        Args:
+          state: from `init` or from a step.
+          batches: an iterable, as for `run`; it is read to the end.
+          loss: a function of `(params, *batch)` as for `optimize_loss`, whose `Aux(metrics=...)`
+            has your own metrics, such as an accuracy; None for the loss of this step.
+          sharding: as for `run`.
+
+        Returns:
+          {tag: mean}: `loss`, and each metric of the loss. A `JointStep` returns those of all its
+          losses, with the tags of a step, as `critic/loss`.
+
+        Raises:
+          InvalidType: an argument is of the wrong kind.
+          ValueError: `batches` is empty; or the loss takes a model state or key that the state does
+            not have.
+
+        Example:
+          >>> import jax.numpy as jnp, optimize_loss as ol
+          >>> step = ol.optimize_loss(lambda p, x: jnp.mean(p["w"] * x), learning_rate=1.0)
+          >>> found = step.evaluate(step.init({"w": 2.0}), [jnp.ones(3), 5 * jnp.ones(1)])
+          >>> print(found)
+          {'loss': np.float64(4.0)}
+        """
+        self._check_state(state)
+        own = self._evaluated(state) if loss is None else (Evaluated("", Loss(loss), state.key),)
+        return evaluate(own, state, batches, sharding)
 
     def find_learning_rate(
         self,
@@ -405,9 +453,4 @@ class Step(abc.ABC):
             )
         if (form := Form.of(state, self._needed)) != self._form:
             raise TreeMismatch(self._form.difference(form))
-        step = state.packed_optimizer["step"]
-        if isinstance(step, jax.Array) and not isinstance(step, Tracer) and step.is_deleted():
-            raise RuntimeError(
-                "This state was donated: a step gives its memory to the state that it returns. "
-                "Use that one, as in `state, metrics = step(state, batch)`."
-            )
+        state.check_alive()

@@ -28,6 +28,7 @@ from optimize_loss._state.modules import Graph
 from optimize_loss._state.recipe import check_model_state, kinds_of, parted, trainable_of
 from optimize_loss._state.train_state import TrainState
 from optimize_loss._step.advance import first_key
+from optimize_loss._step.evaluation import Evaluated
 from optimize_loss._step.parts import Part, Turn, advance_parts
 from optimize_loss._step.step import Step
 from optimize_loss._step.train_step import TrainStep
@@ -259,6 +260,12 @@ class JointStep(Step):
 
     def _advance(self, shardings: Any, state: TrainState, batch: Any) -> Any:
         return advance_parts(self._parts, shardings, state, batch)
+
+    def _evaluated(self, state: TrainState) -> tuple[Evaluated, ...]:
+        return tuple(
+            Evaluated(part.recipe.name, part.recipe.loss, part.key(state.key))
+            for part in self._parts
+        )
 
     def _shardings(self, state: TrainState) -> tuple[Any, ...] | None:
         found = tuple(step._shardings(state) for step in self.steps.values())

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -19,7 +18,6 @@ from optimize_loss._report.explain import Explanation, explain
 from optimize_loss._report.lint import Horizon, check_horizon
 from optimize_loss._state.form import Form
 from optimize_loss._state.gradients import Trainable
-from optimize_loss._state.loss import Loss
 from optimize_loss._state.recipe import (
     Recipe,
     check_model_state,
@@ -33,7 +31,7 @@ from optimize_loss._step.advance import (
     first_arrays,
     first_key,
 )
-from optimize_loss._step.evaluation import evaluate
+from optimize_loss._step.evaluation import Evaluated
 from optimize_loss._step.step import Step
 
 
@@ -121,46 +119,6 @@ class TrainStep(Recipe, Step):
         )
         return dataclasses.replace(state, placement=placement)
 
-    def evaluate(
-        self,
-        state: TrainState,
-        batches: Iterable[Any],
-        *,
-        loss: Callable[..., Any] | None = None,
-        sharding: Any = None,
-    ) -> dict[str, Any]:
-        """Return the means of the loss and its metrics over batches, without a step.
-
-        The loss is computed at `state.eval_params`, the averaged parameters if the state keeps an
-        average. One program is compiled per shape of batch. Batches are weighted by the length of
-        the first axis of their first array, or by the `weight` in the `Aux` of the loss, if it has
-        one. Sums are in float64. The state is not changed and not donated.
-
-        Args:
-          state: from `init` or from a step.
-          batches: an iterable, as for `run`; it is read to the end.
-          loss: a function of `(params, *batch)` as for `optimize_loss`, whose `Aux(metrics=...)`
-            has your own metrics, such as an accuracy; None for the loss of this step.
-          sharding: as for `run`.
-
-        Returns:
-          {tag: mean}: `loss`, and each metric of the loss.
-
-        Raises:
-          InvalidType: an argument is of the wrong kind.
-          ValueError: `batches` is empty; or the loss takes a model state or key that the state does
-            not have.
-
-        Example:
-          >>> import jax.numpy as jnp, optimize_loss as ol
-          >>> step = ol.optimize_loss(lambda p, x: jnp.mean(p["w"] * x), learning_rate=1.0)
-          >>> found = step.evaluate(step.init({"w": 2.0}), [jnp.ones(3), 5 * jnp.ones(1)])
-          >>> print(found)
-          {'loss': np.float64(4.0)}
-        """
-        self._check_state(state)
-        return evaluate(self.loss if loss is None else Loss(loss), state, batches, sharding)
-
     @asked_for()
     def explain(
         self, params: Any, *, steps: int | None = None, model_state: Any = None
@@ -206,6 +164,9 @@ class TrainStep(Recipe, Step):
         if self.shard_state:
             check_on_mesh(self.shard_state, trainable.names, trainable.leaves)
         return trainable
+
+    def _evaluated(self, state: TrainState) -> tuple[Evaluated, ...]:
+        return (Evaluated("", self.loss, state.key),)
 
     @property
     def _prefixes(self) -> dict[str, str]:

@@ -219,7 +219,8 @@ def _check_rate(links: dict[str, Any], learning_rate: Any) -> None:
         raise ValueError(
             "`learning_rate` must be None when `optimizer` contains an optax transformation: that "
             "must contain the rate, as optax.adam(0.1) does, or be in a chain with a "
-            f"`rate=ScaleByLearningRate(...)` of its own. Received: {links}."
+            "`rate=ScaleByLearningRate(...)` of its own. "
+            f"{received('learning_rate', learning_rate)}"
         )
     elif has_one:
         _refused(learning_rate, links)

@@ -77,3 +77,17 @@ def test_a_notebook_is_small_and_tells_nothing_of_the_machine(source):
     assert {str(x["metadata"]) for x in notebook["cells"]} == {"{}"}
     assert sorted(notebook["metadata"]) == ["kernelspec", "language_info"]
     assert notebook["metadata"]["kernelspec"]["name"] == "python3"
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_the_site_has_a_page_of_each_notebook(source):
+    page = ROOT / "docs" / "notebooks" / f"{source.stem}.md"
+    assert f'{{{{ notebook("{source.stem}") }}}}' in page.read_text()
+    assert f'"notebooks/{page.name}"' in (ROOT / "zensical.toml").read_text()
+    assert f"(notebooks/{page.name})" in (ROOT / "docs" / "index.md").read_text()
+
+
+def test_the_site_leads_to_every_page():
+    nav = (ROOT / "zensical.toml").read_text()
+    pages = [path.relative_to(ROOT / "docs") for path in (ROOT / "docs").rglob("*.md")]
+    assert not [page for page in pages if f'"{page.as_posix()}"' not in nav]

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import optimize_loss
@@ -384,6 +385,69 @@ def test_model_state_is_handed_on():
     state, _ = step.many(state, jnp.ones(2))
     assert state.model_state == {"n": 3.0}
     assert state.params == {"a": -1.0, "b": -2.0}
+
+
+def test_each_loss_is_evaluated_with_its_weight_and_key():
+    def built(own, **options):
+        def loss(p, x, *, key):
+            draw = jax.random.uniform(key)
+            weight = x[0] if own == "b" else None
+            return jnp.mean(p[own] * x), ol.Aux(metrics={"draw": draw}, weight=weight)
+
+        return ol.optimize_loss(loss, learning_rate=1.0, optimizer="SGD", variables=own, **options)
+
+    step = ol.together(a=built("a", ema=0.5), b=built("b"), every={"b": 3})
+    state, _ = step.many(step.init({"a": 8.0, "b": 8.0}), jnp.ones((2, 1)))
+    batches = [jnp.array([1.0, 1.0]), jnp.array([3.0])]
+    found = step.evaluate(state, batches)
+    average = float(state.eval_params["a"])
+    assert 6 < average < 7
+    draws = {n: [jax.random.uniform(key_of(n, i)) for i in range(2)] for n in "ab"}
+    want = {
+        "a/loss": average * (2 * 1 + 1 * 3) / 3,
+        "a/draw": (2 * draws["a"][0] + draws["a"][1]) / 3,
+        "b/loss": 8 * (1 * 1 + 3 * 3) / 4,
+        "b/draw": (draws["b"][0] + 3 * draws["b"][1]) / 4,
+    }
+    assert found.keys() == want.keys()
+    for tag, value in want.items():
+        np.testing.assert_allclose(found[tag], value, rtol=1e-6)
+    same(step.evaluate(state, batches, loss=lambda p, x: p["a"] - p["b"]), {"loss": average - 8})
+    hook = ol.Evaluate(step, batches, every=1)
+    step.run(state, [np.ones(1, np.float32)], hooks=[hook])
+    assert {f"eval/{tag}" for tag in want} <= {*hook.latest}
+
+
+class Scaled(nnx.Module):
+    def __init__(self):
+        self.scale, self.shift = nnx.Param(jnp.ones(2)), nnx.Param(jnp.zeros(2))
+        self.calls = nnx.BatchStat(jnp.float32(0))
+
+    def __call__(self, x):
+        self.calls[...] = self.calls[...] + 1
+        return self.scale[...] * x + self.shift[...]
+
+
+def test_a_module_of_nnx_has_several_losses():
+    def built(loss, own):
+        return ol.optimize_loss(loss, learning_rate=0.25, optimizer="SGD", variables=own)
+
+    fit = lambda model, x: jnp.sum((model(x) - 3) ** 2) / 2
+    far = lambda model, x: -jnp.sum(model(x) * model.calls[...])  # the first call of a step is odd
+    step = ol.together(fit=built(fit, "scale"), far=built(far, "shift"))
+    state = step.init(Scaled())
+    scale, shift, x = np.ones(2), np.zeros(2), np.array([1.0, 2.0], np.float32)
+    for calls in (2, 4):
+        state, _ = step(state, x)
+        scale = scale - 0.25 * (scale * x + shift - 3) * x
+        shift = shift + 0.25 * calls
+    assert state.model.calls[...] == 4
+    np.testing.assert_allclose(state.model.scale[...], scale, rtol=1e-6)
+    np.testing.assert_allclose(state.model.shift[...], shift, rtol=1e-6)
+    found = step.evaluate(state, [x])
+    np.testing.assert_allclose(found["fit/loss"], np.sum((scale * x + shift - 3) ** 2) / 2)
+    np.testing.assert_allclose(found["far/loss"], -5 * np.sum(scale * x + shift))
+    assert state.model.calls[...] == 4  # an evaluation changes nothing
 
 
 @pytest.mark.parametrize("precision", [None, "bfloat16"])

@@ -72,6 +72,7 @@ def alike(said, printed):
 ON_EIGHT_DEVICES = "docs/devices.md"
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:keras")
 @pytest.mark.parametrize("name", [name for name in SESSIONS if name != ON_EIGHT_DEVICES])
 def test_the_blocks_run_and_print_what_they_say(name, capsys, tmp_path, monkeypatch):
     """A comment behind a `print` is what is printed, then perhaps a colon and a remark."""

@@ -204,8 +204,8 @@ def _of_tree(
         slots = made_of(link_name, link, state.optimizer[link_name], params)
     except TreeMismatch as error:
         warnings.warn(
-            f"What the file lacks of the link {link_name!r} stays as in `like`, and does not begin "
-            f"from the restored parameters: {[*names]}. {error}",
+            f"Leaves of the link {link_name!r} that the file lacks stay as in `like`, and do not "
+            f"start from the restored parameters: {[*names]}. {error}",
             stacklevel=2,
         )
         return

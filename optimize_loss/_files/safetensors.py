@@ -153,7 +153,7 @@ class Reader:
     def __init__(self, path: pathlib.Path):
         self.path = path
         if not stat.S_ISREG(mode := os.stat(path).st_mode) and not stat.S_ISDIR(mode):
-            raise self._corrupt("it is no regular file")
+            raise self._corrupt("it is not a regular file")
         self._file = path.open("rb")
         try:
             self.metadata, self.entries = self._read_header()

@@ -140,7 +140,7 @@ def clip_links(clip: Any) -> Links:
         return {}
     if clip is adaptive_clipping_fn:
         raise InvalidType(
-            "`clip_gradients` must be what `adaptive_clipping_fn()` returns: call it."
+            "`clip_gradients` must be the result of `adaptive_clipping_fn()`: call it."
         )
     if isinstance(clip, ForParameters) or is_transformation(clip):
         return {"clip_gradients": clip}

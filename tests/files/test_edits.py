@@ -104,7 +104,9 @@ EDITS = {
     ),
     "other-rule": Edit(
         PLAIN,
-        built(links(adam=None, lion=T.ScaleByLion())),
+        built(
+            first_of({"clip": T.ClipByValue(1.0), "lion": T.ScaleByLion()}, clip=None, adam=None)
+        ),
         of(*NAMES, slots=["m"], link="lion") | {"optimizer/lion/beta_1", "optimizer/lion/beta_2"},
         of(*NAMES) | {f"optimizer/adam/{x}" for x in ("beta_1", "beta_2", "epsilon")},
     ),

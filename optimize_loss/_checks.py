@@ -38,7 +38,7 @@ class CheckpointVersion(ValueError):
 
 
 class NonFiniteError(FloatingPointError):
-    """Too many batches in a row were left out; the message says why, `state` is what to go on with.
+    """Too many batches in a row were skipped; the message says why, `state` is what to go on with.
 
     Attributes:
       state: the state as it is without these batches, which counts from 0 again.
@@ -69,7 +69,7 @@ class Rule:
     """What a hyperparameter must satisfy, and how it is kept in the state.
 
     Attributes:
-      words: the rule as it stands in a message, after "must be".
+      words: the rule in the words of a message, after "must be".
       holds: True for the values that the rule allows, for numbers and for arrays.
       kind: `real` (a float), `decay` (the pair β, 1-β), `count` (an int32) or `seed` (a uint32).
       initial: True where only `init` reads the number, so that it does not enter the state.
@@ -174,7 +174,7 @@ def _check_traced(name: str, value: Any, kind: Any) -> Any:
 
 
 def check_integer(name: str, value: Any, rule: Rule) -> int:
-    """Return `value` as a Python int that `rule` allows; floats are refused, even whole ones.
+    """Return `value` as a Python int that `rule` allows; floats are rejected, even integral ones.
 
     Raises:
       InvalidType: `value` is no integer, or not a scalar.
@@ -210,7 +210,7 @@ def _scalar(name: str, value: Any) -> Any:
 
 
 def check_takes(rule: str, function: Callable[..., Any], *args: Any, **keywords: Any) -> None:
-    """Raise if `function` cannot be called with these arguments, as far as its signature tells.
+    """Raise if `function` cannot be called with these arguments, as far as its signature shows.
 
     Args:
       rule: what the function must take, a sentence for the message.

@@ -33,7 +33,7 @@ def leaf_names(tree: Any) -> list[str]:
     names = leaf_paths(tree)
     if len(set(names)) < len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
-        raise ValueError(f"Parameter names must differ. Names that came twice: {twice}.")
+        raise ValueError(f"Parameter names must differ. Names that appear twice: {twice}.")
     return names
 
 
@@ -133,7 +133,7 @@ def check_patterns(argument: str, patterns: Pattern | Iterable[Pattern]) -> tupl
 
 
 def pattern_text(pattern: Pattern) -> str:
-    """Return a pattern as it stands in names of numbers and in messages."""
+    """Return a pattern as it appears in names of numbers and in messages."""
     return pattern.pattern if isinstance(pattern, re.Pattern) else pattern
 
 
@@ -142,9 +142,9 @@ def compile_pattern(pattern: Pattern) -> re.Pattern[str]:
     """Return the regular expression for a pattern.
 
     `*` stands for anything within one part of a name, `**` for any number of parts, `|` for
-    either side. The whole name must match. A trailing `:0`, as TensorFlow writes it, need not be in
-    the name.
-    A compiled regular expression is taken as it is, and may match anywhere in the name.
+    either side. The complete name must match. A trailing `:0`, as TensorFlow writes it, need not be
+    in the name. A compiled regular expression is taken as it is, and may match anywhere in the
+    name.
 
     Example:
       >>> matches = compile_pattern("**/bias|head/*").fullmatch

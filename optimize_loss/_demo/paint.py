@@ -260,7 +260,7 @@ _CURVES = (
 def save_picture(path: str, photo: Photo, runs: list[Run]) -> None:
     """Draw the paintings of the first run and the curves of all, and save them as one PNG.
 
-    The file appears whole or not at all: it is written beside its place, then moved there.
+    The file is written atomically: to a temporary file next to it, which is then renamed.
 
     Args:
       path: of the PNG.

@@ -44,7 +44,7 @@ def read_photo(path: str | None) -> Photo:
       path: of an image that pillow can read; None for matplotlib's sample photograph.
 
     Raises:
-      ValueError: there is no such file, or it is not a whole image.
+      ValueError: the file does not exist, or is not a complete image.
     """
     from PIL import Image, ImageOps
 

@@ -1,7 +1,7 @@
 """Numbers of 16 and 8 bits by integer operations, rounded to nearest or stochastically.
 
-Arrays of bfloat16 and float8 are slow on CPU, and loops copy them whole at every turn. Here such
-numbers are unsigned integers, of the same bits.
+Arrays of bfloat16 and float8 are slow on CPU, and loops copy them completely in every iteration.
+Here such numbers are unsigned integers, of the same bits.
 """
 
 import math

@@ -69,8 +69,8 @@ class Layout(Static):
     def gather_grads(self, grads: Mapping[str, Any]) -> dict[str, Any]:
         """Return gradients by name, packed; those in a bucket in float32 or wider, as in links.
 
-        XLA leaves out the rounding to 16 bits of what is widened at once, which an array of 16
-        bits would force on it: with the bucket and without, links see the same.
+        XLA omits the rounding to 16 bits of values that are widened immediately, which an array of
+        16 bits would force on it: with the bucket and without, links see the same.
         """
         inside = {name for _, members in self.buckets for name in members.names}
         return self.gather(

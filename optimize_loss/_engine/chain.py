@@ -1,4 +1,4 @@
-"""Links in a row, by name: one optax transformation whose state is a dict."""
+"""A sequence of named links: one optax transformation whose state is a dict."""
 
 import dataclasses
 import functools
@@ -39,10 +39,10 @@ from optimize_loss._engine.trees import (
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Chain(Transformation):
-    """Links in a row, as one optax transformation. Build it with `chain`.
+    """A sequence of links, as one optax transformation. Build it with `chain`.
 
     Neighbouring links run in one pass over the parameters. An optax transformation among them, or
-    any other object with `init` and `update`, sees the whole tree and splits that pass in two.
+    any other object with `init` and `update`, sees the complete tree and splits that pass in two.
     The state is a dict: `step`, the number of updates made, and for each link a dict of its
     hyperparameters, its memory, and its slots, which are trees like the parameters.
 
@@ -75,7 +75,7 @@ class Chain(Transformation):
         return repr_lib.render_object_constructor(Chain, attributes, path, subtree_renderer)
 
     def link(self, name: str) -> Any:
-        """Return the link of this name; of one for some parameters, the link itself."""
+        """Return the link of this name, without its `ForParameters`."""
         return dict(self._linked())[name]
 
     @asked_for()
@@ -83,7 +83,7 @@ class Chain(Transformation):
         """Return the state before the first update.
 
         Raises:
-          InvalidType: a leaf of `params` is no number and no array.
+          InvalidType: a leaf of `params` is neither a number nor an array.
           ValueError: a pattern of a link matches no parameter.
         """
         taken = take_apart(params)
@@ -119,16 +119,18 @@ class Chain(Transformation):
 
         Args:
           updates: the gradients, a tree like the parameters. A parameter whose gradient is None
-            is left alone, its slots too; an integer parameter gets a zero update.
+            does not change, and neither do its slots. An integer parameter gets a zero update.
           state: from `init`, or from the update before.
-          params: the parameters. May be left out if no link reads them.
-          **extra: for optax transformations in the chain; `value`, the loss, also for our links.
+          params: the parameters. Optional if no link reads them.
+          **extra: arguments of optax transformations in the chain; our links read `value`, the
+            loss.
 
         Returns:
           Updates in the dtype of the parameters, and the state.
 
         Raises:
-          TreeMismatch: the trees have different leaves or shapes; or the state is another chain's.
+          TreeMismatch: the trees have different leaves or shapes; or the state belongs to another
+            chain.
         """
         return self._run(updates, state, params, "updates", **extra)
 
@@ -160,10 +162,10 @@ class Chain(Transformation):
         Args:
           state: a state of this chain.
           **values: number by name, or by `link/number` where several links have that name.
-            None gives back what the link was built with, such as its schedule.
+            None restores the value of the link, such as its schedule.
 
         Raises:
-          ValueError: no link, or more than one, has such a number; or its rule does not hold.
+          ValueError: no link, or more than one, has such a number; or the value is out of range.
 
         Example:
           >>> import optimize_loss as ol
@@ -201,11 +203,11 @@ class Chain(Transformation):
 
     @asked_for()
     def averaged(self, state: State, params: Any) -> Any:
-        """Return the parameters to use after training: an average, where a link keeps one.
+        """Return the parameters to use after training: an average if a link keeps one.
 
         Raises:
-          InvalidType: these are several states, stacked.
-          TreeMismatch: the state is another chain's, or of other parameters.
+          InvalidType: this is a stack of several states.
+          TreeMismatch: the state belongs to another chain or to other parameters.
 
         Example:
           >>> import optimize_loss as ol
@@ -222,10 +224,10 @@ class Chain(Transformation):
 
     @asked_for()
     def decoded(self, state: State, params: Any) -> State:
-        """Return the state with all moments in float32, by slot, as without a precision.
+        """Return the state with all moments in float32, as without a precision.
 
         Raises:
-          TreeMismatch: the state is another chain's, or of other parameters.
+          TreeMismatch: the state belongs to another chain or to other parameters.
         """
         _check_state(self, state)
         taken = take_apart(params)
@@ -334,9 +336,9 @@ def chain(*unnamed: Any, **links: Any) -> Chain:
     """Compose links, by name, into one optax transformation.
 
     Args:
-      *unnamed: none; links are given by name, so that state and files are keyed by it.
-      **links: a `Link` of ours, or any object with optax's `init` and `update`, in the order in
-        which the gradients pass through them.
+      *unnamed: empty; give links by name, which is their key in states and files.
+      **links: each a `Link`, or any object with optax's `init` and `update`, in the order in which
+        gradients pass.
 
     Returns:
       A transformation for `optax.chain`, flax's `TrainState`, `nnx.Optimizer` or `optimize_loss`.
@@ -358,7 +360,7 @@ def chain(*unnamed: Any, **links: Any) -> Chain:
     """
     if unnamed or not links:
         raise InvalidType(
-            "Links are given by name: chain(clip=ClipByGlobalNorm(1.0), adam=ScaleByAdam()). "
+            "Give links by name: chain(clip=ClipByGlobalNorm(1.0), adam=ScaleByAdam()). "
             f"Received: {len(unnamed)} without a name, {len(links)} with one."
         )
     for name, link in links.items():

@@ -75,7 +75,7 @@ def health(
       norm: of all gradients.
       parts: the loss and its weight, or None.
       updates: the gradients.
-      owners: for each gradient, the names of its parameters, and how they lie in it.
+      owners: for each gradient, the names of its parameters, and where each is in it.
       judged: what else `Health` has.
     """
     finite = jnp.isfinite(norm)

@@ -1,4 +1,4 @@
-"""Kinds of links that the engine treats in a way of their own."""
+"""Kinds of links that the engine treats specially."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -11,12 +11,12 @@ from optimize_loss._engine.link import Link, Numbers, Slots, Stage
 
 @dataclasses.dataclass(frozen=True)
 class Gate(Link):
-    """A link behind which others run only where it lets them: a guard, an accumulation.
+    """A link that decides whether later links run: a guard, an accumulation.
 
-    Among what `scalars` returns for the leaves is `open`, a bool. Unless it is true, parameters,
-    the slots of the links behind and the count of updates stay as they are. Of a gate that needs
-    "loss_and_weight", a `loss_behind` among it is the loss which the links behind see, and
-    `empty_behind` says whether nothing was gathered, so that they keep their memory.
+    Its `scalars` include `open`, a bool, for the leaves. If it is false, parameters, the slots of
+    later links and the count of updates do not change. If the gate needs "loss_and_weight", it may
+    also return `loss_behind`, the loss for later links, and `empty_behind`, whether nothing was
+    gathered, so that they keep their memory.
 
     Example:
       A gate that lets small gradients through:
@@ -38,16 +38,16 @@ class Gate(Link):
     def behind(self, k: Numbers) -> jax.Array | None:
         """Return the scalar that multiplies the updates on the way out; None for 1.
 
-        It is applied where the gate is open, so no copy of all updates is made.
+        It is applied only if the gate is open, so the updates are not copied.
         """
         return None
 
     def with_loss(self) -> "Gate":
-        """Return the same gate, with what the links behind need to see its loss."""
+        """Return the same gate, which also provides its loss to later links."""
         return self
 
     def is_empty(self, weight: Any) -> jax.Array | None:
-        """Return whether a batch of this weight has nothing in it; None where all batches count."""
+        """Return whether a batch of this weight is empty; None if all batches count."""
         return None
 
 
@@ -60,15 +60,15 @@ class Opening(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LossScale(Link):
-    """What the links have in common that divide by the factor of the loss.
+    """The base of links that divide by the factor of the loss.
 
-    One that is a `Gate`, too, is dynamic: it shrinks where a gradient is not finite.
+    If it is also a `Gate`, it is dynamic: it shrinks if a gradient is not finite.
     """
 
     stage = Stage.SCALE
 
     def factor_of_loss(self, numbers: Numbers, memory: Numbers) -> jax.Array:
-        """Return by what the loss is multiplied in this step."""
+        """Return the factor of the loss in this step."""
         raise NotImplementedError
 
 
@@ -77,16 +77,16 @@ class RateScale(Link):
     """A link that multiplies the learning rates of all links by a number in its memory."""
 
     def scale(self, memory: Numbers) -> jax.Array:
-        """Return by what all learning rates are multiplied."""
+        """Return the factor of all learning rates."""
         raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
 class Averaging(Link):
-    """A link that keeps better parameters than those that are trained, such as their average.
+    """A link that keeps parameters to evaluate, such as the average of those that are trained.
 
     Example:
-      A link that keeps the parameter before the last update, as a better one:
+      A link that keeps the parameter before the last update:
 
       >>> import dataclasses, optimize_loss as ol
       >>> @dataclasses.dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Averaging(Link):
         Args:
           param: the parameter as it is trained, in float32 or wider.
           slots: the slots.
-          numbers: the hyperparameters as they are in the state.
+          numbers: the hyperparameters in the state.
         """
         raise NotImplementedError
 

@@ -1,25 +1,25 @@
-"""What a link is. Read this first.
+"""The definition of a link. Read this first.
 
 A link is one transformation of the gradients, written as a few small functions:
 
     numbers()                               its hyperparameters, as they enter the state
     slots(param)                            its memory for one parameter: {"m": zeros, "v": zeros}
-    memory()                                its memory for the whole tree: scalars
-    scalars(numbers, memory, total, step)   once a step: what `leaf` needs, and the new memory
-    for_each(names, k)                      what differs from parameter to parameter, as data
+    memory()                                its memory for the complete tree: scalars
+    scalars(numbers, memory, total, step)   once per step: scalars for `leaf`, and the new memory
+    for_each(names, k)                      data that differs from parameter to parameter
 
 and for one parameter, in the order in which they run:
 
-    before(param, k)                        what it moves by before this link and the next see it
+    before(param, k)                        a change that this link and later ones already see
     leaf(update, slots, param, k)           one update in, one update and the new slots out
-    after(param, moved, slots, k)           what it moves by in all, when that is known
+    after(param, moved, slots, k)           the complete update, from the sum of all updates
 
-In place of `leaf`, a link may write `factor(k)`, if all it does is multiply, or its two halves:
+Instead of `leaf`, a link may define `factor(k)`, if it only multiplies, or two halves of `leaf`:
 
     remember(update, slots, param, k)       the new slots
     direction(update, slots, param, k)      the new update, from the new slots
 
-    report(name, parts)                     what `optimize_loss` reports of it: {metric: array}
+    report(name, parts)                     its metrics for `optimize_loss`: {metric: array}
 
 Most links need two or three. `chain` computes the totals, then the scalars, then runs the
 functions of all its links over one parameter after another.
@@ -63,9 +63,9 @@ Slots = Mapping[str, jax.Array]
 
 
 class Stage(enum.IntEnum):
-    """Where a link stands in a chain that is made of options: a lower stage comes first.
+    """The place of a link in a chain that is made from options: a lower stage comes first.
 
-    A chain that is written by hand has the order in which it is written.
+    A chain that you write yourself keeps its order.
     """
 
     SUM = 0  # over devices
@@ -97,8 +97,8 @@ def check_fields(options: Any) -> None:
     """Check the hyperparameters and the flags among the fields of a frozen dataclass.
 
     Raises:
-      InvalidType: one is no number, or no bool.
-      ValueError: the rule of one does not hold.
+      InvalidType: a field is not a number, or not a bool.
+      ValueError: a value is out of range.
     """
     for name, rule in number_rules(type(options)).items():
         value = getattr(options, name)
@@ -124,7 +124,7 @@ def _may_vary(rule: Rule) -> bool:
 
 
 def checked(rule: Rule, name: str, value: Any) -> Any:
-    """Return a number that a rule allows; a schedule as it is."""
+    """Return a number after checking its rule; a schedule unchanged."""
     return value if callable(value) and _may_vary(rule) else rule.check(name, value)
 
 
@@ -134,24 +134,25 @@ class Link:
 
     Subclass it as a frozen dataclass. Fields annotated with `float` or one of the types of
     `ol.transforms` (`Positive`, `NotNegative`, `Fraction`, `Decay`, …) are hyperparameters:
-    checked, kept in the state as numbers, and open to schedules. One may also be given by name, as
-    {pattern: number}: the first pattern that matches a parameter decides; what none matches has the
-    default, and without one the link leaves it alone. All other fields are structure: they decide
-    which program is built. In `leaf`, `k[name]` is a hyperparameter of this step; for
-    a `Decay` β it is the pair (β, 1-β). Then write the functions that the link needs:
+    checked, kept in the state as numbers, and open to schedules. A hyperparameter may also be
+    {pattern: number}: the first pattern that matches a parameter decides. Parameters that no
+    pattern matches have the default; if there is no default, the link skips them. All other fields
+    are structure: they decide which program is built. In `leaf`, `k[name]` is a hyperparameter of
+    this step; for a `Decay` β it is the pair (β, 1-β). Then write the functions that the link
+    needs:
 
         slots(param)                           its memory for one parameter: {"m": zeros}
-        memory()                               its memory for the whole tree: {"mean": 0.0}
-        scalars(numbers, memory, total, step)  once a step: what `leaf` needs, and the memory
-        for_each(names, k)                     what differs from parameter to parameter
-        before(param, k)                       what a parameter moves by before its next links
-        leaf(update, slots, param, k)          one array in, one array and the new slots out
-        factor(k)                              in place of `leaf`, if all it does is multiply
-        remember, direction                    in place of `leaf`: the new slots, then the update
-        after(param, moved, slots, k)          what a parameter moves by in all
-        report(name, parts)                    what `optimize_loss` reports of it: {metric: array}
+        memory()                               its memory for the complete tree: {"mean": 0.0}
+        scalars(numbers, memory, total, step)  once per step: scalars for `leaf`, and the memory
+        for_each(names, k)                     data that differs from parameter to parameter
+        before(param, k)                       a change that later links already see leaf(update,
+        slots, param, k)          one array in, one array and the new slots out factor(k)
+        instead of `leaf`, if it only multiplies remember, direction                    instead of
+        `leaf`: the new slots, then the update after(param, moved, slots, k)          the complete
+        update of a parameter report(name, parts)                    its metrics for
+        `optimize_loss`: {metric: array}
 
-    and set the class attributes `needs`, `means`, `squares`, `elementwise` and `reads_params` where
+    and set the class attributes `needs`, `means`, `squares`, `elementwise` and `reads_params` if
     they differ from the defaults below.
 
     Example:
@@ -171,39 +172,38 @@ class Link:
     """
 
     needs: ClassVar[str | None] = None
-    """What `scalars` receives as `total`: "global_norm", the L2 norm of all updates at this place
-    in the chain, safe from overflow; "finite", whether all entries of these are; "loss", that of
-    this step; "loss_and_weight", the pair as it was given, each None where there is none;
-    "learning_rate", that of the one link that has one; for guards "health", the `Health` of the
-    step. With "random_bits", `k["draw"]` keys bits of each entry, by the seed and the step; with
-    "stored_param", `k["stored"]` is the parameter in its own dtype, for `leaf`."""
+    """The `total` that `scalars` receives: "global_norm", the L2 norm of all updates at this place
+    in the chain, without overflow; "finite", whether all their entries are finite; "loss", the loss
+    of this step; "loss_and_weight", the pair that the caller passed, each None if absent;
+    "learning_rate", that of the only link that has one; for guards "health", the `Health` of the
+    step. With "random_bits", `k["draw"]` is a key for random bits of each entry, from the seed and
+    the step; with "stored_param", `k["stored"]` is the parameter in its own dtype, for `leaf`."""
 
     means: ClassVar[tuple[str, ...]] = ()
-    """Slots that are running means of values of either sign, or sums that decay as these do. A
-    `Precision` keeps such in 16 or 8 bits where they are float32 and of the parameter's shape;
-    links see them in float32."""
+    """Slots that are running means of signed values, or decaying sums of them. A `Precision` stores
+    them in 16 or 8 bits if they are float32 and have the parameter's shape; links see them in
+    float32."""
 
     squares: ClassVar[tuple[str, ...]] = ()
     """The same for means of squares, which are never negative."""
 
     elementwise: ClassVar[bool] = False
-    """Whether the link treats every entry of a leaf independently: the functions of one parameter
-    do to an entry what they would do to it alone, and `for_each` gives scalars. `optimize_loss`
-    then keeps small parameters in one array. A subclass that defines one of these functions again
-    must set it again."""
+    """True if the link treats every entry independently: its functions of one parameter act entry
+    by entry, and `for_each` returns scalars. `optimize_loss` then stores small parameters in one
+    array. A subclass that redefines one of these functions must set it again."""
 
     stage: ClassVar[Stage] = Stage.UPDATE
-    """Where the link stands among those of options; links with `after` stand behind all updates."""
+    """The place of the link among those of options; links with `after` come after all updates."""
 
     reads_params: ClassVar[bool] = False
-    """Whether the values in `param` are used, so that `update` must be given them. Without it,
-    `param` may hold anything."""
+    """Whether the link reads the values in `param`, so that `update` needs the parameters. Without
+    it, `param` may hold anything."""
 
     def __post_init__(self):
         check_fields(self)
 
     def rule(self, name: str) -> Rule:
-        """Return what the hyperparameter `name` must satisfy."""
+        """Return the rule of the hyperparameter `name`."""
         return number_rules(type(self))[name.partition("/")[0]]
 
     def numbers(self) -> dict[str, Any]:
@@ -216,25 +216,25 @@ class Link:
         return {name: value for name, value in found.items() if value is not None}
 
     def slots(self, param: jax.Array) -> dict[str, jax.Array]:
-        """Return the memory for one parameter, as it is before the first step."""
+        """Return the initial memory for one parameter."""
         return {}
 
     def memory(self) -> dict[str, float]:
-        """Return the memory for the whole tree: numbers, as they are before the first step.
+        """Return the initial memory for the complete tree: numbers.
 
-        Integers are kept as int32, all others as the floats of the hyperparameters are.
+        Integers are stored as int32, all others in the float dtype of the hyperparameters.
         """
         return {}
 
     def scalars(
         self, numbers: Numbers, memory: Numbers, total: Any, step: jax.Array
     ) -> tuple[Numbers, Numbers]:
-        """Return what `leaf` needs, and the new memory.
+        """Return the scalars that `leaf` needs, and the new memory.
 
         Args:
           numbers: the hyperparameters at this step; a decay rate β is the array (β, 1-β).
-          memory: the memory for the whole tree.
-          total: what `needs` names, or None.
+          memory: the memory for the complete tree.
+          total: the total that `needs` names, or None.
           step: the number of updates made before this one, an int32.
         """
         return numbers, memory
@@ -245,20 +245,19 @@ class Link:
             number.check_names(field, names)
 
     def for_each(self, names: Sequence[str], k: Numbers) -> Iterator[Numbers]:
-        """Return for each parameter what is its own in `k`; equal shapes still share a trace."""
+        """Return the entries of `k` that differ between parameters; equal shapes share a trace."""
         return iter([{}] * len(names))
 
     def before(self, param: jax.Array, k: Numbers) -> jax.Array:
-        """Return what is added to the parameter before this link and those behind it see it."""
+        """Return a change that is added to the parameter before this link and later ones see it."""
         raise NotImplementedError
 
     def factor(self, k: Numbers) -> jax.Array | tuple[jax.Array, ...]:
         """Return the scalar that multiplies the update, for links that do nothing else.
 
-        Or several, to multiply by one after the other, where their product may be too small for
-        the dtype.
+        Or several factors, if their product may underflow in the dtype.
 
-        It takes the place of `leaf`, and spares a pass where the norm after the link is needed.
+        It replaces `leaf`, and saves a pass if a later link needs the norm.
         """
         raise NotImplementedError
 
@@ -284,23 +283,23 @@ class Link:
     def after(
         self, param: jax.Array, moved: jax.Array, slots: Slots, k: Numbers
     ) -> tuple[jax.Array, Slots]:
-        """Return what the parameter moves by in all, and the new slots.
+        """Return the complete update of the parameter, and the new slots.
 
         Args:
           param: the parameter as it is stored, in its own dtype.
-          moved: what is to be added to it, in float32 or wider.
+          moved: the sum of all updates so far, in float32 or wider.
           slots: the slots.
-          k: what is needed.
+          k: the scalars.
         """
         raise NotImplementedError
 
     def report(self, name: str, parts: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what `optimize_loss` reports of the link after a step, by metric.
+        """Return the metrics that `optimize_loss` reports for the link after a step.
 
-        A metric that several links report has "/" and the link's name behind its own.
+        If several links report the same metric, its name is followed by "/" and the link's name.
 
         Args:
-          name: of the link.
+          name: the name of the link.
           parts: its state: numbers, memory and slots by name, slots as trees like the parameters.
         """
         return {}
@@ -358,10 +357,10 @@ def passes(cls: type) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class TreeLink(Link):
-    """A link that sees all parameters at once, by name, outside the one pass.
+    """A link that sees all parameters at once, by name, outside the fused pass.
 
-    Subclass it where a parameter's update depends on other parameters in a way that no total
-    tells. Write `init` and `run` in place of `slots` and `leaf`; the rest is as in `Link`.
+    Subclass it if a parameter's update depends on other parameters in a way that no total
+    describes. Define `init` and `run` instead of `slots` and `leaf`; the rest is as in `Link`.
 
     Example:
       A link that gives every parameter the update of the first one by name:
@@ -393,10 +392,10 @@ class TreeLink(Link):
         """Return the new updates and the new memory.
 
         Args:
-          updates: for each parameter that has a gradient, in float32 or wider.
+          updates: the update of each parameter that has a gradient, in float32 or wider.
           slots: the memory.
           params: the parameters by name, in float32 or wider.
-          k: what `scalars` returned.
+          k: the scalars that `scalars` returned.
         """
         raise NotImplementedError
 

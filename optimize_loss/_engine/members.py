@@ -68,7 +68,7 @@ class Members(Static):
     def digest(self) -> str:
         """Text that is another one for other names or shapes, the same in every process.
 
-        It stands in the path of the array: what saves trees by their paths then refuses to give
+        It is part of the path of the array: what saves trees by their paths then refuses to give
         back the values of other parameters, as it would without a bucket.
         """
         text = json.dumps([self.names, self.shapes])

@@ -48,7 +48,7 @@ def _check_by_name(name: str, link: Any) -> None:
         if kinds or field == "learning_rate" or link.memory():
             raise InvalidType(
                 f"`{field}` of the link {name!r} must be one number for all its parameters: only "
-                "numbers of links that treat each parameter by itself may go by name. Use "
+                "numbers of links that treat each parameter alone may depend on the name. Use "
                 f"`ForParameters`, or `rules` of `optimize_loss`. Received: {link!r}."
             )
 
@@ -77,12 +77,12 @@ def _check_head(entries: Mapping[str, Any]) -> None:
     for name, link in links.items():
         if getattr(link, "needs", None) == "health" and before:
             raise ValueError(
-                f"The link {name!r} must stand before {before}, so that nothing of a batch that is "
-                f"left out stays in the state. Received: {[*links]}."
+                f"The link {name!r} must come before {before}, so that nothing of a batch that is "
+                f"skipped stays in the state. Received: {[*links]}."
             )
         if _weighs(link) and any(stage_of(links[n]) == Stage.GATHER for n in before):
             raise ValueError(
-                f"The link {name!r} weighs batches, and must not stand behind another link that "
+                f"The link {name!r} weights batches, and must not come after another link that "
                 f"gathers them. Received: {[*links]}."
             )
         if isinstance(link, Gate | LossScale):
@@ -111,7 +111,7 @@ def check_last(places: Sequence[Place]) -> None:
         for other in places[i + 1 :]:
             if _disturbs(other, place):
                 raise ValueError(
-                    f"The link {place.name!r} must stand last, behind {other.name!r}, as it sees "
+                    f"The link {place.name!r} must come last, after {other.name!r}, as it sees "
                     f"all that a parameter moves by. Received: {[p.name for p in places]}."
                 )
 
@@ -136,8 +136,8 @@ def stage_of(link: Any) -> Stage:
 def arranged(*rows: Mapping[str, Any]) -> dict[str, Any]:
     """Return links in a row, from several rows.
 
-    Those at the head of a row that stand before all updates come first, by their stage; those
-    that stand behind all updates come last. Between, the order is that of the rows.
+    Links at the head of a row that come before all updates are first, by their stage; links that
+    come after all updates are last. Between, the order is that of the rows.
 
     Raises:
       ValueError: two have one name.
@@ -152,7 +152,7 @@ def arranged(*rows: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def head(links: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the links at the head of a row that stand before all updates."""
+    """Return the links at the head of a row that come before all updates."""
     stages = {name: stage_of(link) for name, link in linked(links)}
     names = itertools.takewhile(lambda name: stages[name] < Stage.UPDATE, links)
     return {name: links[name] for name in names}

@@ -80,7 +80,7 @@ class Place:
 
     @functools.cached_property
     def memory(self) -> tuple[str, ...]:
-        """The names of what a link of ours keeps of the whole tree."""
+        """The names of the memory of a link for the complete tree."""
         return (*self.link.memory(),)
 
     @functools.cached_property

@@ -1,7 +1,7 @@
-"""In which form links keep their moments: whole, or in 16 or 8 bits.
+"""The form in which links store their moments: float32, or 16 or 8 bits.
 
-Links compute in float32 and know nothing of it. They name their `moments`; where a chain has a
-`Precision`, the pass decodes these before the leaf function and encodes them behind it.
+Links compute in float32 and do not depend on this. They name their moments; if a chain has a
+`Precision`, the pass decodes these before the leaf function and encodes them after it.
 """
 
 import dataclasses
@@ -39,35 +39,36 @@ Slots = Mapping[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """How exactly moments and parameters are kept: an option of `optimize_loss` and of chains.
+    """The precision of stored moments and parameters: an option of `optimize_loss` and of chains.
 
-    All is computed in float32; this is about what stays in memory from one update to the next.
+    All arithmetic is in float32; the precision only affects the arrays that are stored between
+    updates.
 
     - "bfloat16": two moments, such as Adam's m and v, share a uint32 array, a single one is
-      uint16: half of the memory. They are rounded stochastically, so that means of slow decay
-      keep their mean; the update sees them as they are stored.
+      uint16: half the memory. They are rounded stochastically, so slowly decaying means stay
+        unbiased; the update reads the stored values.
     - "float8": a quarter. A moment is an e4m3 number, that of squares its root, with a scale for
       every 256 entries in C order; two share a uint16 array. They are rounded to nearest, and the
-      update sees them before. Parameters of at most 4096 entries have "bfloat16". Infinity
-      and NaN make NaN of their block.
+      update reads them before rounding. Parameters of at most 4096 entries use "bfloat16". Infinity
+      or NaN turns its block into NaN.
     - "float32": as without this option.
 
-    Moments that are complex or of float64 stay so, and so do all other slots: averages of
-    parameters, and sums.
-    Where a parameter is sharded so that a block of 256 entries lies on several devices, these
-    exchange its entries.
+    Complex and float64 moments do not change; neither do other slots, such as averages of
+    parameters, and sums. If a block of 256 entries is sharded over several devices, they exchange
+    its entries.
 
-    The random bits are a function of the seed, the parameter's name, that of the link, the number
-    of updates made and the index of the entry: of no other parameter, device or call.
+    The random bits are a function of the seed, the names of the parameter and the link, the number
+    of updates made and the index of the entry. They do not depend on other parameters, devices or
+    calls.
 
     Args:
-      state: a format for all moments; or {pattern: format} by parameter, of which the first that
-        matches holds.
-      params: whether an update of parameters of 16 bits or fewer is rounded to one of its two
-        neighbours at random, so that the mean is right, or to the nearest, which loses updates
-        of less than half a unit in the last place. All others do not change.
-      seed: of the random bits, an integer in [0, 2**32); None for that of `optimize_loss`, or 0.
-        Built into the program.
+      state: a format for all moments; or {pattern: format}, of which the first pattern that matches
+        a parameter decides.
+      params: how to round parameters of 16 bits or fewer: stochastically, which is right on
+        average, or to nearest, which loses updates of less than half a unit in the last place.
+        Other parameters are not affected.
+      seed: the seed of the random bits, an integer in [0, 2**32); None for that of `optimize_loss`,
+        or 0. It is compiled into the program.
       rest: the format of parameters that no pattern of `state` matches.
 
     Raises:
@@ -314,7 +315,7 @@ def keys(
 
     Args:
       owners: for each leaf the names of the parameters in it, and the bucket if it is one.
-      prefix: stands before the names: other prefix, other bits.
+      prefix: a prefix of the names; each prefix has its own bits.
       seed: an integer below 2**32, or a uint32.
       step: the number of updates made.
     """

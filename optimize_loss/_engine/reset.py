@@ -26,8 +26,8 @@ def reset(
 ) -> tuple[State, set[str]]:
     """Return the state of a chain with the slots of some parameters as before the first update.
 
-    Numbers and memories for the whole tree stay. A link that sees the whole tree is initialised
-    again, and what stands in its state under the name of one of these parameters is taken.
+    Numbers and memories for the complete tree do not change. A link that sees the complete tree is
+    initialized again, and what is in its state under the name of one of these parameters is taken.
 
     Args:
       chain: the links.
@@ -39,7 +39,7 @@ def reset(
       The state, and the names of all parameters that have slots.
 
     Raises:
-      TreeMismatch: what a link that sees the whole tree makes again has another structure.
+      TreeMismatch: the new state of a link that sees the complete tree has another structure.
     """
     params = jax.tree.map(on_device, params)
     new, have = dict(state), set()
@@ -96,12 +96,12 @@ def _of_whole(
 
 
 def made_of(name: str, link: Any, state: Any, params: Any) -> Any:
-    """Return what a link that sees the whole tree makes of the parameters that it was made for.
+    """Return the initial state of a link that sees the complete tree, for its own parameters.
 
     Args:
       name: of the link.
-      link: an optax transformation, or a `TreeLink`, of which numbers and memory are left out.
-      state: its state, which tells the parameters.
+      link: an optax transformation, or a `TreeLink`, without its numbers and memory.
+      state: its state, which names the parameters.
       params: all parameters.
 
     Raises:

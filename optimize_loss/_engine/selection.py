@@ -14,30 +14,30 @@ from optimize_loss._names import Pattern, check_patterns, first_index, first_mat
 
 @runtime_checkable
 class Selection(Protocol):
-    """A value that tells some of the parameters, knowing all of them."""
+    """A value that selects some of the parameters, given all of them."""
 
     def takes(self, names: Sequence[str], leaves: Sequence[Any]) -> list[bool]:
-        """Return for each parameter whether it is meant."""
+        """Return for each parameter whether it is selected."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class ForParameters:
-    """A link that acts only on the parameters that `where` tells; it has no slots for the others.
+    """A link that acts only on the parameters that `where` selects; it has no slots for the others.
 
-    What the link counts over the whole tree, such as a global norm, it counts over these. All
-    others pass as if the link were not there, in the same pass over the parameters.
+    The totals of the link, such as a global norm, include only these parameters. The gradients of
+    all others pass unchanged, in the same pass over the parameters.
 
     Args:
-      where: a pattern or several, of which each must match a parameter; or a function of a
-        parameter's name and the parameter that returns a bool, such as one that tells matrices;
-        or a value with a method `takes` of all names and parameters that returns a list of bools.
-      link: a `Link` that is no gate and has no loss scale: these are for all parameters.
-      optional: whether there may be no such parameter.
+      where: one or several patterns, each of which must match a parameter; or a function of a
+        parameter's name and the parameter that returns a bool, for example to select matrices; or a
+        value with a method `takes` of all names and parameters that returns a list of bools.
+      link: a `Link` that is neither a gate nor a loss scale: these are for all parameters.
+      optional: whether `where` may select no parameter.
 
     Raises:
-      InvalidType: `where` is no pattern and no function, or `link` is no such link.
-      ValueError: at `init`, where no parameter is meant.
+      InvalidType: `where` is neither a pattern nor a function, or `link` is not such a link.
+      ValueError: at `init`, if `where` selects no parameter.
 
     Example:
       Two rates in one chain:
@@ -86,7 +86,7 @@ class Sharing(ForParameters):
 
 
 def told(where: Any, names: Sequence[str], leaves: Sequence[Any]) -> list[bool]:
-    """Return for each parameter whether the `where` of a `ForParameters` means it."""
+    """Return for each parameter whether the `where` of a `ForParameters` selects it."""
     if isinstance(where, Selection):
         return where.takes(names, leaves)
     if callable(where):
@@ -97,14 +97,14 @@ def told(where: Any, names: Sequence[str], leaves: Sequence[Any]) -> list[bool]:
 
 @dataclasses.dataclass(frozen=True)
 class ByRule:
-    """Tells the parameters for which the first pattern that matches is one of those chosen.
+    """Selects the parameters for which the first pattern that matches is one of those chosen.
 
     Patterns may match nothing here: whoever makes the rules has proven that they match.
 
     Args:
       patterns: of all rules, in order.
-      chosen: the indices of some; the index behind the last means parameters that none matches.
-      within: where given, only those that this tells: as the `where` of `ForParameters`.
+      chosen: the indices of some; the index after the last means parameters without a match.
+      within: if given, only parameters that this selects, like the `where` of `ForParameters`.
     """
 
     patterns: tuple[Pattern, ...]
@@ -122,43 +122,43 @@ class ByRule:
         return dataclasses.replace(self, within=None)
 
     def takes(self, names: Sequence[str], leaves: Sequence[Any]) -> list[bool]:
-        """Return for each parameter whether it is meant."""
+        """Return for each parameter whether it is selected."""
         ours = [i in self.chosen for i in first_index(self.patterns, tuple(names))]
         return _both(ours, self.within, names, leaves)
 
 
 @dataclasses.dataclass(frozen=True)
 class Outside:
-    """Tells the parameters that none of some selections tells.
+    """Selects the parameters that no given selection selects.
 
     Args:
       of: as the `where` of `ForParameters`, each.
-      within: where given, only those that this tells.
+      within: if given, only parameters that this selects.
     """
 
     of: tuple[Any, ...]
     within: Any = None
 
     def takes(self, names: Sequence[str], leaves: Sequence[Any]) -> list[bool]:
-        """Return for each parameter whether it is meant."""
+        """Return for each parameter whether it is selected."""
         found = [told(each, names, leaves) for each in self.of]
         ours = [not any(marks) for marks in zip(*found, strict=True)]
         return _both(ours, self.within, names, leaves)
 
 
 def _both(ours: list[bool], within: Any, names: Sequence[str], leaves: Sequence[Any]) -> list[bool]:
-    """Return what is told here and by `within`, if that is given."""
+    """Return the parameters that are selected here and by `within`, if given."""
     theirs = ours if within is None else told(within, names, leaves)
     return [a and b for a, b in zip(ours, theirs, strict=True)]
 
 
 def link_of(entry: Any) -> Any:
-    """Return a link, one for some parameters without telling which."""
+    """Return a link, without its `ForParameters`."""
     return entry.link if isinstance(entry, ForParameters) else entry
 
 
 def linked(entries: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Return the links by name, those for some parameters without telling which."""
+    """Return the links by name, without their `ForParameters`."""
     return ((name, link_of(entry)) for name, entry in entries.items())
 
 

@@ -1,4 +1,4 @@
-"""Slots spread over the devices of a mesh axis, beside parameters that every device has whole.
+"""Slots spread over the devices of a mesh axis, beside parameters that are replicated.
 
 Each device keeps and updates its part of the slots, and the new parameters are gathered (ZeRO-1:
 Rajbhandari et al., 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models",
@@ -25,8 +25,9 @@ from optimize_loss._engine.plan import parts
 State = dict[str, Any]
 
 LEAST = 65_536
-"""The fewest entries of a part of a vector. One with less, such as one that small parameters share,
-lies whole on every device: XLA for TPU exchanges it in more steps than it is worth."""
+"""The fewest entries of a shard of a vector. A vector with smaller shards, such as an array that
+small parameters share, is replicated: XLA for TPU would take more steps to exchange it than it is
+worth."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -66,8 +67,8 @@ class Placement(Static):
     def run(self, function: Callable[..., Any], like: Any, *arguments: Any) -> Any:
         """Return what a function returns, a tree as `like`, whose leaves are to lie there.
 
-        Where types tell how arrays are spread over an axis, those that are spread otherwise do not
-        mix: inside of the function, they do not tell.
+        If types show how arrays are sharded over an axis, those that are spread otherwise do not
+        mix: inside the function, they do not show it.
         """
         placed = [x for x in self.shardings if x is not None]
         if len(placed) < len(self.shardings) or not any(_explicit(x.mesh) for x in placed):

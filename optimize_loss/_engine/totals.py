@@ -1,4 +1,4 @@
-"""The numbers of the whole tree, then the scalars: what a pass needs before its first leaf.
+"""The numbers of the complete tree, then the scalars: what a pass needs before its first leaf.
 
 Where a norm is needed, the links before it that change single entries are computed once for the
 norm and once again for the update.
@@ -288,7 +288,7 @@ TOTALS: dict[str | None, Callable[[Totals, int], Any] | None] = {
     "loss_and_weight": Totals.loss_and_weight,
     "learning_rate": Totals.learning_rate,
 }
-"""What a link can need of the whole tree, by the name in its `needs`."""
+"""The totals over all parameters that a link can need, by the name in its `needs`."""
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -147,7 +147,7 @@ def as_array(what: str, name: str, leaf: Any) -> Any:
     advice = ""
     if what == PARAMETER:
         advice = (
-            " Keep what is no array out of the parameters, for example with "
+            " Keep values that are not arrays out of the parameters, for example with "
             "`equinox.partition(model, equinox.is_inexact_array)`."
         )
     raise InvalidType(

@@ -1,4 +1,4 @@
-"""Write a file whole or not at all, whatever interrupts."""
+"""Write a file atomically: completely or not at all."""
 
 import contextlib
 import errno

@@ -218,13 +218,13 @@ class Checkpoints(Hook):
             except CheckpointCorrupt as error:
                 if strict:
                     raise
-                warnings.warn(f"A checkpoint is passed over. {error}", stacklevel=2)
+                warnings.warn(f"A checkpoint is skipped. {error}", stacklevel=2)
                 continue
             self._done = step, int(found[0].batches)
             return found
         if steps:
             raise CheckpointCorrupt(
-                f"`folder` must have a whole checkpoint: those of the steps {[*steps]} are "
+                f"`folder` must have an intact checkpoint: those of steps {[*steps]} are "
                 f"damaged. Move them away to begin again. Received: folder={str(self.folder)!r}."
             )
         return None

@@ -23,7 +23,7 @@ def renamed(
 ) -> dict[str, str]:
     """Return the new key of each key of a file.
 
-    Names stand behind `params/` and `model_state/`; those of parameters also at the end of
+    Names come after `params/` and `model_state/`; those of parameters also at the end of
     `optimizer/<link>/<slot>/…`. Numbers of links stay as they are called.
 
     Args:
@@ -168,11 +168,11 @@ def _fits(old: str, name: str) -> bool:
 def begun(state: TrainState, frame: Frame, names: Sequence[str]) -> Iterator[tuple[str, Any]]:
     """Yield leaves as the links make them of the parameters that are in a frame now.
 
-    Those that no link makes of parameters, such as numbers, are left out. There is a warning if a
-    link cannot be told to begin again.
+    Leaves that no link makes from parameters, such as numbers, are skipped. There is a warning if a
+    link cannot be initialized again.
 
     Args:
-      state: of which the frame is; it tells the links.
+      state: the state of the frame, which has the links.
       frame: the parameters.
       names: of the leaves wanted, as in `frame.outline`.
     """
@@ -204,8 +204,8 @@ def _of_tree(
         slots = made_of(link_name, link, state.optimizer[link_name], params)
     except TreeMismatch as error:
         warnings.warn(
-            f"What the file lacks of the link {link_name!r} stays as in `like`, and does not begin "
-            f"from the restored parameters: {[*names]}. {error}",
+            f"Leaves of the link {link_name!r} that the file lacks stay as in `like`, and do not "
+            f"start from the restored parameters: {[*names]}. {error}",
             stacklevel=2,
         )
         return

@@ -5,7 +5,7 @@
     the arrays   one after the other, without gaps
 
 Dtypes that the layout does not have are stored as others: complex numbers as pairs along a last
-axis, those of one byte as bytes. The metadata tells. Nothing in a file is ever executed.
+axis, those of one byte as bytes. The metadata says which. Nothing in a file is ever executed.
 """
 
 import hashlib
@@ -75,7 +75,7 @@ class Entry(NamedTuple):
 def write(
     path: pathlib.Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]
 ) -> None:
-    """Write arrays by name, so that the file at `path` is the old one or the new one, and whole.
+    """Write arrays by name, so that `path` is the complete old file or the complete new one.
 
     Args:
       path: of the file; its folder must exist.
@@ -153,7 +153,7 @@ class Reader:
     def __init__(self, path: pathlib.Path):
         self.path = path
         if not stat.S_ISREG(mode := os.stat(path).st_mode) and not stat.S_ISDIR(mode):
-            raise self._corrupt("it is no regular file")
+            raise self._corrupt("it is not a regular file")
         self._file = path.open("rb")
         try:
             self.metadata, self.entries = self._read_header()
@@ -196,7 +196,7 @@ class Reader:
 
     def _corrupt(self, why: str) -> CheckpointCorrupt:
         return CheckpointCorrupt(
-            f"The file must be whole and written by `optimize_loss.save`, but {why}. "
+            f"The file must be intact and written by `optimize_loss.save`, but {why}. "
             f"Received: path={str(self.path)!r}."
         )
 
@@ -258,7 +258,7 @@ class Reader:
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found := dict(pairs)) < len(pairs):
-        raise ValueError("a name comes twice")
+        raise ValueError("a name appears twice")
     return found
 
 

@@ -294,8 +294,8 @@ def _clipped_late(links: Links) -> Iterator[str]:
     for name, link, is_rule in links:
         if rule is not None and isinstance(link, CLIPS):
             yield (
-                f"The link {name!r} clips behind the rule {rule!r}: it shrinks the updates, not "
-                "the gradients. Let it stand before."
+                f"The link {name!r} clips after the rule {rule!r}: it shrinks the updates, not "
+                "the gradients. Put it before the rule."
             )
         rule = name if is_rule and rule is None else rule
 

@@ -104,7 +104,7 @@ def _owner(chain: Chain, number: str) -> tuple[str, str]:
     except ValueError as error:
         raise ValueError(
             f"`number` must be one of the state, to which `state.set({number}=...)` gives a value. "
-            "An optax transformation has its rate built in: stand it in a chain with a "
+            "An optax transformation has its rate built in: put it in a chain with a "
             f"`rate=ScaleByLearningRate(...)` of its own. {error}"
         ) from error
 
@@ -141,8 +141,8 @@ def _not_alike(call: Call, other: Call) -> ValueError:
         )
     if _is_smaller(first, other.parts):
         return ValueError(
-            f"`batches` must have one shape: the first {call.steps} do, the next is smaller. Leave "
-            "out a smaller one at the end, or ask for fewer `steps`. "
+            f"`batches` must have one shape: the first {call.steps} do, the next is smaller. Drop "
+            "a smaller one at the end, or ask for fewer `steps`. "
             f"Received: {_told(first)}, then {_told(other.parts)}."
         )
     return ValueError(
@@ -180,7 +180,7 @@ def steepest(rates: np.ndarray, smoothed: np.ndarray, smoothing: float) -> tuple
 
     The running mean is one of some n = 1 / (1 - smoothing) losses. Slopes are taken over as many
     steps, n / 2 to each side, so that the noise of single batches does not decide. The first n
-    steps, in which the mean has few losses yet, are left out. n is at most a quarter of all steps.
+    steps, in which the mean has few losses yet, are skipped. n is at most a quarter of all steps.
 
     The second result is whether the curve has no n / 2 steps behind that rate any more.
     """

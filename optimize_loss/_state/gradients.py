@@ -54,12 +54,12 @@ def find_trainable(
     variables: tuple[Pattern, ...] | None,
     frozen: Callable[[Sequence[str]], list[bool]] | None = None,
 ) -> Trainable:
-    """Mark the float parameters that `variables` names and `frozen` does not tell.
+    """Mark the float parameters that `variables` names and `frozen` does not select.
 
     Args:
       params: a tree of arrays.
       variables: names or patterns; None for all.
-      frozen: tells for each name whether its parameter is left out; None for none.
+      frozen: returns for each name whether its parameter is frozen; None if no parameter is.
 
     Raises:
       ValueError: a pattern matches no parameter, or nothing is to be trained.
@@ -117,7 +117,7 @@ def derivatives(
     Args:
       loss: from all parameters to a real scalar and something beside it.
       trainable: the parameters, and which are trained.
-      scale: where given, a factor of the gradients, present on their whole way back through the
+      scale: where given, a factor of the gradients, present throughout the backward pass of the
         loss; the loss itself is returned as it is.
     """
 
@@ -178,8 +178,8 @@ def radius(chain: Chain, state: dict[str, Any], step: jax.Array) -> jax.Array | 
 def told(loss: jax.Array, aux: Aux, chain: Chain) -> dict[str, Any]:
     """Return the loss, by the keyword for a chain, and its weight for one that has a use for it.
 
-    Where gradients are summed over mapped devices, these are the means of all devices: what goes
-    by them, such as skips, must be the same everywhere.
+    Where gradients are summed over mapped devices, these are the means of all devices: anything
+    that depends on them, such as skips, must be the same everywhere.
 
     Raises:
       ValueError: the loss scale with which the chain was built is infinite in the loss' dtype.
@@ -209,7 +209,7 @@ def for_line_searches(
     """Return the gradient, and the loss of given parameters, by optax's keywords.
 
     Only for a chain with a transformation of optax that may take them. They are those of this
-    batch, and so are left out where gradients are summed over devices. A chain leaves them out
+    batch, and so are skipped where gradients are summed over devices. A chain leaves them out
     behind an `Accumulate`.
 
     Args:

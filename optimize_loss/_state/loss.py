@@ -188,8 +188,8 @@ class Loss:
         except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
             error.add_note(
                 "`loss` runs inside jit, where arrays have no values: use jnp for np, jnp.where or "
-                "jax.lax.cond for `if`, jax.debug.print for print; return in `Aux(metrics=...)` "
-                "what float() was for."
+                "jax.lax.cond for `if`, jax.debug.print for print, and return values in "
+                "`Aux(metrics=...)` instead of calling float()."
             )
             raise
         loss, aux = _parted(result)

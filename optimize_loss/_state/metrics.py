@@ -106,8 +106,8 @@ def rates(chain: Chain, state: dict[str, Any], step: jax.Array, given: Any) -> d
       chain: the links.
       state: their state, before the step.
       step: the global step.
-      given: the rate that the optimizer was made with; reported where no link has one, as an
-        optax transformation does not tell its rate.
+      given: the rate that the optimizer was made with; reported where no link has one, because the
+        rate of an optax transformation cannot be read.
     """
     found = chain.numbers_named("learning_rate", state, step)
     if found:

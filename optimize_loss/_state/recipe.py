@@ -87,8 +87,8 @@ def check_model_state(recipe: Recipe, model_state: Any) -> Any:
         )
     if model_state is not None and not takers:
         raise ValueError(
-            "`model_state` must not be given: the loss does not take one. It would declare it "
-            "by keyword only, as in `loss(params, x, *, model_state)`."
+            "`model_state` must not be given: the loss does not take one. To take one, "
+            "declare it keyword-only, as in `loss(params, x, *, model_state)`."
         )
     return model_state
 

@@ -1,4 +1,4 @@
-"""Raise when too many batches in a row were left out, without waiting for the device."""
+"""Raise when too many batches in a row were skipped, without waiting for the device."""
 
 import functools
 import itertools
@@ -21,7 +21,7 @@ def check_ready(state: TrainState) -> None:
     """Look at a state that the device has finished; one that it has not passes.
 
     Raises:
-      NonFiniteError: it has left out as many batches in a row as are an error.
+      NonFiniteError: too many batches in a row were skipped.
     """
     for name, guard in guards_of(state.chain.links):
         if guard.most is not None and _is_reached(state, name, guard.most):
@@ -78,7 +78,7 @@ def _too_many(state: TrainState, name: str, in_a_row: int | None = None) -> NonF
     mine = state.links[name]
     count = int(mine[_COUNT]) if in_a_row is None else in_a_row
     error = NonFiniteError(
-        f"{count} batches in a row were left out, of {int(mine['skipped'])} so far, before "
+        f"{count} batches in a row were skipped, of {int(mine['skipped'])} so far, before "
         f"step {int(state.step)}. The last one because of: {state.offender!r}. This is usually "
         "a learning rate that is too high, or data that is not finite. To go on without them, take "
         "the error's attribute `state`; `most` of `SkipNonFinite` and `Spike` says how many "

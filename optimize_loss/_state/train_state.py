@@ -237,7 +237,7 @@ class TrainState:
         now = f"at step {shown(self.step)}" if has_all else "without values"
         shapes = jax.tree.map(as_shape, self.packed_params)
         params = shapes if self.layout is None else self.layout.unpack(shapes)
-        lines = [f"TrainState {'of which a step has taken the memory' if is_gone else now}:"]
+        lines = [f"TrainState {'that was donated to a step' if is_gone else now}:"]
         lines += parameters_text(leaf_names(params), jax.tree.leaves(params))
         for name, tree in (("model_state", self.model_state), ("key", self.key)):
             lines += [] if tree is None else [arrays_text(name, jax.tree.leaves(tree))]

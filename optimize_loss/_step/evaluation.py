@@ -50,7 +50,7 @@ class Evaluated(NamedTuple):
     """A loss to evaluate.
 
     Attributes:
-      prefix: stands before the names of its means.
+      prefix: the prefix of the names of its means.
       loss: the loss.
       key: from which it has a random key for each batch; None for none.
     """

@@ -140,7 +140,7 @@ def clip_links(clip: Any) -> Links:
         return {}
     if clip is adaptive_clipping_fn:
         raise InvalidType(
-            "`clip_gradients` must be what `adaptive_clipping_fn()` returns: call it."
+            "`clip_gradients` must be the result of `adaptive_clipping_fn()`: call it."
         )
     if isinstance(clip, ForParameters) or is_transformation(clip):
         return {"clip_gradients": clip}
@@ -274,7 +274,7 @@ def _check_lowered(links: Links) -> None:
     """Raise if a link has a rate that a plateau cannot lower."""
     if optaxes := [name for name, link in linked(links) if isinstance(link, RunOptax)]:
         raise ValueError(
-            "`plateau` must be left out where a rule has an optax transformation for its "
+            "`plateau` must be omitted if a rule has an optax transformation as its "
             f"`optimizer`, whose rate it cannot lower. Received: {optaxes}."
         )
 

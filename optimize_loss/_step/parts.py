@@ -48,7 +48,7 @@ class Turn(Link):
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """The parameters that a part trains, and of these those that `within` tells.
+    """The parameters that a part trains, and of these those that `within` selects.
 
     Attributes:
       variables: names or patterns; None for all.
@@ -125,7 +125,7 @@ class Part:
 
     @property
     def prefix(self) -> str:
-        """What stands before the names of its links."""
+        """The prefix of the names of its links."""
         return f"{self.name}."
 
     @property

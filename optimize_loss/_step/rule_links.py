@@ -222,13 +222,13 @@ def _check_decay(rules: Rules, chosen: list[int], group: _Group) -> None:
     recomputed = [x for x in links.values() if isinstance(x, StepByFtrl | StepByDualAveraging)]
     if recomputed and any(rules.options[i]["weight_decay"] != 0 for i in chosen):
         raise ValueError(
-            f"`{label}` must be left out, or 0, where the optimizer makes the parameter again from "
+            f"`{label}` must be omitted, or 0, if the optimizer makes the parameter again from "
             f"its slots: decay would be lost. Received: {recomputed[0]!r}, which has decays of its "
             "own."
         )
     if len({*map(type, group.decays.values())}) > 1 or len(group.decays_all) > 1:
         raise ValueError(
-            f"`{label}` must be left out where the optimizer decays parameters more than once: it "
+            f"`{label}` must be omitted if the optimizer decays parameters more than once: it "
             f"would not be clear which decay it replaces. Received: {group.decays}."
         )
 
@@ -237,7 +237,7 @@ def _check_seen(label: str, links: Links) -> None:
     """Raise if a link may have a decay that is not seen."""
     if any(not isinstance(x, Link) or isinstance(x, RunOptax) for x in links.values()):
         raise ValueError(
-            f"`{label}` must be left out where the optimizer has an optax transformation, whose "
+            f"`{label}` must be omitted if the optimizer has an optax transformation, whose "
             "decay cannot be seen. Give the rule an `optimizer` of its own, or use one of "
             f"`ol.optimizers`. Received: {links}."
         )
@@ -250,7 +250,7 @@ def _check_multipliers(rules: Rules, group: _Group) -> None:
         if chosen and isinstance(link, _OWN_RATE):
             label = f"rules[{rules.texts[chosen[0]]!r}]['learning_rate_multiplier']"
             raise ValueError(
-                f"`{label}` must be left out where the learning rate is no factor of the update, "
+                f"`{label}` must be omitted if the learning rate is not a factor of the update, "
                 "as it is in Adam. Give the rule an `optimizer` with another rate. "
                 f"Received: {name}={link!r}."
             )
@@ -280,7 +280,7 @@ def precision_of(rules: Rules, chosen: Precision | None) -> Precision | None:
     """Return the option `precision` with the `state_dtype` of the rules, which comes before it.
 
     Raises:
-      ValueError: both go by parameter.
+      ValueError: both depend on the parameter.
     """
     if not rules.having("state_dtype"):
         return chosen

@@ -67,7 +67,7 @@ class Signals:
         return self._runs > 0 and self._process == os.getpid()
 
     def install(self) -> None:
-        """Stand before all handlers that are written in Python, among them those that are new."""
+        """Run before all handlers that are written in Python, among them those that are new."""
         if threading.current_thread() is not threading.main_thread():
             return
         for number in _NUMBERS:

@@ -143,8 +143,8 @@ class TrainStep(Recipe, Step):
           >>> import jax.numpy as jnp, optimize_loss as ol
           >>> step = ol.optimize_loss(lambda p: p["w"].sum(), learning_rate=0.1,
           ...                         rules={"w": dict(learning_rate_multiplier=0.5)})
-          >>> told = step.explain({"w": jnp.zeros((2, 3))})
-          >>> told.rows[0].rule, told.rows[0].multiplier, told.rows[0].state_bytes, told.warnings
+          >>> seen = step.explain({"w": jnp.zeros((2, 3))})
+          >>> seen.rows[0].rule, seen.rows[0].multiplier, seen.rows[0].state_bytes, seen.warnings
           ('w', 0.5, 48, ())
         """
         key = jax.random.key(0) if self.loss.takes("key") else None

@@ -83,7 +83,7 @@ class Held:
             if self.built and not self.names:
                 advice, near = "It was used with trees; use another one for variables.", ""
             raise ValueError(
-                f"The variable {variable.name!r} is none of those that the optimizer was built "
+                f"The variable {variable.name!r} is not one of those that the optimizer was built "
                 f"with. {advice}{near}"
             )
         return self.names[variable]

@@ -20,7 +20,7 @@ from optimize_loss.transforms import (
 
 
 class SGD(Optimizer):
-    """Move against the gradient, with momentum if wanted.
+    """Move against the gradient, optionally with momentum.
 
         a ← momentum · a - learning_rate · g
         p ← p + a      (or p + momentum · a - learning_rate · g with `nesterov`)
@@ -34,7 +34,7 @@ class SGD(Optimizer):
 
     Args:
       learning_rate: at least 0; a number or a schedule; 0.01.
-      momentum: share of the velocity that is kept each step, in [0, 1].
+      momentum: the share of the velocity that is kept at each step, in [0, 1].
       nesterov: whether to look ahead by one step.
 
     Example:
@@ -53,9 +53,9 @@ class SGD(Optimizer):
       I. Sutskever et al., "On the importance of initialization and momentum in deep learning",
       2013, http://proceedings.mlr.press/v28/sutskever13.html, equations 1 and 2; with `nesterov` 3
       and 4, for the point at which the gradient is taken. Matches Keras 2.15 and Keras 3 `SGD`;
-      Keras 3 has no velocity while `momentum` is 0, here and in 2.15 there is one always.
+      Keras 3 has no velocity while `momentum` is 0; here and in 2.15 there is always one.
       `tf.train.MomentumOptimizer` (here `MomentumOptimizer`) and `optax.sgd` keep the rate outside
-      of the velocity: they differ as soon as the rate changes.
+      the velocity: they differ when the rate changes.
     """
 
     learning_rate: Rate = 0.01
@@ -77,10 +77,9 @@ class RMSprop(Optimizer):
         p ← p - a
 
     q, b and a start at 0, which is not corrected: uncentered, the first step is 1 / √(1-ρ) times
-    the rate. ε stands under the root, and the rate inside the momentum. A variance q - c that
-    rounding makes negative counts as 0. Clipping and then weight decay,
-    p ← p - learning_rate · weight_decay · p, come before the rule; the average of the parameters
-    comes after it.
+    the rate. ε is under the root, and the rate is inside the momentum. A variance q - c that
+    rounding makes negative counts as 0. Clipping and then weight decay, p ← p - learning_rate ·
+    weight_decay · p, come before the rule; the average of the parameters comes after it.
 
     The keyword options, the same for all optimizers, are described in `Optimizer`. One default is
     RMSprop's own: with `use_ema`, the parameters become their average every 100 updates, unless
@@ -89,9 +88,9 @@ class RMSprop(Optimizer):
     Args:
       learning_rate: at least 0; a number or a schedule; 0.001.
       rho: ρ, in [0, 1).
-      momentum: share of a that is kept each step, in [0, 1].
+      momentum: the share of a that is kept at each step, in [0, 1].
       epsilon: ε, above 0, in the unit of the gradients squared.
-      centered: whether to divide by the standard deviation and not by the root mean square.
+      centered: whether to divide by the standard deviation instead of the root mean square.
 
     Example:
       The mean of squares is 64 / 4 and its root 4, so the step is 0.5 · 8 / 4:
@@ -258,7 +257,7 @@ class Adadelta(Optimizer):
       M. Zeiler, "ADADELTA: An Adaptive Learning Rate Method", 2012,
       https://arxiv.org/abs/1212.5701, algorithm 1. Matches Keras 2.15 and Keras 3 `Adadelta`;
       `tf.train.AdadeltaOptimizer` (here `AdadeltaOptimizer`) has ε = 1e-8. `optax.adadelta` has
-      ρ = 0.9 and ε = 1e-6, and is else the same.
+      ρ = 0.9 and ε = 1e-6, and is otherwise the same.
     """
 
     learning_rate: Rate = 0.001
@@ -547,8 +546,8 @@ class Lion(Optimizer):
     m starts at 0. The newest gradient counts more in the step than in what is kept of it. Where the
     mean is 0, nothing moves. Clipping and then weight decay,
     p ← p - learning_rate · weight_decay · p, come before the rule; the average of the parameters
-    comes after it. As every entry moves by the whole rate, the authors advise a rate 3 to 10 times
-    smaller, and a weight decay as many times larger, than AdamW's.
+    comes after it. Because every entry moves by the full rate, the authors advise a rate 3 to 10
+    times smaller, and a weight decay as many times larger, than AdamW's.
 
     The keyword options, the same for all optimizers, are described in `Optimizer`.
 
@@ -568,7 +567,7 @@ class Lion(Optimizer):
       X. Chen et al., "Symbolic Discovery of Optimization Algorithms", 2023,
       https://arxiv.org/abs/2302.06675, algorithm 2. Matches Keras 2.15 `Lion` and its rate; that of
       Keras 3 is 0.001. Both refuse β₁ = 0 and take β₁ = 1, here it is the other way round.
-      `optax.lion` is the same with a `weight_decay` of 1e-3 unless told otherwise.
+      `optax.lion` is the same with a `weight_decay` of 1e-3 by default.
     """
 
     learning_rate: Rate = 0.0001

@@ -26,7 +26,7 @@ from optimize_loss.transforms import (
 )
 
 DEFAULTS = options_of(Optimizer)
-"""What Keras' own code must see of the options: the chain does what they say."""
+"""Options with the values that Keras' own code must see, because the chain applies them."""
 
 # Where a chain has what is an option of an `Optimizer`.
 _FIELDS: dict[str, tuple[type, str]] = {

@@ -1,4 +1,4 @@
-"""Optimizers around optimizers: a dynamic loss scale, and different rules by name."""
+"""Wrappers of optimizers: a dynamic loss scale, and different rules by name."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +29,7 @@ def _check_inner(optimizer: Any, argument: str, refused: tuple[str, ...] = ()) -
     for name in ("mesh", "axis_name", *refused):
         if getattr(optimizer, name) != defaults[name]:
             raise ValueError(
-                f"`{name}` must be left out of `{argument}`: give it to what is outermost. "
+                f"`{name}` must be omitted from `{argument}`: give it to the outer optimizer. "
                 f"{received(argument, optimizer)}"
             )
 
@@ -63,15 +63,15 @@ class LossScaleOptimizer(Optimizer):
                            after `dynamic_growth_steps` such calls in a row, scale ← 2 · scale
         not all g finite:  scale ← scale / 2, not below 1; parameters and state stay as they are
 
-    `minimize`, `compute_gradients` and `optimize_loss` multiply the loss by the scale. Where you
-    take gradients by hand, take those of `opt.scale_loss(loss)`; `apply_gradients` and `apply`
-    divide them. A skipped call does not count in `iterations`. The scale grows to at most 2¹²⁶; it
-    is among `variables`, as `loss_scale/loss_scale`. `learning_rate` is that of the optimizer
-    inside, and can be set; `exclude_from_weight_decay` must be called on that one.
+    `minimize`, `compute_gradients` and `optimize_loss` multiply the loss by the scale. If you take
+    gradients by hand, take those of `opt.scale_loss(loss)`; `apply_gradients` and `apply` divide
+    them. A skipped call does not count in `iterations`. The scale grows to at most 2¹²⁶; it is
+    among `variables`, as `loss_scale/loss_scale`. `learning_rate` is that of the optimizer inside,
+    and can be set; `exclude_from_weight_decay` must be called on that one.
 
-    The keyword options are described in `Optimizer`. Those about devices and compilation, and
-    `name`, belong here and are not taken from the optimizer inside; all others must be given to
-    that one, and see gradients that have been divided.
+    The keyword options are described in `Optimizer`. Options about devices and compilation, and
+    `name`, belong here and are not read from the optimizer inside. All others must be given to that
+    one, and see the divided gradients.
 
     Args:
       inner_optimizer: the optimizer inside, without a `loss_scale_factor`.
@@ -164,9 +164,9 @@ def _check_group(optimizer: Any, argument: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Tells the parameters for which the pattern at `index` is the first that matches.
+    """Selects the parameters for which the pattern at `index` is the first that matches.
 
-    The index behind the last pattern means all other parameters.
+    The index after the last pattern means all other parameters.
     """
 
     patterns: tuple[Pattern, ...]
@@ -190,9 +190,9 @@ class Group:
 class MultiOptimizer(Optimizer):
     """Train different parameters with different optimizers.
 
-    The first pattern that matches the name of a parameter decides which optimizer it has; what no
-    pattern matches has `default_optimizer`. Each optimizer clips, decays and averages its own
-    parameters by its own options: its `global_clipnorm` is of their joint norm. All count the same
+    The first pattern that matches the name of a parameter decides its optimizer; all other
+    parameters use `default_optimizer`. Each optimizer clips, decays and averages its own parameters
+    with its own options: its `global_clipnorm` bounds their joint norm. All share the same
     `iterations`.
 
     The keyword options, described in `Optimizer`, can be given here too, for all parameters
@@ -207,7 +207,8 @@ class MultiOptimizer(Optimizer):
         part of a name, `**` for any number of parts, `|` for either side; a compiled regular
         expression is searched for. One that decides for no parameter raises a `ValueError` when
         the parameters are known.
-      default_optimizer: for all other parameters; None if there must be no others.
+      default_optimizer: the optimizer of all other parameters; None if every parameter must match a
+        pattern.
 
     Example:
       >>> import optimize_loss as ol
@@ -220,9 +221,9 @@ class MultiOptimizer(Optimizer):
 
     References:
       Keras 3, `MultiOptimizer(OptimizerMap(default_optimizer, {expression: optimizer}))`, whose
-      keys are regular expressions for the whole path. There an expression that matches nothing is
-      silently without effect, and a path that two match is an error. A function of the variable, as
-      Keras also takes, is not taken; `ForParameters` is the link behind this, and takes one.
+      keys are regular expressions for the complete path. There, an expression that matches nothing
+      is ignored, and a path with two matches is an error. Keras also accepts a function of the
+      variable; here, use `ForParameters` for that.
     """
 
     learning_rate: Any = dataclasses.field(default=None, init=False)

@@ -23,13 +23,13 @@ from optimize_loss.transforms._muon import in_stacks
 
 @dataclasses.dataclass(frozen=True)
 class Matrices:
-    """Tells the parameters that Muon's own rule is for, or those that it is not for.
+    """Selects the parameters that Muon's own rule is for, or those that it is not for.
 
     Args:
       exclude_layers: regular expressions searched for in names.
       exclude_embeddings: whether names with `embedding` in them are not Muon's.
-      others: whether to tell those that are not Muon's.
-      unless: names or patterns of parameters that are told in neither case.
+      others: whether to select those that are not Muon's.
+      unless: names or patterns of parameters that are never selected.
     """
 
     exclude_layers: tuple[re.Pattern[str], ...]
@@ -61,7 +61,7 @@ class MultiplyByRatio(transforms.Link):
 
 
 class Muon(Optimizer):
-    """Move matrices by their momentum made orthogonal, and everything else by Adam.
+    """Update matrices by their orthogonalized momentum, and everything else by Adam.
 
         matrices:  a ← momentum · a + g,   u = a      (or g + momentum · a with `nesterov`)
                    X = u / (‖u‖ + 1e-7),   then ns_steps times:  A = X Xᵀ
@@ -76,7 +76,7 @@ class Muon(Optimizer):
     layers are Adam's, and `step.explain` warns of them. Clipping comes before the rules, then
     weight decay: `weight_decay` for matrices, `adam_weight_decay` for the others, both
     p ← p - learning_rate · decay · p whatever `adam_lr_ratio` is. The average of the parameters
-    comes after the rules. `ScaleByMuon` says more of X, of its precision above all.
+    comes after the rules. `ScaleByMuon` describes X, and its precision.
 
     The keyword options, the same for all optimizers, are described in `Optimizer`. One default is
     Muon's own, that of `weight_decay`.
@@ -89,14 +89,14 @@ class Muon(Optimizer):
         for none.
       epsilon: ε of Adam, above 0, in the unit of the gradients.
       weight_decay: the same as `adam_weight_decay`, of what is Muon's.
-      exclude_layers: regular expressions that are searched for in names. One that is found in none
-        raises a `ValueError`.
+      exclude_layers: regular expressions that are searched for in names. An expression that matches
+        no name is a `ValueError`.
       exclude_embeddings: whether parameters with `embedding` in their names, large letters or
         small, are Adam's.
       muon_a: coefficient of X.
       muon_b: coefficient of X Xᵀ X.
       muon_c: coefficient of X Xᵀ X Xᵀ X.
-      adam_lr_ratio: what Adam's steps are multiplied by, at least 0.
+      adam_lr_ratio: the factor of Adam's steps, at least 0.
       momentum: share of a that is kept each step, in [0, 1].
       ns_steps: number of rounds, an integer of at least 1. The defaults take all singular values
         of X from 0.01 up to between 0.68 and 1.14.
@@ -122,8 +122,8 @@ class Muon(Optimizer):
       https://kellerjordan.github.io/posts/muon/; J. Liu et al., "Muon is Scalable for LLM
       Training", 2025, https://arxiv.org/abs/2502.16982, section 2.2, for `rms_rate`. Matches
       Keras 3 `Muon`, which takes `exclude_layers=None` for no layers; Keras 2.15 has none.
-      `optax.contrib.muon` divides a by its weight, scales X otherwise, and decays nothing unless
-      told to.
+      `optax.contrib.muon` divides a by its weight, scales X differently, and by default decays
+      nothing.
     """
 
     learning_rate: Rate = 0.001

@@ -1,4 +1,4 @@
-"""What an optimizer is: options that become a chain, and three ways to use it."""
+"""Optimizers: options that become a chain, and three ways to use it."""
 
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
@@ -41,17 +41,16 @@ from optimize_loss.transforms._accumulate import summed
 
 
 class Optimizer(Options):
-    """Options that become a chain of links, and the variables that training with them needs.
+    """The base class of optimizers: options that become a chain of links, and its variables.
 
-    Every optimizer of this package is one: a few options of its own, those below, and a rule. What
-    happens to the gradients is, in this order:
+    Every optimizer of this package is a subclass, with its own options, the options below, and a
+    rule. The gradients pass through these steps, in this order:
 
         sum over devices → divide by the loss scale → accumulate → clip → weight decay
         → the rule, with the learning rate → average the parameters → count
 
-    `opt.chain` is all that as one value, a chain of links (`ol.transforms`), with all the
-    arithmetic. The optimizer holds the options, and, for the first two of the three ways to use
-    it, the state.
+    `opt.chain` is the chain of links (`ol.transforms`) that does all of this. The optimizer holds
+    the options, and, in the first two of the three ways to use it, the state.
 
     In place, as in Keras, with a `Variable` for each parameter:
 
@@ -64,15 +63,15 @@ class Optimizer(Options):
       >>> print(opt.apply_gradients([(2.0, w)]), w)
       2 0.5
 
-    With trees: the caller has the parameters, the optimizer the state:
+    With trees: the caller keeps the parameters, and the optimizer keeps the state:
 
       >>> opt = ol.optimizers.SGD(learning_rate=0.25)
       >>> params = opt.apply({"w": 6.0, "b": 2.0}, {"w": 3.0, "b": 1.0})
       >>> print(params["w"], params["b"])
       1.5 0.5
 
-    As pure functions: the caller has both. An optimizer is an optax transformation, for `jit`,
-    `vmap` and `scan`, for `optax.chain`, flax and others, and it is an `optimizer` for
+    As pure functions: the caller keeps both. An optimizer is an optax transformation, which works
+    with `jit`, `vmap` and `scan`, with `optax.chain` and flax, and as the `optimizer` of
     `optimize_loss`:
 
       >>> params = {"w": jnp.array(3.0)}
@@ -86,55 +85,54 @@ class Optimizer(Options):
       1.5 9.0
 
     Args:
-      learning_rate: at least 0; a number, or a schedule: a function of the number of updates made
-        before, or of the global step of `optimize_loss`. Given by keyword here; the first argument
-        of all subclasses that have one.
-      name: names the optimizer in its configuration, and among those of a `MultiOptimizer`; the
-        name of the class if not given.
+      learning_rate: at least 0; a number, or a schedule: a function of the number of earlier
+        updates, or of the global step of `optimize_loss`. Keyword-only here; the first argument of
+        all subclasses that have one.
+      name: the name of the optimizer in its configuration and in a `MultiOptimizer`; by default the
+        name of the class.
       weight_decay: at least 0, per unit of the learning rate: p ← p - learning_rate · weight_decay
         · p before the rule, which sees the decayed p if it reads p. None for none.
       clipnorm: above 0, in the unit of the gradients: the largest L2 norm of each gradient.
       clipvalue: above 0: the largest size of each entry of the gradients.
-      global_clipnorm: above 0: the largest joint L2 norm of all gradients. Of these three options
-        at most one can be given. What has an infinite norm becomes NaN.
+      global_clipnorm: above 0: the largest joint L2 norm of all gradients. At most one of these
+        three options can be given. Gradients with an infinite norm become NaN.
       use_ema: whether to keep an exponential moving average of every parameter, a ← a +
-        (1 - ema_momentum)(p - a), starting at the initial parameters, updated after every update.
-        `finalize_variable_values` puts it in their place.
-      ema_momentum: in [0, 1]; at 0 the average is the parameters, at 1 it stays at the start.
-      ema_overwrite_frequency: where given, every so many updates the parameters become their
-        average too; an integer of at least 1.
+        (1 - ema_momentum)(p - a), starting at the initial parameters and updated after every
+        update. `finalize_variable_values` replaces the parameters by it.
+      ema_momentum: in [0, 1]; at 0 the average equals the parameters, at 1 it never changes.
+      ema_overwrite_frequency: if given, the parameters become their average after every so many
+        updates; an integer of at least 1.
       jit_compile: whether `minimize`, `apply_gradients` and `apply` run a compiled program.
-      mesh: devices, a `jax.sharding.Mesh`: what of the state is not on it is put there, one copy a
-        device. Memory for a parameter is sharded as the parameter is, with or without.
-      gradient_accumulation_steps: where given, so many calls make one update, with the mean of
-        their gradients; an integer of at least 1. Clipping, decay, schedules, averages and
-        `iterations` go by updates. A parameter should have a gradient in all of these calls or in
-        none.
+      mesh: a `jax.sharding.Mesh`: state that is not on it is replicated over its devices. With or
+        without it, slots have the sharding of their parameter.
+      gradient_accumulation_steps: if given, so many calls make one update, with the mean of their
+        gradients; an integer of at least 1. Clipping, decay, schedules, averages and `iterations`
+        count updates. A parameter should have a gradient in every call of an update, or in no call.
       loss_scale_factor: above 0: `minimize`, `compute_gradients` and `optimize_loss` multiply the
-        loss by it, and the gradients are divided first of all. `scale_loss` is for gradients
-        that are taken by hand.
+        loss by it, and the gradients are first divided by it. `scale_loss` is for gradients that
+        you take by hand.
       axis_name: name of an axis of devices, inside `jax.shard_map`, `jax.pmap` or `jax.vmap`:
-        gradients are summed over it first of all. For a loss that is a mean over the local batch,
-        divide it by the number of devices.
+        gradients are first summed over it. If the loss is a mean over the local batch, divide it by
+        the number of devices.
 
-    Options can be assigned to at any time, `opt.weight_decay = 0.1`; once the optimizer is built,
-    where that changes a number only, not whether there is one. That compiles nothing again. To
-    assign to an attribute that there is not, or to delete one, is an `AttributeError`.
+    You can assign to options at any time, as in `opt.weight_decay = 0.1`. Once the optimizer is
+    built, you can change numbers, but not add or remove them. Nothing is compiled again. Assigning
+    to an unknown attribute, or deleting one, is an `AttributeError`.
 
     Attributes:
-      learning_rate: a `Variable`, or with a schedule the rate of the last update. A number can be
-        assigned, and a schedule, which compiles again; in the place of a schedule, once the
-        optimizer is built, only another one. `lr` is the same.
-      iterations: the number of updates made, a `Variable`. A number can be assigned until the
-        optimizer is built, by `iterations.assign` later too.
+      learning_rate: a `Variable`, or with a schedule the rate of the last update. You can assign a
+        number, or a schedule, which compiles again. Once the optimizer is built, a schedule can
+        only be replaced by another schedule. `lr` is an alias.
+      iterations: the number of updates made, a `Variable`. You can assign a number until the
+        optimizer is built; later use `iterations.assign`.
       variables: a list of the optimizer's `Variable`s, the counter first, then the state, without
         hyperparameters.
       built: whether the parameters are known.
-      chain: all links, for use on its own.
+      chain: all links, for direct use.
       rate: the learning rate as links take it, a number or a schedule.
 
     To write one from links, declare its options as fields and define `links`. Fields with the types
-    of `ol.transforms` (`NotNegative`, `Decay`, …) are checked; all the options above come with it:
+    of `ol.transforms` (`NotNegative`, `Decay`, …) are checked; it inherits all the options above:
 
       >>> from optimize_loss.transforms import Decay, NotNegative, ScaleByLearningRate, ScaleByLion
       >>> class Signum(ol.optimizers.Optimizer):
@@ -147,12 +145,12 @@ class Optimizer(Options):
       >>> opt, opt.apply({"w": -7.0}, {"w": 8.0})["w"].item()
       (Signum(learning_rate=0.25, weight_decay=0.5), 7.25)
 
-    That is 8 - 0.25 · 0.5 · 8 for the decay, and + 0.25. A link of your own, for a rule that is not
-    there, is a few functions of arrays: see `ol.transforms.Link`.
+    That is 8 - 0.25 · 0.5 · 8 for the decay, and + 0.25. If a rule does not exist yet, write your
+    own link, which is a few functions of arrays: see `ol.transforms.Link`.
 
     To write one as in Keras, define `build`, which makes variables, and `update_step`, which
-    assigns to them. `get_config` adds options to those above; it can be left out where they are
-    attributes of the same names, as here:
+    assigns to them. `get_config` adds your own options; it is optional if they are attributes of
+    the same names, as here:
 
       >>> class Momentum(ol.optimizers.Optimizer):
       ...     def __init__(self, learning_rate=0.01, momentum=0.9, name=None, **options):
@@ -181,8 +179,8 @@ class Optimizer(Options):
       >>> print({v.name: v.item() for v in opt.variables})
       {'iteration': 2, 'sum/a': 6.0, 'sum/b': 3.0}
 
-    The same through `optimize_loss`, with all that it brings, clipping here. A gradient of norm
-    √20, clipped to the half of that, gives the half of each step:
+    The same with `optimize_loss` and its options, here clipping. A gradient of norm √20, clipped to
+    the half of that, gives the half of each step:
 
       >>> step = ol.optimize_loss(lambda p: 4 * p["a"] + 2 * p["b"], optimizer=Momentum(0.25, 0.5),
       ...                         clip_gradients=5**0.5)
@@ -192,8 +190,8 @@ class Optimizer(Options):
       >>> print(train_state.params["a"].round(4), train_state.params["b"].round(4))
       8.75 9.375
 
-    To go on in another process, keep the configuration and the variables: in a dict here, in an
-    h5py group or with `numpy.savez(file, **saved)` as well:
+    To continue in another process, save the configuration and the variables: here in a dict, or in
+    an h5py group or with `numpy.savez(file, **saved)`:
 
       >>> import json
       >>> saved, text = {}, json.dumps(opt.get_config())
@@ -211,19 +209,20 @@ class Optimizer(Options):
     `ol.optimizers.deserialize(config, custom_objects={"Momentum": Momentum})` finds it.
 
     `build` and `update_step` are traced: they run on copies of the optimizer, with boxes around
-    traced values. What changes from step to step must be a variable that `build` makes and keeps;
-    an `update_step` that assigns to anything else raises. Other attributes, as `momentum` here, are
-    compiled in, and to set one compiles again; new ones come in `__init__` and `build`, elsewhere
-    only those that begin with an underscore. What depends on a value is `jnp.where`, not `if`.
+    traced values. Values that change from step to step must be variables that `build` creates and
+    keeps; an `update_step` that assigns to anything else is an error. Other attributes, such as
+    `momentum` here, are compiled in, and setting one compiles again. Add new attributes in
+    `__init__` and `build`; elsewhere only names that begin with an underscore are allowed. Use
+    `jnp.where`, not `if`, for conditions on values.
 
-    `init`, `update` and `optimize_loss` never touch the optimizer's own variables, so that one
-    optimizer can serve in all three ways, each with its own state and counter. Inside a
-    transformation of JAX, use them; or make variables and optimizer there. A variable from outside
-    cannot keep what is traced inside.
+    `init`, `update` and `optimize_loss` never touch the optimizer's own variables, so one optimizer
+    can be used in all three ways, each with its own state and counter. Inside a JAX transformation,
+    use these functions, or create the variables and the optimizer there. A variable from outside
+    cannot keep a value that is traced inside.
 
     References:
-      `tf.keras.optimizers.Optimizer` of Keras 2.15, and Keras 3. docs/migration.md lists what
-      differs, and why.
+      `tf.keras.optimizers.Optimizer` of Keras 2.15, and Keras 3. docs/migration.md lists the
+      differences, and why.
     """
 
     # The functional way: nothing of the optimizer changes.
@@ -251,13 +250,12 @@ class Optimizer(Options):
         Args:
           updates: the gradients, a tree like the parameters.
           state: from `init`, or from the update before.
-          params: the parameters. May be left out if no link reads them.
+          params: the parameters. Optional if no link reads them.
           **extra: `value`, the loss, for links that take it.
 
-        The numbers are those of the state, but for traced values that the optimizer was built
-        with: each update takes these. So it does, outside of `jit`, with arrays that an optimizer
-        was built with which has made no state itself, as `optax.inject_hyperparams` builds one for
-        each update.
+        The numbers are those of the state, except traced values that the optimizer was built with,
+        which every update uses. Outside `jit`, this also applies to arrays in an optimizer that has
+        not made a state, because `optax.inject_hyperparams` builds an optimizer for each update.
         """
         if self._held.from_arrays and not isinstance(state["step"], Tracer):
             state = self.chain.with_own_numbers(state)
@@ -272,7 +270,7 @@ class Optimizer(Options):
         Args:
           state: a state of this optimizer.
           **values: number by name, or by `link/number` where several links have that name. None
-            gives back what the optimizer was built with, such as its schedule.
+            restores the value that the optimizer was built with, such as its schedule.
 
         Raises:
           ValueError: no link, or more than one, has such a number; or its rule does not hold.
@@ -293,16 +291,17 @@ class Optimizer(Options):
         """Return the new parameters; the state stays in the optimizer.
 
         Args:
-          grads: a tree like `params`; where it has None, the parameter is left alone.
-          params: a tree of arrays; or one of variables, which are updated in place. If left out,
-            the variables that the optimizer was built with.
+          grads: a tree like `params`; a parameter whose gradient is None does not change.
+          params: a tree of arrays; or one of variables, which are updated in place. By default, the
+            variables that the optimizer was built with.
 
         Returns:
           A tree like `params`; for variables, the number of updates made.
 
         Raises:
           TreeMismatch: the trees differ.
-          ValueError: there is no gradient at all; or the parameters are not those of before.
+          ValueError: there is no gradient at all; or the parameters differ from those of earlier
+            calls.
         """
         if params is None:
             params = list(self._held.names)
@@ -352,8 +351,8 @@ class Optimizer(Options):
         """Update variables in place, one step down the gradient of `loss`.
 
         Args:
-          loss: a function without arguments of the variables' values. The gradient of a loss that
-            is no scalar is that of its sum, as in TensorFlow.
+          loss: a function without arguments of the variables' values. For a loss that is not a
+            scalar, the gradient of its sum is used, as in TensorFlow.
           var_list: the variables, or a function that returns them.
           tape: None; there is no tape in JAX.
         """
@@ -369,7 +368,7 @@ class Optimizer(Options):
 
         Integer variables have none.
 
-        They are as `apply_gradients` takes them: multiplied by the loss scale, if there is one.
+        They are multiplied by the loss scale, if there is one, as `apply_gradients` expects.
 
         Args:
           loss: as for `minimize`.
@@ -377,7 +376,7 @@ class Optimizer(Options):
           tape: None.
 
         Raises:
-          InvalidType: `loss` is no function, or `tape` is not None: gradients are of functions.
+          InvalidType: `loss` is not a function, or `tape` is not None.
         """
         if tape is not None or not callable(loss):
             raise InvalidType(
@@ -401,14 +400,14 @@ class Optimizer(Options):
 
         In this order: sum over devices, divide by the loss scale, accumulate, clip, decay, apply
         the rule, average, count; then the variables' constraints. A variable whose gradient is None
-        is left alone, with a warning.
+        does not change, and there is a warning.
 
         Args:
           grads_and_vars: pairs of a gradient and a variable. If they hold arrays in place of
             variables, the new arrays are returned.
           name: ignored; in TensorFlow a name scope.
-          skip_gradients_aggregation: whether to leave out `aggregate_gradients`.
-          experimental_aggregate_gradients: the same the other way round, as of old.
+          skip_gradients_aggregation: whether to skip `aggregate_gradients`.
+          experimental_aggregate_gradients: the older, inverse form of the same option.
 
         Returns:
           The number of updates made, a `Variable`; or a list of arrays.
@@ -444,7 +443,7 @@ class Optimizer(Options):
         return [(None if g is None else summed(g, self.axis_name), v) for g, v in pairs]
 
     def finalize_variable_values(self, var_list: Any) -> Any:
-        """Put the averages that the optimizer keeps, if any, in the place of the parameters.
+        """Replace the parameters by the averages that the optimizer keeps, if any.
 
         Args:
           var_list: variables, which are assigned to; or a tree of arrays.
@@ -634,7 +633,7 @@ class Optimizer(Options):
         self._require_built("set_weights").set(list(weights))
 
     def save_own_variables(self, store: MutableMapping[str, Any]) -> None:
-        """Write the variables by name, hyperparameters not among them.
+        """Write the variables by name, without hyperparameters.
 
         Args:
           store: a mapping that can be written to, such as a dict or an h5py group.
@@ -660,13 +659,13 @@ class Optimizer(Options):
     def exclude_from_weight_decay(
         self, var_list: Iterable[Variable] | None = None, var_names: Iterable[str] | None = None
     ) -> None:
-        """Leave variables out of weight decay; each call replaces what the last one said.
+        """Exclude variables from weight decay; each call replaces the last one.
 
         Args:
           var_list: variables.
-          var_names: regular expressions that are searched for in the names, such as `bias`. One
-            that is found in none raises a `ValueError` at the first update. A `:0`, as at the end
-            of TensorFlow's names, is ignored.
+          var_names: regular expressions that are searched for in the names, such as `bias`. An
+            expression that matches no name is a `ValueError` at the first update. A `:0`, as at the
+            end of TensorFlow's names, is ignored.
 
         Raises:
           ValueError: the optimizer is built.

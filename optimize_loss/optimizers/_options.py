@@ -51,7 +51,7 @@ CLIPS = {
 @typing.dataclass_transform(eq_default=False, field_specifiers=(dataclasses.field,))
 @dataclasses.dataclass(eq=False, kw_only=True, init=False, repr=False)
 class Options(Transformation):
-    """What every optimizer can be told by keyword. Assigning checks as building does."""
+    """The options that every optimizer takes by keyword, checked whenever they are assigned."""
 
     learning_rate: Any
     name: str | None = None
@@ -288,7 +288,7 @@ class Options(Transformation):
         return {"update_step": UpdateStep(Recipe.of(self, attributes), self.rate)}
 
     def decay_links(self, exclude: tuple[Pattern, ...]) -> dict[str, Any]:
-        """Return the links that decay the parameters, but for those that `exclude` names."""
+        """Return the links that decay the parameters, except those that `exclude` names."""
         if self.weight_decay is None:
             return {}
         return {"weight_decay": transforms.ShrinkParams(self.weight_decay, exclude)}
@@ -300,11 +300,11 @@ class Options(Transformation):
 
         Subclasses with an `__init__` of their own add their options to what `super()` returns; if
         they do not define `get_config`, options are read from attributes of the same names.
-        `mesh` is of this process, and is left out.
+        `mesh` belongs to this process, and is not included.
 
         Raises:
           InvalidType: a value has no configuration, as plain functions have none.
-          NotImplementedError: an option of a subclass without `get_config` is no attribute.
+          NotImplementedError: an option of a subclass without `get_config` is not an attribute.
         """
         return config_of(self, is_complete=type(self).get_config is not Options.get_config)
 
@@ -320,7 +320,7 @@ class Options(Transformation):
             package.
 
         Raises:
-          InvalidType: `config` is no dict, or an option is unknown.
+          InvalidType: `config` is not a dict, or an option is unknown.
           ValueError: it is of one of Keras' legacy optimizers, or the value of an option is wrong.
         """
         return made_from(cls, config, custom_objects)

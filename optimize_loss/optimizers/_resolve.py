@@ -1,4 +1,4 @@
-"""From the many ways to name an optimizer to optimizers and links."""
+"""Find optimizers and links by name, class, function or configuration."""
 
 import fnmatch
 import inspect
@@ -30,7 +30,7 @@ for _module in (_keras, _muon, _tf1, _multi):
 
 
 def names(pattern: str = "*") -> list[str]:
-    """Return the names of all optimizers that match a pattern, whatever the case.
+    """Return the names of all optimizers that match a pattern, ignoring case.
 
     Args:
       pattern: `*` stands for any text, `?` for one letter.
@@ -51,7 +51,7 @@ def get(
     custom_objects: Mapping[str, type[Optimizer]] | None = None,
 ) -> Optimizer: ...
 def get(identifier: Any, custom_objects: Mapping[str, type[Optimizer]] | None = None) -> Any:
-    """Return an optimizer by its name, with its defaults; from its configuration; or as it is.
+    """Return an optimizer from its name, with its defaults; from its configuration; or unchanged.
 
     None gives None, as in Keras.
 
@@ -60,7 +60,7 @@ def get(identifier: Any, custom_objects: Mapping[str, type[Optimizer]] | None = 
       custom_objects: classes by name, beside those of this package.
 
     Raises:
-      InvalidType: it is none of these, or a configuration of something else.
+      InvalidType: it is something else, or a configuration of something else.
       ValueError: the name is unknown.
 
     Example:
@@ -104,7 +104,7 @@ def resolve(optimizer: Any, learning_rate: Any) -> dict[str, Any]:
       learning_rate: a number, a schedule, or None.
 
     Raises:
-      InvalidType: it is none of these, or a function that returns none of these.
+      InvalidType: it is something else, or a function that returns something else.
       ValueError: the name is unknown, or there is no learning rate, or there are two.
     """
     made = instance(optimizer, learning_rate)
@@ -193,7 +193,7 @@ def _check_order(links: dict[str, Any]) -> None:
             rule = name
     if rate and rule:
         raise ValueError(
-            f"`optimizer` must have the link {rate!r} behind {rule!r}, whose updates do not depend "
+            f"`optimizer` must have the link {rate!r} after {rule!r}, whose updates do not depend "
             "on the size of the gradients: before it, the rate has no effect. Write "
             f"`chain({rule}=..., {rate}=...)`. Received: {[*links]}."
         )
@@ -218,7 +218,7 @@ def _check_rate(links: dict[str, Any], learning_rate: Any) -> None:
     elif len(ours) < len(links):
         raise ValueError(
             "`learning_rate` must be None when `optimizer` contains an optax transformation: that "
-            "must contain the rate, as optax.adam(0.1) does, or stand in a chain with a "
+            "must contain the rate, as optax.adam(0.1) does, or be in a chain with a "
             "`rate=ScaleByLearningRate(...)` of its own. "
             f"{received('learning_rate', learning_rate)}"
         )

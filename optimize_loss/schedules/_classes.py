@@ -398,8 +398,8 @@ class OneCycle(_Checked):
     References:
       L. N. Smith and N. Topin, "Super-convergence: Very fast training of neural networks using
       large learning rates", 2018, https://arxiv.org/abs/1708.07120. Matches
-      optax.cosine_onecycle_schedule where pct_start · total_steps is whole (optax rounds it down);
-      torch's OneCycleLR ends one step earlier.
+      optax.cosine_onecycle_schedule if pct_start · total_steps is an integer (optax rounds it
+      down); torch's OneCycleLR ends one step earlier.
     """
 
     peak_learning_rate: float

@@ -57,7 +57,7 @@ class LearningRateSchedule:
         """
         if not dataclasses.is_dataclass(self):
             raise NotImplementedError(
-                f"`get_config` of {type(self).__name__} must be defined, as it is no dataclass."
+                f"`get_config` of {type(self).__name__} must be defined: it is not a dataclass."
             )
         fields = [f.name for f in dataclasses.fields(self) if f.init]
         return {name: serialize(getattr(self, name)) for name in fields}

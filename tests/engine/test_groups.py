@@ -196,7 +196,7 @@ def test_a_pattern_whose_parameter_has_no_gradient_is_no_error():
     assert updates["b"] == 4
 
 
-# What must stand last: the average of some, and a link behind it for some.
+# What must come last: the average of some, and a link behind it for some.
 BEHIND_AN_AVERAGE = {
     "the-same": ("a", "a", True),
     "all-after-some": ("a", None, True),
@@ -217,9 +217,9 @@ def test_nothing_changes_a_parameter_behind_its_average(case):
     )
     p = {"a": 1.0, "b": 2.0}
     if refused:
-        with pytest.raises(ValueError, match="'average' must stand last"):
+        with pytest.raises(ValueError, match="'average' must come last"):
             T.chain(average=average, rate=rate).init(p)
     else:
         T.chain(average=average, rate=rate).init(p)
-    with pytest.raises(ValueError, match="must stand last"):
+    with pytest.raises(ValueError, match="must come last"):
         T.chain(average=T.AverageParams(0.5), gate=T.DivideByDynamicLossScale())

@@ -58,7 +58,7 @@ BEHIND = {
 
 @pytest.mark.parametrize("behind", BEHIND.values(), ids=BEHIND)
 def test_an_average_stands_in_the_last_segment(behind):
-    with pytest.raises(ValueError, match="The link 'ema' must stand last"):
+    with pytest.raises(ValueError, match="The link 'ema' must come last"):
         T.chain(**RATE, ema=T.ForParameters("w", T.AverageParams(0.5)), **behind)
 
 
@@ -144,7 +144,7 @@ def test_a_running_mean_of_norms_does_not_see_empty_batches():
 
 
 def test_batches_are_weighed_once():
-    with pytest.raises(ValueError, match="The link 'b' weighs batches"):
+    with pytest.raises(ValueError, match="The link 'b' weights batches"):
         T.chain(a=T.Accumulate(2), b=T.Accumulate(2, "weighted"), **RATE)
 
 

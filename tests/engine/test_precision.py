@@ -482,7 +482,7 @@ ERRORS = {
     "not-last": (
         lambda: T.chain(rounding=T.RoundParams(), rate=T.ScaleByLearningRate(0.1)),
         ValueError,
-        "must stand last",
+        "must come last",
     ),
 }
 

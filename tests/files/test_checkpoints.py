@@ -116,7 +116,7 @@ def test_a_damaged_newest_is_passed_over_with_a_warning(tmp_path):
         checkpoints.save(at(step, w=step))
     damage(checkpoints.path(3))
     checkpoints.path(2).write_bytes(b"")
-    with pytest.warns(UserWarning, match=r"passed over.*step_\d") as seen:
+    with pytest.warns(UserWarning, match=r"is skipped.*step_\d") as seen:
         state, _ = checkpoints.newest(like=init())
     assert [("step_3." in str(w.message), "step_2." in str(w.message)) for w in seen] == [
         (True, False),
@@ -138,9 +138,9 @@ def test_all_damaged_is_an_error_and_no_new_beginning(tmp_path):
     checkpoints = ol.Checkpoints(tmp_path)
     checkpoints.save(at(4))
     damage(checkpoints.path(4))
-    message = r"`folder` must have a whole checkpoint.*\[4\]"
+    message = r"`folder` must have an intact checkpoint.*\[4\]"
     with (
-        pytest.warns(UserWarning, match="passed over"),
+        pytest.warns(UserWarning, match="is skipped"),
         pytest.raises(ol.CheckpointCorrupt, match=message),
     ):
         checkpoints.newest(like=init())

@@ -276,7 +276,7 @@ def test_what_is_no_file(tmp_path):
     with pytest.raises(IsADirectoryError):
         read(tmp_path)
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(CheckpointCorrupt, match="no regular file"):
+    with pytest.raises(CheckpointCorrupt, match="not a regular file"):
         read(tmp_path / "pipe")
 
 

@@ -536,5 +536,5 @@ def test_devices_agree_where_the_loss_of_one_is_not_finite(spoilt):
 
 def test_the_guard_comes_first():
     for first in (T.Accumulate(2), T.DivideByLossScale(2.0), T.DivideByDynamicLossScale()):
-        with pytest.raises(ValueError, match=r"'skip' must stand before \['first'\]"):
+        with pytest.raises(ValueError, match=r"'skip' must come before \['first'\]"):
             T.chain(first=first, skip=T.SkipNonFinite(), rate=T.ScaleByLearningRate(1.0))

@@ -32,7 +32,7 @@ def loss(params):
 @pytest.mark.parametrize("name", NO_EFFECT)
 def test_a_rate_before_a_rule_that_forgets_sizes_is_refused(name):
     with pytest.raises(
-        ValueError, match=r"must have the link 'rate' behind '.*`chain\(.*rate=...\)`"
+        ValueError, match=r"must have the link 'rate' after '.*`chain\(.*rate=...\)`"
     ):
         ol.optimize_loss(loss, optimizer=NO_EFFECT[name])
 

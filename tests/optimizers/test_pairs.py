@@ -29,11 +29,11 @@ from tests.optimizers.stepped import (
 
 def test_unknown_variables_are_loud():
     optimizer, made = stepped(optim.Adam(0.1))
-    with pytest.raises(ValueError, match=r"The variable 'ww' is none of those .* Nearest: \['w'"):
+    with pytest.raises(ValueError, match=r"'ww' is not one of those .* Nearest: \['w'"):
         optimizer.apply_gradients([(GW, ol.Variable(W, "ww"))])
-    with pytest.raises(ValueError, match="'w' is none of those"):  # a name is not a variable
+    with pytest.raises(ValueError, match="'w' is not one of those"):  # a name is not a variable
         optimizer.apply_gradients([(GW, ol.Variable(W, "w"))])
-    with pytest.raises(ValueError, match="'x' is none of those"):
+    with pytest.raises(ValueError, match="'x' is not one of those"):
         optimizer.finalize_variable_values([made[0], ol.Variable(1.0, "x")])
     assert int(optimizer.iterations) == 1
 

@@ -56,7 +56,7 @@ def test_a_state_without_values_shows_its_shapes():
     step = made(learning_rate=0.1)
     state = step.init(PARAMS)
     step(state)
-    assert repr(state).startswith("TrainState of which a step has taken the memory:\nparams: 2, 9")
+    assert repr(state).startswith("TrainState that was donated to a step:\nparams: 2, 9")
     shapes = jax.eval_shape(step.init, PARAMS)
     assert repr(shapes).startswith("TrainState without values:\nparams: 2, 9 entries\n")
     assert "learning_rate=0.1" in repr(shapes)

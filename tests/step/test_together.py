@@ -509,7 +509,7 @@ def test_slots_of_each_are_spread_over_a_mesh():
 @pytest.mark.parametrize(
     ("make", "error", "words"),
     [
-        (lambda a: ol.together(), ol.InvalidType, "Steps are given by name"),
+        (lambda a: ol.together(), ol.InvalidType, "Give steps by name"),
         (lambda a: ol.together(a=3), ol.InvalidType, "`a` must be a TrainStep"),
         (lambda a: ol.together(**{"a.b": a}), ValueError, "has no '/' and no '.'"),
         (lambda a: ol.together(a=a, every=5), ol.InvalidType, "`every` must map"),

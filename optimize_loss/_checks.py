@@ -177,7 +177,7 @@ def check_integer(name: str, value: Any, rule: Rule) -> int:
     """Return `value` as a Python int that `rule` allows; floats are rejected, even integral ones.
 
     Raises:
-      InvalidType: `value` is no integer, or not a scalar.
+      InvalidType: `value` is not an integer, or not a scalar.
       ValueError: `rule` does not hold.
     """
     number = _scalar(name, value)

@@ -39,7 +39,7 @@ class TensorBoardWriter(Logger):
 
     Raises:
       ImportError: tensorboardX is not installed.
-      InvalidType: `folder` is no path, `flush_secs` no number, or `every` no integer.
+      InvalidType: `folder` is not a path, `flush_secs` not a number, or `every` not an integer.
       OSError: the folder cannot be made, or not be written to.
       ValueError: `flush_secs` is not above 0, or `every` below 1.
 

@@ -52,7 +52,7 @@ def by_name(
     """Return a mapping of patterns to numbers as a number by name, checked.
 
     Raises:
-      InvalidType: it is no such mapping, is empty, or a key is no pattern.
+      InvalidType: it is no such mapping, is empty, or a key is not a pattern.
       ValueError: two patterns have the same text, or a number is out of range.
     """
     if not isinstance(given, Mapping) or not given:

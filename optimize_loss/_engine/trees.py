@@ -121,7 +121,7 @@ def take_apart(tree: Any) -> Params:
     """Return names and leaves of `tree`; Python numbers become arrays.
 
     Raises:
-      InvalidType: a leaf is no number and no array.
+      InvalidType: a leaf is neither a number nor an array.
       ValueError: two leaves have one name.
     """
     names = leaf_names(tree)
@@ -207,8 +207,8 @@ def copied(what: str, tree: Any) -> Any:
     """Return a copy of a tree of arrays and numbers, strongly typed, so that there is one trace.
 
     Raises:
-      InvalidType: a leaf is no array and no number, or has no values; the message begins with
-        `what`.
+      InvalidType: a leaf is neither an array nor a number, or has no values; the message begins
+        with `what`.
     """
     for name, leaf in zip(leaf_paths(tree), jax.tree.leaves(tree), strict=True):
         as_array(what, name, leaf)

@@ -100,7 +100,7 @@ def check_horizon(first: int, steps: Any, increments: bool) -> Horizon:
     """Return what schedules will see in so many steps, None if that is not known.
 
     Raises:
-      InvalidType: `steps` is no integer.
+      InvalidType: `steps` is not an integer.
       ValueError: `steps` is below 1.
     """
     updates = None if steps is None else check_integer("steps", steps, AT_LEAST_1)

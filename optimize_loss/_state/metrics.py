@@ -32,7 +32,7 @@ def check_summaries(summaries: Any) -> tuple[str, ...]:
     """Return the names of the quantities to report; None stands for the usual three.
 
     Raises:
-      InvalidType: `summaries` is no list of names.
+      InvalidType: `summaries` is not a list of names.
       ValueError: a name is unknown.
     """
     if summaries is None:

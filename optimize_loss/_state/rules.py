@@ -114,7 +114,7 @@ def check_rules(rules: Any) -> Rules:
     """Return rules, checked as far as they can be without parameters.
 
     Raises:
-      InvalidType: `rules` is no mapping of patterns to dicts, or a value is of the wrong kind.
+      InvalidType: `rules` is not a mapping of patterns to dicts, or a value is of the wrong kind.
       ValueError: a key is unknown, two patterns have the same text, or a value is out of range.
 
     Example:

@@ -339,8 +339,8 @@ class Step(abc.ABC):
 
         Raises:
           InvalidType: an argument is not a list, a value is not a number, or `state` is traced.
-          ValueError: there is no list, or a list is empty; `state.set` does not accept a name or a
-            value; seeds would change nothing; `state` has made a step, with `init`; or `batches`
+          ValueError: there is no list, or a list is empty; `state.set` does not accept a name or
+            a value; seeds would change nothing; `state` has made a step, with `init`; or `batches`
             are not as for `many`.
           TreeMismatch: what `init` returns has other leaves, shapes or dtypes than the parameters.
 

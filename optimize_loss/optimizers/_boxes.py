@@ -205,7 +205,7 @@ class Boxes:
 
         Raises:
           CheckpointMismatch: names, a shape or a dtype differ.
-          InvalidType: `store` is no mapping.
+          InvalidType: `store` is not a mapping.
         """
         if not hasattr(store, "keys"):
             raise InvalidType(f"`store` must be a mapping of arrays. {received('store', store)}")

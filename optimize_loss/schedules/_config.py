@@ -73,7 +73,7 @@ class LearningRateSchedule:
           custom_objects: classes by name, for schedules in it that are not of this package.
 
         Raises:
-          InvalidType: `config` is no dict, or an argument is unknown.
+          InvalidType: `config` is not a dict, or an argument is unknown.
           ValueError: the value of an argument is wrong.
         """
         if not isinstance(config, Mapping):

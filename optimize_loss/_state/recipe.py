@@ -7,7 +7,7 @@ from typing import Any
 from optimize_loss._engine.bucket import Layout, find_layout
 from optimize_loss._engine.chain import Chain
 from optimize_loss._engine.sharding import devices_along
-from optimize_loss._names import Pattern
+from optimize_loss._names import Pattern, flatten
 from optimize_loss._state.gradients import Trainable, find_trainable
 from optimize_loss._state.loss import Loss
 from optimize_loss._state.modules import Graph, check_trained, split
@@ -64,6 +64,7 @@ def parted(recipe: Recipe, model: Any, model_state: Any) -> tuple[Any, Any, Grap
       InvalidType: there is state among the parameters.
       ValueError: a module has its own state, and another is given or taken.
     """
+    flatten(model)  # where keys cannot be sorted, it says which
     params, rest, graph = split(model)
     if graph is None:
         check_trained(params)

@@ -191,7 +191,7 @@ def test_a_link_says_what_is_reported():
     told = {n: float(x) for n, x in metrics.items() if n != "counts/w"}
     assert told == {
         "loss": 16, "norm": 2, "mean": 8, "each/w": 2, "largest": 1,
-        "skipped": 0, "skipped_in_a_row": 0,
+        "batches": 1, "skipped": 0, "skipped_in_a_row": 0,
     }  # fmt: skip
 
 

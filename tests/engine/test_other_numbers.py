@@ -35,7 +35,7 @@ def numbered(
     [
         ({"rate": 0.2}, ("rate", "learning_rate", 0.2)),
         ({"bound": 3.0}, ("clip", "max_norm", 3.0)),
-        ({"multiplier": -1.0}, ("multiply", "scale", -1.0)),
+        ({"multiplier": -1.0}, ("multiply", "multipliers/scale", -1.0)),
         ({"every": 5}, ("accumulate", "every", 5)),
         ({}, ("rate", "learning_rate", 0.1)),
     ],

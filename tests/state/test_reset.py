@@ -120,7 +120,7 @@ def test_numbers_that_were_set_and_numbers_named_as_a_parameter_stay():
     step = ol.optimize_loss(linear, learning_rate=0.1, clip_gradients=1.0, **options)
     state = trained(step, random_like(SHAPES, 0), [random_like(SHAPES, 1)])
     state = state.set(learning_rate=0.5, **{"gradient_multipliers/scale": 3.0}).reset("scale")
-    assert state.optimizer["gradient_multipliers"]["scale"] == 3.0
+    assert state.optimizer["gradient_multipliers"]["multipliers/scale"] == 3.0
     assert state.optimizer["rate"]["learning_rate"] == 0.5
     assert state.optimizer["adam"]["m"]["scale"] == 0
     assert state.step == 1

@@ -74,7 +74,8 @@ def on_devices():
             for _ in range(2):
                 state, _ = step(state, batch)
         found.append([[str(w.message), w.filename] for w in caught])
-    params = jax.device_put({"w": W, "odd": jnp.ones((3, 5)), "b": jnp.ones(8)}, whole)
+    tree = {"w": W, "odd": jnp.ones((3, 5)), "b": jnp.ones(8), "large": jnp.ones((128, 64))}
+    params = jax.device_put(tree, whole)
     step = ol.optimize_loss(loss_of_tree, learning_rate=0.1, shard_state="data")
     told, leaves = step.explain(params), jax.tree.leaves(step.init(params))
     here = [shard.data.nbytes for x in leaves for shard in x.addressable_shards[:1]]

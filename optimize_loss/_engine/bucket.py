@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
 
 from optimize_loss._engine.arrays import compute_dtype
 from optimize_loss._engine.device import is_elsewhere
@@ -65,6 +66,18 @@ class Layout(Static):
     def pack(self, tree: Any) -> dict[str, Any]:
         """Return a tree like the user's, packed."""
         return self.gather(dict(zip(self.names, self.treedef.flatten_up_to(tree), strict=True)))
+
+    def pack_shapes(self, tree: Any) -> dict[str, Any]:
+        """Return the shapes of a packed tree of shapes on a mesh; shared arrays lie whole."""
+        leaves = self.treedef.flatten_up_to(tree)
+        places = {name: x.sharding for name, x in zip(self.names, leaves, strict=True)}
+        whole = NamedSharding(leaves[0].sharding.mesh, PartitionSpec())
+
+        def placed(name: str, tree: Any) -> Any:
+            place = functools.partial(jax.ShapeDtypeStruct, sharding=places.get(name, whole))
+            return jax.tree.map(lambda x: place(x.shape, x.dtype), tree)
+
+        return {name: placed(name, x) for name, x in jax.eval_shape(self.pack, tree).items()}
 
     def gather_grads(self, grads: Mapping[str, Any]) -> dict[str, Any]:
         """Return gradients by name, packed; those in a bucket in float32 or wider, as in links.

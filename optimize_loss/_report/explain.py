@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from optimize_loss._engine.bucket import Layout, shown_name
 from optimize_loss._engine.by_name import numbers_by_name
@@ -158,24 +158,11 @@ def _device_bytes(recipe: Recipe, made: _Made, rest: Any) -> int | None:
     params, state = made.trainable.params, made.state
     trained = made.trainable.tree(leaves)
     if made.layout is not None:
-        params = _packed(made.layout, params)
+        params = made.layout.pack_shapes(params)
         trained = made.layout.only_trained(params)
         state = jax.eval_shape(recipe.chain.init, trained)
     slots = _parts(state, spread_shardings(recipe.chain, state, trained, axis))
     return slots + _parts(params, jax.tree.map(lambda x: x.sharding, params)) + _bytes(rest)
-
-
-def _packed(layout: Layout, params: Any) -> dict[str, Any]:
-    """Return the shapes of packed parameters; those that share an array lie whole."""
-    leaves = jax.tree.leaves(params)
-    places = {n: x.sharding for n, x in zip(leaf_names(params), leaves, strict=True)}
-    whole = NamedSharding(leaves[0].sharding.mesh, PartitionSpec())
-
-    def placed(name: str, tree: Any) -> Any:
-        there = places.get(name, whole)
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there), tree)
-
-    return {name: placed(name, x) for name, x in jax.eval_shape(layout.pack, params).items()}
 
 
 def _parts(tree: Any, places: Any) -> int:

@@ -68,7 +68,7 @@ class Layout(Static):
         return self.gather(dict(zip(self.names, self.treedef.flatten_up_to(tree), strict=True)))
 
     def pack_shapes(self, tree: Any) -> dict[str, Any]:
-        """Return the shapes of a packed tree of shapes on a mesh; shared arrays lie whole."""
+        """Return the shapes of a packed tree of shapes on a mesh; shared arrays are replicated."""
         leaves = self.treedef.flatten_up_to(tree)
         places = {name: x.sharding for name, x in zip(self.names, leaves, strict=True)}
         whole = NamedSharding(leaves[0].sharding.mesh, PartitionSpec())

@@ -239,38 +239,44 @@ def square_unit(squares: jax.Array) -> jax.Array:
     return power_of_two(squares, limit, limit)
 
 
+def _stacked(numbers: Sequence[jax.Array]) -> jax.Array:
+    """Return numbers as a vector; what `jnp.stack` does takes long to trace."""
+    return jax.lax.concatenate([jax.lax.broadcast(x, (1,)) for x in numbers], 0)
+
+
 def joint_norm(
     each: Sequence[Sums],
     multipliers: Sequence[jax.Array],
-    again: Callable[[Sums], Sequence[jax.Array]],
+    again: Callable[[], Sequence[jax.Array]],
 ) -> jax.Array:
     """Return √Σ|m u|² of several arrays.
 
     Args:
       each: the sums of squares of each u.
       multipliers: factors of m, to multiply by one after the other: numbers, or one for each u.
-      again: returns Σ|u / `square_unit`|² of each u, from these sums in three arrays. On CPU it
+      again: returns Σ|u / `square_unit`|² of each u. On CPU it
         runs where the sum of squares leaves the range of the dtype, as for float32 entries of 1e20
         or 1e-25, and only then.
     """
-    sums = Sums(*map(jnp.stack, zip(*each, strict=True)))
+    squares = _stacked([sums.plain for sums in each])
 
     def on_cpu() -> jax.Array:
-        factor = multiplied(jnp.ones((), sums.plain.dtype), multipliers)
-        plain, total = jnp.sum(sums.plain), jnp.sum(sums.plain * (factor * factor))
+        factor = multiplied(jnp.ones((), squares.dtype), multipliers)
+        plain, total = jnp.sum(squares), jnp.sum(squares * (factor * factor))
         low, high = jnp.minimum(plain, total), jnp.maximum(plain, total)
         in_range = (low > 2.0 ** -square_limit(low.dtype)) & (high < jnp.inf)
         return jax.lax.cond(in_range, lambda: sqrt(total), rescaled)
 
     def rescaled() -> jax.Array:
         # A scale of its own for each array: XLA on CPU would write a shared one out as an array.
-        scaled = jnp.stack(again(sums))
-        return norm(multiplied(sqrt(scaled) * square_unit(sums.plain), multipliers))
+        scaled = _stacked(again())
+        return norm(multiplied(sqrt(scaled) * square_unit(squares), multipliers))
 
     def elsewhere() -> jax.Array:
         if multipliers:
-            return norm(multiplied(norm_of_sums(sums), multipliers))
-        return norm_of_sums(functools.reduce(lambda a, b: Sums(*map(jnp.add, a, b)), each))
+            norms = norm_of_sums(Sums(*map(_stacked, zip(*each, strict=True))))
+            return norm(multiplied(norms, multipliers))
+        return norm_of_sums(functools.reduce(lambda a, b: Sums(*map(jax.lax.add, a, b)), each))
 
     return jax.lax.platform_dependent(cpu=on_cpu, default=elsewhere)
 

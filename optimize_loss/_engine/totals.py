@@ -193,8 +193,8 @@ class Totals:
             if not changing:
                 self.known[tuple(here)] = self.squares[key]
 
-        def again(sums: Sums) -> Sequence[jax.Array]:
-            arguments = [(*p, plain) for p, plain in zip(prefixes, sums.plain, strict=True)]
+        def again() -> Sequence[jax.Array]:
+            arguments = [(*p, x.plain) for p, x in zip(prefixes, self.squares[key], strict=True)]
             return for_all(_scaled_squares, self.dtype, arguments, owners)
 
         return joint_norm(self.squares[key], multipliers, again)

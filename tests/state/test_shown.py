@@ -73,6 +73,8 @@ def test_several_states_show_the_shapes_of_their_numbers():
     assert "learning_rate=float32[3]" in repr(states)
 
 
+# treescope uses a class that numpy 2.5 deprecates.
+@pytest.mark.filterwarnings("ignore:The chararray class:DeprecationWarning")
 def test_treescope_shows_what_a_chain_and_a_state_are():
     treescope = pytest.importorskip("treescope")
     step = made(learning_rate=0.25)

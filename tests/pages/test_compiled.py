@@ -1,6 +1,7 @@
 """The benchmark of programs for TPU and GPU reads the text of compiled programs right."""
 
 import importlib.util
+import pathlib
 
 import pytest
 
@@ -30,6 +31,15 @@ ENTRY %main (a: f32[1000], b: pred[]) -> f32[1000] {
   ROOT %out = f32[1000]{0} conditional(%b, %here, %here), branch_computations={%small, %body}
 }
 """
+
+
+def test_the_page_shows_rows_that_were_recorded():
+    root = pathlib.Path(__file__).parents[2]
+    recorded = (root / "benchmarks/results/compiled.md").read_text().splitlines()
+    page = (root / "docs/benchmarks.md").read_text().partition("## Compiled")[2]
+    rows = [line for line in page.splitlines() if line.startswith("| ")]
+    assert len(rows) > 10
+    assert not [row for row in rows if row not in recorded]
 
 
 def test_bytes_of_types():

@@ -9,6 +9,7 @@ itself; nothing is imported here. `optimize_loss.tensorboard` has the logger for
 """
 
 import json
+import math
 import os
 from typing import Any
 
@@ -54,7 +55,7 @@ class JsonLines(Logger):
     """Append one line of JSON for each batch to a file: {"batch": 1, "loss": 0.5, ...}.
 
     `pandas.read_json(path, lines=True)` reads it. A resumed run appends to it. Histograms are
-    skipped.
+    skipped, and a value that is not finite is null, as JSON has no NaN.
 
     Args:
       path: the path of the file; its folder must exist.
@@ -74,33 +75,23 @@ class JsonLines(Logger):
 
     def __init__(self, path: str | os.PathLike[str], every: int | None = 100):
         super().__init__(every)
-        self._file = open(path, "a") if jax.process_index() == 0 else None  # noqa: SIM115
-
-    def write(self, batch: Any, metrics: Any) -> None:
-        """Append lines; they are in the file when this returns.
-
-        Args:
-          batch: as for `Logger.write`.
-          metrics: as there.
-        """
-        super().write(batch, metrics)
-        if self._file is not None:
-            self._file.flush()
+        self._path = path if jax.process_index() == 0 else None
+        self._append("")
 
     def write_one(self, batch: int, values: dict[str, Any]) -> None:
-        """Append one line.
+        """Append one line, which is in the file when this returns.
 
         Args:
           batch: its number.
           values: by tag.
         """
-        if self._file is not None:
-            self._file.write(json.dumps({"batch": batch, **scalars(values)}) + "\n")
+        found = {tag: x if math.isfinite(x) else None for tag, x in scalars(values).items()}
+        self._append(json.dumps({"batch": batch, **found}, allow_nan=False) + "\n")
 
-    def close(self) -> None:
-        """Close the file; a second call does nothing."""
-        if self._file is not None:
-            self._file.close()
+    def _append(self, line: str) -> None:
+        if self._path is not None:
+            with open(self._path, "a") as file:
+                file.write(line)
 
 
 class Wandb(Logger):

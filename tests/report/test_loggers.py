@@ -40,11 +40,20 @@ def test_lines_of_json_are_by_batch(tmp_path):
     assert [line["batch"] for line in lines] == [1, 2, 3, 4, 5, 6, 7, 7]
     assert lines[-1] == {"batch": 7, "eval/loss": 0.5}
     assert [line["loss"] for line in lines[:-1] if line["batch"] != 3] == WANTED
-    assert np.isnan(lines[2]["loss"])
+    assert lines[2]["loss"] is None
     assert not any("gradients" in tag for tag in lines[0])
     with loggers.JsonLines(path) as log:  # a run that resumes
         log.write(8, {"loss": 1})
     assert len(path.read_text().splitlines()) == 9
+
+
+def test_values_that_are_not_finite_are_null(tmp_path):
+    path = tmp_path / "log.jsonl"
+    with loggers.JsonLines(path) as log:
+        log.write(1, {"loss": np.float32(np.nan), "norm": np.float32(np.inf), "rate": 0.5})
+    assert json.loads(path.read_text()) == {"batch": 1, "loss": None, "norm": None, "rate": 0.5}
+    with pytest.raises(OSError, match="missing"):
+        loggers.JsonLines(tmp_path / "missing" / "log.jsonl")
 
 
 def test_tensorboard_takes_gathered_and_skipped_batches(tmp_path):

@@ -76,7 +76,7 @@ class JsonLines(Logger):
     def __init__(self, path: str | os.PathLike[str], every: int | None = 100):
         super().__init__(every)
         self._path = path if jax.process_index() == 0 else None
-        self._append("")
+        self._append("" if self._ends_in_a_line() else "\n")
 
     def write_one(self, batch: int, values: dict[str, Any]) -> None:
         """Append one line, which is in the file when this returns.
@@ -87,6 +87,15 @@ class JsonLines(Logger):
         """
         found = {tag: x if math.isfinite(x) else None for tag, x in scalars(values).items()}
         self._append(json.dumps({"batch": batch, **found}, allow_nan=False) + "\n")
+
+    def _ends_in_a_line(self) -> bool:
+        """Return whether no line was cut short, as by a killed run."""
+        if self._path is None or not os.path.exists(self._path):
+            return True
+        with open(self._path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(size - 1, 0))
+            return file.read() in (b"", b"\n")
 
     def _append(self, line: str) -> None:
         if self._path is not None:

@@ -47,6 +47,14 @@ def test_lines_of_json_are_by_batch(tmp_path):
     assert len(path.read_text().splitlines()) == 9
 
 
+def test_a_line_that_was_cut_short_stays_alone(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"batch": 1, "lo')
+    with loggers.JsonLines(path) as log:
+        log.write(2, {"loss": 0.5})
+    assert path.read_text().splitlines() == ['{"batch": 1, "lo', '{"batch": 2, "loss": 0.5}']
+
+
 def test_values_that_are_not_finite_are_null(tmp_path):
     path = tmp_path / "log.jsonl"
     with loggers.JsonLines(path) as log:
